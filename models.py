@@ -1,0 +1,169 @@
+"""Models: loading a causal LM and its tokenizer, turning prompts and completions into token ids, and log-probabilities.
+
+The same functions serve sampling, the reference pass, training and evaluation, so that all of them see the same tokens.
+
+    python -c 'import models; print(models.prompt_ids(models.load_tokenizer("data/minicode/model"), "hello"))'
+"""
+import os
+
+import torch
+import transformers
+
+import qrpo
+import rows
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def device():
+    """This process's own GPU under torchrun, the first GPU, or the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def pick_dtype(name, device):
+    """--dtype: auto is bfloat16 on a GPU and float32 on a CPU."""
+    return getattr(torch, name) if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _load(kind, path, **kwargs):
+    try:
+        return kind.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        rows.fail(f"{path}: no {kind.__name__.replace('AutoModelFor', '').replace('Auto', '')} can be loaded from it "
+                  f"({reason}); give a Hugging Face folder, or a hub name that this machine can reach")
+
+
+def load_tokenizer(path, trust_remote_code=False):
+    return _load(transformers.AutoTokenizer, path, trust_remote_code=trust_remote_code)
+
+
+def load_model(path, dtype, device, trust_remote_code=False):
+    """The causal LM of a Hugging Face folder, in evaluation mode: it has no dropout here, in training either."""
+    config = _load(transformers.AutoConfig, path, trust_remote_code=trust_remote_code)
+    model = _load(transformers.AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.stored_dtype = config.dtype or torch.float32  # what its checkpoint is in, and its trained ones will be
+    return model.to(device).eval()
+
+
+def identity(path):
+    """What tells one model's weights from another's without reading them: its files' names, sizes and times."""
+    if not os.path.isdir(path):
+        return path
+    return sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path) if ".safetensors" in e.name or
+                  e.name.endswith((".bin", ".json")))
+
+
+def load_reward_model(path, dtype, device, trust_remote_code=False):
+    model = _load(transformers.AutoModelForSequenceClassification, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to(device).eval()
+
+
+def context_length(model):
+    """Tokens that the model can attend to, prompt and completion together."""
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+
+
+def end_ids(model, tokenizer):
+    """Token ids that end a completion: the generation config's (one or a list) and the tokenizer's eos."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def check_prompt(row):
+    """Refuse a prompt that is neither text nor chat messages; returns it."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str) and prompt or _is_chat(prompt) and prompt:
+        return prompt
+    rows.fail(f"{row['__at__']}: prompt must be a string or a list of {{role, content}} messages, and not empty")
+
+
+def _is_chat(value):
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+
+
+def _render(tokenizer, messages, **kwargs):
+    if not tokenizer.chat_template:
+        rows.fail("the prompts are chat messages but the model's tokenizer has no chat template; use string prompts")
+    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+
+def _text_ids(tokenizer, text):
+    """Ids of a text that is no chat: with the BOS that the tokenizer gives, never two, and no EOS at its end."""
+    ids = tokenizer(text).input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:  # the text brought its own
+        ids = ids[1:]
+    if len(ids) > 1 and ids[-1] == eos and not text.endswith(tokenizer.eos_token):  # some tokenizers close every text
+        ids = ids[:-1]
+    return ids
+
+
+def prompt_ids(tokenizer, prompt):
+    """Token ids that the completion follows. A chat template writes its own BOS, if it wants one."""
+    if isinstance(prompt, str):
+        return _text_ids(tokenizer, prompt)
+    return tokenizer(_render(tokenizer, prompt, add_generation_prompt=True), add_special_tokens=False).input_ids
+
+
+def completion_ids(tokenizer, prompt, completion, ends):
+    """Token ids of a dataset's own completion. It is a whole answer, so it ends in an end token (one of `ends`).
+
+    Sampled completions never come here: they keep the ids that were sampled.
+    """
+    if isinstance(prompt, str):
+        before, whole, ids = prompt, prompt + completion, _text_ids(tokenizer, prompt + completion)
+    else:
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        before, whole = _render(tokenizer, prompt, add_generation_prompt=True), _render(tokenizer, prompt + answer)
+        if not whole.startswith(before):
+            raise ValueError("the chat template does not render the answer right after the generation prompt")
+        ids = tokenizer(whole, add_special_tokens=False).input_ids
+    start = prompt_ids(tokenizer, prompt)
+    if ids[:len(start)] == start:
+        ids = ids[len(start):]
+    else:  # a token would straddle the border; the model never samples one that does
+        ids = tokenizer(whole[len(before):], add_special_tokens=False).input_ids
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    if end is not None:  # what a template writes after the turn's end is not the model's to say
+        return ids[:end + 1]
+    return ids + [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends[0]]
+
+
+def output_layer(model):
+    """A function from last hidden states (n, dim) to logits (n, vocab), with the scaling and capping of its family."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden):
+        out = head(hidden) * scale if scale != 1 else head(hidden)
+        return torch.tanh(out / cap) * cap if cap else out
+    return logits
+
+
+class Policy(torch.nn.Module):
+    """The model with log pi(completion | prompt), float32 (batch,), as its forward: what DDP wraps.
+
+    tokens: (batch, time), right-padded with anything; no attention mask, as the padding comes after everything that a
+    causal model can look at. prompt_lens, lens: (batch,).
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, prompt_lens, lens):
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # (batch, time, dim)
+        return qrpo.completion_logps(hidden, tokens, prompt_lens, lens, output_layer(self.model))
+
+
+def pad(sequences, device):
+    """Lists (or arrays) of token ids -> (batch, time) right-padded with 0."""
+    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(s, dtype=torch.long) for s in sequences], batch_first=True).to(device)

@@ -1,0 +1,166 @@
+"""Rows: datasets as JSONL, read, shared between processes, and appended so that a kill loses and repeats nothing.
+
+A dataset is a JSONL file (or .jsonl.gz), or a folder of them; one row is one prompt. Every stage copies its rows and adds
+fields. A stage writes OUT/part-00000.jsonl (one part a process) and OUT/run.json, the settings its rows were made with.
+
+    python -c 'import rows; print(rows.read("data/minicode/test.jsonl")[0])'
+"""
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def fail(message):
+    """A user's mistake: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def files(path):
+    """The JSONL files of a dataset: the file itself, or those of a folder by name."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    found = sorted(p for p in path.glob("*.jsonl*") if p.suffix in (".jsonl", ".gz")) if path.is_dir() else []
+    if not found:
+        fail(f"{path}: no such JSONL file, nor a folder that holds *.jsonl; give --data one of them")
+    return found
+
+
+def read(path, require=()):
+    """All rows of a dataset as dicts, each with a unique `id` (its 0-based position where the data has none).
+
+    Rows of a folder come in the order of their ids, so that it does not matter how many processes wrote it.
+    `require` names the fields that every row must have (not null).
+    """
+    rows, where = [], {}
+    for file in files(path):
+        try:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
+                lines = f.read().split(b"\n")
+        except (OSError, EOFError) as error:
+            fail(f"{file}: cannot be read ({error}); is it whole, and readable for you?")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            at = f"{file}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                fail(f"{at}: not JSON in UTF-8 ({error}); mend or delete the line")
+            if not isinstance(row, dict):
+                fail(f"{at}: a row must be a JSON object, this is a {type(row).__name__}")
+            missing = [name for name in require if row.get(name) is None]
+            if missing:
+                fail(f"{at}: has no {missing[0]!r}; the row's fields are {', '.join(row)}")
+            row.setdefault("id", len(rows))
+            if not isinstance(row["id"], (str, int)):
+                fail(f"{at}: id must be a string or a whole number, not {row['id']!r}")
+            key = str(row["id"])
+            if key in where:
+                fail(f"{at}: id {row['id']!r} stands already at {where[key]}; ids must be unique")
+            where[key] = at
+            rows.append(row)
+    if not rows:
+        fail(f"{path}: holds no rows")
+    if Path(path).is_dir():
+        rows.sort(key=lambda row: (isinstance(row["id"], str), row["id"]))
+    for row in rows:
+        row["__at__"] = where[str(row["id"])]  # for error messages; `append` drops it
+    return rows
+
+
+def share():
+    """(rank, world): this process among those that share the work, from torchrun, a SLURM array, or both."""
+    env = {name: int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("SLURM_ARRAY_TASK_ID", 0), ("SLURM_ARRAY_TASK_MIN", 0),
+        ("SLURM_ARRAY_TASK_MAX", 0), ("SLURM_ARRAY_TASK_STEP", 1), ("SLURM_ARRAY_TASK_COUNT", 1))}
+    step, low = env["SLURM_ARRAY_TASK_STEP"], env["SLURM_ARRAY_TASK_MIN"]
+    if (env["SLURM_ARRAY_TASK_MAX"] - low) // step + 1 != env["SLURM_ARRAY_TASK_COUNT"]:
+        fail("the SLURM array has holes; submit it as one range, such as --array=0-7 (what is done is skipped)")
+    task = (env["SLURM_ARRAY_TASK_ID"] - low) // step
+    return task * env["WORLD_SIZE"] + env["RANK"], env["SLURM_ARRAY_TASK_COUNT"] * env["WORLD_SIZE"]
+
+
+def open_part(path):
+    """Open an output for appending: torn last line cut off, locked against a second process (freed when this one ends)."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{path}: another process is writing it; wait for it, or stop it")
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    return file
+
+
+def append(file, row):
+    """Append one whole row."""
+    row = {key: value for key, value in row.items() if key != "__at__"}
+    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    file.flush()
+
+
+def continue_stage(data, out, settings, require=()):
+    """Start or continue a stage: (the rows that are left for this process, the open part file to append to).
+
+    settings: what the output depends on; an OUT made with others is refused. The share of a process depends only on its
+    rank, never on what the others have done, so two processes never take the same row.
+    """
+    rank, world = share()
+    rows, out = read(data, require), Path(out)
+    if out.exists() and not out.is_dir():
+        fail(f"{out}: is a file; --out must name a folder")
+    settings = {key: str(value) for key, value in settings.items()} | {"rows": fingerprint([r["id"] for r in rows])}
+    record = out / "run.json"
+    # whole lines only: another process may be in the middle of one
+    done = {str(row["id"]) for file in out.glob("part-*.jsonl") for row in load_lines(file)}
+    if done and record.exists():
+        before = load_json(record)
+        changed = [f"{k} ({before.get(k)}, now {settings[k]})" for k in settings if settings[k] != before.get(k)]
+        if changed:
+            fail(f"{out}: its rows were made with another {', '.join(changed)}; give another --out, or delete it")
+    write_json(record, settings)
+    part = open_part(out / f"part-{rank:05d}.jsonl")
+    mine = rows[rank::world]
+    left = [row for row in mine if str(row["id"]) not in done]
+    if len(left) < len(mine) and rank == 0:
+        print(f"{out}: {len(mine) - len(left)} of {len(mine)} rows of this process are done already")
+    return left, part
+
+
+def write_json(path, value):
+    """Write a JSON file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
+    os.replace(new, path)
+
+
+def load_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def load_lines(path):
+    """The whole lines of an output that may end in a torn one."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+
+
+def keep_lines(path, wanted):
+    """Rewrite an output, whole or not at all, with only its wanted rows."""
+    path, kept = Path(path), [row for row in load_lines(path) if wanted(row)]
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    os.replace(new, path)
+
+
+def fingerprint(value):
+    """16 hex digits that stand for a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,185 @@
+"""Reward completions: every reference completion of a row, and the dataset's own (`completion`, or `chosen`, `rejected`).
+
+Reads rows with completions, writes them to OUT with `ref_rewards` (a list beside `ref_completions`) and, where the row has
+them, `reward`, `chosen_reward`, `rejected_reward`. Three kinds of reward:
+
+    --reward=tests          the share of the row's tests that the program passes, in the sandbox (sandbox.py)
+    --reward=FILE.py:NAME   a function reward(prompts, completions, **columns) -> list of float or None, as in TRL
+    --reward=model:PATH     a reward model: a sequence classifier with a `.score` output (as ArmoRM) or one logit
+
+A reward that could not be computed is null; nulls are counted at the end. A killed run continues; under torchrun or in a
+SLURM array the processes share the rows.
+
+    python score.py --data=out/try --out=out/try_scored --reward=tests
+"""
+import argparse
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+import rows
+
+OWN = {"completion": "reward", "chosen": "chosen_reward", "rejected": "rejected_reward"}  # column -> its reward's name
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, help="JSONL file or folder of rows with completions")
+    add("--out", required=True, help="folder for the rewarded rows")
+    add("--reward", required=True, help="tests, FILE.py:NAME or model:PATH (see above)")
+    # the sandbox
+    add("--unsafe", action="store_true", help="tests: run programs without isolation, if there is none to be had")
+    # the reward model
+    add("--batch_size", type=int, default=16, help="model: completions in a forward pass (default %(default)s)")
+    add("--max_length", type=int, default=2048, help="model: cut its input at so many tokens (default %(default)s)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="model: auto is bfloat16 on a GPU")
+    add("--trust_remote_code", action="store_true", help="model: run the code that comes with it (ArmoRM needs this)")
+    return parser.parse_args()
+
+
+def completions_of(row):
+    """The row's completions to reward, as (text or messages), references first; and the fields that the rewards go to."""
+    refs = row.get("ref_completions", [])
+    if not isinstance(refs, list) or not all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in refs):
+        rows.fail(f"{row['__at__']}: ref_completions must be a list of objects with a `text`, as generate_refs.py writes them")
+    own = [column for column in OWN if row.get(column) is not None]
+    if not refs and not own:
+        rows.fail(f"{row['__at__']}: no completions to reward; run generate_refs.py first, or give completion, or chosen "
+                  "and rejected")
+    return [c["text"] for c in refs] + [row[column] for column in own], own
+
+
+def text_of(completion):
+    """The text of a completion: a string, or the content of a chat completion's last message."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+# ---- three kinds of reward: each takes an iterable of rows and yields (row, rewards), in any order ----
+
+def tests_reward(todo, args):
+    """Share of the row's tests passed, in [0,1]; None where the sandbox itself failed. Needs `test`, `entry_point`."""
+    import sandbox
+    waiting = {}
+
+    def programs():
+        for row in todo:
+            for field in ("test", "entry_point"):
+                if not isinstance(row.get(field), str):
+                    rows.fail(f"{row['__at__']}: has no {field!r}, which --reward=tests needs")
+            completions, _ = completions_of(row)
+            waiting[row["id"]] = [row, len(completions), [None] * len(completions)]
+            for k, completion in enumerate(completions):
+                yield {"id": (row["id"], k), "completion": text_of(completion), "preamble": row.get("preamble", ""),
+                       "test": row["test"], "entry_point": row["entry_point"], "fenced": row.get("fenced", True)}
+
+    for verdict in sandbox.judge(programs(), unsafe=args.unsafe):
+        row_id, k = verdict["id"]
+        entry = waiting[row_id]
+        entry[1] -= 1
+        entry[2][k] = verdict["reward"]
+        if entry[1] == 0:
+            del waiting[row_id]
+            yield entry[0], entry[2]
+
+
+def function_reward(todo, args):
+    """A user's function, called once a row: prompts and every column come as lists, one entry per completion."""
+    path, _, name = args.reward.rpartition(":")
+    if not Path(path).is_file():
+        rows.fail(f"--reward={args.reward}: no file {path!r}; give tests, FILE.py:NAME or model:PATH")
+    spec = importlib.util.spec_from_file_location("reward_file", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        rows.fail(f"{path}: defines no function {name!r}; it has {', '.join(n for n in vars(module) if n[0] != '_')}")
+    for row in todo:
+        completions, _ = completions_of(row)
+        n, prompt = len(completions), row["prompt"]
+        if not isinstance(prompt, str):  # chat prompts have chat completions, as in TRL
+            completions = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
+        columns = {k: [v] * n for k, v in row.items() if k not in ("prompt", "ref_completions", "__at__", *OWN)}
+        rewards = list(function(prompts=[prompt] * n, completions=completions, **columns))
+        if len(rewards) != n:
+            rows.fail(f"{args.reward}: returned {len(rewards)} rewards for the {n} completions of {row['__at__']}")
+        yield row, [None if r is None else float(r) for r in rewards]
+
+
+def model_reward(todo, args):
+    """A sequence classifier over the chat of prompt and completion. The result does not depend on the batch."""
+    import torch
+    import transformers
+    import models
+    device, path = models.device(), args.reward.removeprefix("model:")
+    tokenizer = models.load_tokenizer(path, args.trust_remote_code)
+    model = models.load_reward_model(path, models.pick_dtype(args.dtype, device), device, args.trust_remote_code)
+
+    def ids_of(prompt, completion):
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+            text = tokenizer.apply_chat_template(chat + answer, tokenize=False)
+            return tokenizer(text, add_special_tokens=False).input_ids[:args.max_length]
+        if isinstance(prompt, str):
+            return tokenizer(prompt + text_of(completion)).input_ids[:args.max_length]
+        rows.fail(f"the prompts are chat messages but the tokenizer of {path} has no chat template")
+
+    @torch.no_grad()
+    def scores(batch):
+        # right padding with a token that the batch does not hold: the classifier finds the last token by comparing ids
+        used = {i for ids in batch for i in ids}
+        pad = next(i for i in range(len(used) + 1) if i not in used)
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad
+        width = max(map(len, batch))
+        tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids in batch], device=device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=device)
+        output = model(input_ids=tokens, attention_mask=mask)
+        score = output.score if getattr(output, "score", None) is not None else output.logits
+        if score.numel() != len(batch):
+            rows.fail(f"{path}: gives {score.numel() // len(batch)} numbers a completion; a reward model gives one")
+        return score.float().flatten().tolist()
+
+    todo = list(todo)
+    for start in range(0, len(todo), 64):  # completions of 64 rows together, sorted by length: little padding
+        group = [(row, completions_of(row)[0]) for row in todo[start:start + 64]]
+        jobs = [(i, k, ids_of(row["prompt"], c)) for i, (row, cs) in enumerate(group) for k, c in enumerate(cs)]
+        jobs.sort(key=lambda job: len(job[2]))
+        rewards = [[None] * len(cs) for _, cs in group]
+        for j in range(0, len(jobs), args.batch_size):
+            batch = jobs[j:j + args.batch_size]
+            for (i, k, _), score in zip(batch, scores([ids for _, _, ids in batch])):
+                rewards[i][k] = score
+        yield from zip((row for row, _ in group), rewards)
+
+
+def main():
+    args = arguments()
+    reward = tests_reward if args.reward == "tests" else model_reward if args.reward.startswith("model:") \
+        else function_reward if ":" in args.reward else rows.fail("--reward must be tests, FILE.py:NAME or model:PATH")
+    todo, part = rows.continue_stage(args.data, args.out, {"reward": args.reward}, require=("prompt",))
+    count = total = unknown = 0
+    bar = tqdm(total=len(todo), unit="row", desc="score", disable=rows.share()[0] != 0, smoothing=0)
+    for row, rewards in reward(todo, args):
+        for r in rewards:
+            if r is not None and not math.isfinite(r):
+                rows.fail(f"{row['__at__']}: {args.reward} gave the reward {r}; return a finite number, or None for unknown")
+        _, own = completions_of(row)
+        if row.get("ref_completions"):
+            row["ref_rewards"] = rewards[:len(rewards) - len(own)]
+        row.update({OWN[column]: r for column, r in zip(own, rewards[len(rewards) - len(own):])})
+        rows.append(part, row)
+        known = [r for r in rewards if r is not None]
+        count, total, unknown = count + len(known), total + sum(known), unknown + len(rewards) - len(known)
+        bar.update()
+    bar.close()
+    if todo and rows.share()[0] == 0:
+        print(f"{args.out}: {count} rewards, mean {total / max(count, 1):.4f}; {unknown} unknown (null)")
+
+
+if __name__ == "__main__":
+    main()
