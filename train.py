@@ -291,6 +291,8 @@ def reference_logps(args, out, policy, data, rank, world, device):
         new = path.with_suffix(".tmp.npy")
         np.save(new, logps.cpu().numpy())
         os.replace(new, path)
+    if world > 1:
+        dist.barrier()  # no rank looks for the file of the next data before this one stands
     return logps.cpu().numpy()
 
 

@@ -23,9 +23,9 @@ def needs(name):
 
 def run(script, *args, ranks=0, check=True, env=None):
     """Run a script of the project as a user does, with one process or under torchrun; returns the finished process."""
-    command = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                                  if ranks else []), str(ROOT / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | (env or {}))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=180, env=os.environ | (env or {}))
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
