@@ -13,9 +13,13 @@ import os
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 
 def fail(message):
     """A user's mistake: one line on stderr, exit code 2."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # else the message would stand behind a progress bar
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 

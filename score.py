@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import rows
+import sandbox
 
 OWN = {"completion": "reward", "chosen": "chosen_reward", "rejected": "rejected_reward"}  # column -> its reward's name
 
@@ -32,7 +33,10 @@ def arguments():
     add("--out", required=True, help="folder for the rewarded rows")
     add("--reward", required=True, help="tests, FILE.py:NAME or model:PATH (see above)")
     # the sandbox
-    add("--unsafe", action="store_true", help="tests: run programs without isolation, if there is none to be had")
+    add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES), help="tests: default is the first that works")
+    add("--unsafe", action="store_true", help="tests: run programs without isolation. Never for programs of a model")
+    for name, (default, text) in sandbox.FLAGS.items():
+        add(f"--{name}", type=type(default), default=default, help=f"tests: {text} (default %(default)s)")
     # the reward model
     add("--batch_size", type=int, default=16, help="model: completions in a forward pass (default %(default)s)")
     add("--max_length", type=int, default=2048, help="model: cut its input at so many tokens (default %(default)s)")
@@ -62,7 +66,6 @@ def text_of(completion):
 
 def tests_reward(todo, args):
     """Share of the row's tests passed, in [0,1]; None where the sandbox itself failed. Needs `test`, `entry_point`."""
-    import sandbox
     waiting = {}
 
     def programs():
@@ -76,14 +79,18 @@ def tests_reward(todo, args):
                 yield {"id": (row["id"], k), "completion": text_of(completion), "preamble": row.get("preamble", ""),
                        "test": row["test"], "entry_point": row["entry_point"], "fenced": row.get("fenced", True)}
 
-    for verdict in sandbox.judge(programs(), unsafe=args.unsafe):
-        row_id, k = verdict["id"]
-        entry = waiting[row_id]
-        entry[1] -= 1
-        entry[2][k] = verdict["reward"]
-        if entry[1] == 0:
-            del waiting[row_id]
-            yield entry[0], entry[2]
+    limits = {name: getattr(args, name) for name in sandbox.FLAGS}
+    try:
+        for verdict in sandbox.judge(programs(), runtime=args.runtime, unsafe=args.unsafe, **limits):
+            row_id, k = verdict["id"]
+            entry = waiting[row_id]
+            entry[1] -= 1
+            entry[2][k] = verdict["reward"]
+            if entry[1] == 0:
+                del waiting[row_id]
+                yield entry[0], entry[2]
+    except RuntimeError as error:  # no isolation works here
+        rows.fail(error)
 
 
 def function_reward(todo, args):
