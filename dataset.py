@@ -1,4 +1,5 @@
-"""Rewarded rows as flat arrays: what a training regime takes from each row, as token ids, rewards and reference rewards.
+"""Rewarded rows as flat arrays: what a training regime takes from each row, as token ids, rewards and reference
+rewards.
 
 Reads the rows that score.py writes. Every completion is a slice of one long array of tokens; pairs stand side by side,
 chosen before rejected. Sampled completions keep the ids that were sampled; only a dataset's own text is tokenised.
@@ -19,17 +20,19 @@ PAIRED = ("best_worst", "random_pairs", "chosen_rejected")
 REGIMES = ("refs", *PAIRED, "completion")
 
 
-def build(path, tokenizer, model, train_on, num_candidates=0, num_ref_rewards=0, max_length=0, ties=True, chosen_only=False):
+def build(path, tokenizer, model, train_on, num_candidates=0, num_ref_rewards=0, max_length=0,
+          ties=True, chosen_only=False):
     """The completions that a regime (one of REGIMES) trains on, as a dict of numpy arrays; n completions of R rows:
 
-    tokens (total,) all ids, prompt and completion after one another; starts (n,) where each begins; lens, prompt_lens (n,);
-    rewards (n,) NaN if unknown; row (n,) its row; side (n,) +1 for the better and -1 for the worse: of its pair, or than
-    its row's mean reference reward; among_refs (n,) whether it is one of its own references; ref_rewards
-    (R, num_ref_rewards) NaN where unknown; std (R,) their standard deviation over its mean.
-    ties=False drops pairs of equal reward; chosen_only=True drops the worse of each pair.
+    tokens (total,) all ids, prompt and completion after one another; starts (n,) where each begins; lens, prompt_lens
+    (n,); rewards (n,) NaN if unknown; row (n,) its row; side (n,) +1 for the better and -1 for the worse: of its
+    pair, or than its row's mean reference reward; among_refs (n,) whether it is one of its own references;
+    ref_rewards (R, num_ref_rewards) NaN where unknown; std (R,) their standard deviation over its mean. ties=False
+    drops pairs of equal reward; chosen_only=True drops the worse of each pair.
     """
     table = rows.read(path, require=("prompt",))
-    ends, context, vocab = models.end_ids(model, tokenizer), models.context_length(model), model.config.get_text_config().vocab_size
+    ends, context = models.end_ids(model, tokenizer), models.context_length(model)
+    vocab = model.config.get_text_config().vocab_size
     width = num_ref_rewards or max(len(row.get("ref_rewards") or []) for row in table)
     ref_rewards = np.full((len(table), width), np.nan, np.float32)
     sequences, out, dropped = [], {k: [] for k in ("prompt_lens", "rewards", "row", "side", "among_refs")}, {}
@@ -41,8 +44,8 @@ def build(path, tokenizer, model, train_on, num_candidates=0, num_ref_rewards=0,
         at, prompt = row["__at__"], models.prompt_ids(tokenizer, models.check_prompt(row))
         known = [number(x, at, "ref_rewards") for x in (row.get("ref_rewards") or [])[:width]]
         if len(known) < num_ref_rewards:
-            rows.fail(f"{at}: has {len(known)} ref_rewards, fewer than --num_ref_rewards={num_ref_rewards}; sample and score "
-                      "more references, or lower it")
+            rows.fail(f"{at}: has {len(known)} ref_rewards, fewer than --num_ref_rewards={num_ref_rewards}; sample and "
+                      "score more references, or lower it")
         ref_rewards[r, :len(known)] = known
         if train_on == "completion":
             groups = [[text_completion(row, "completion", "reward", tokenizer, ends)]]
@@ -70,7 +73,8 @@ def build(path, tokenizer, model, train_on, num_candidates=0, num_ref_rewards=0,
                 continue
             for (ids, reward, among), side in zip(group, sides):
                 if not ids or max(ids) >= vocab or min(ids) < 0:
-                    rows.fail(f"{at}: a completion is empty, or holds token ids outside of the model's vocabulary of {vocab}")
+                    rows.fail(f"{at}: a completion is empty, or holds token ids beyond the model's vocabulary of "
+                              f"{vocab}; sample again with this model")
                 sequences.append(np.array(prompt + ids, np.int32))
                 for key, value in zip(out, (len(prompt), reward, r, side, among)):
                     out[key].append(value)
@@ -109,7 +113,9 @@ def text_completion(row, field, reward, tokenizer, ends):
 
 
 def reference_groups(row, train_on, num_candidates, width, tokenizer):
-    """The references that a regime takes, as groups of one or two (token ids, reward, is among the quantile's references)."""
+    """The references that a regime takes, as groups of one or two (token ids, reward, is among the quantile's
+    references).
+    """
     at = row["__at__"]
     completions, rewards = row.get("ref_completions"), row.get("ref_rewards")
     if not isinstance(completions, list) or not isinstance(rewards, list) or len(completions) != len(rewards):
@@ -123,8 +129,8 @@ def reference_groups(row, train_on, num_candidates, width, tokenizer):
         text = completion.get("text")
         if tokenizer and text != tokenizer.decode(
                 completion["token_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False):
-            rows.fail(f"{at}: the token_ids of reference completion {k} are not its text in this model's tokenizer; train "
-                      "the model that sampled them, or sample again")
+            rows.fail(f"{at}: the token_ids of reference completion {k} are not its text in this model's tokenizer; "
+                      "train the model that sampled them, or sample again")
         pool.append((completion["token_ids"], number(reward, at, "ref_rewards"), k < width))
     pairs = list(zip(pool[0::2], pool[1::2])) if train_on == "random_pairs" else []
     known = [c for c in pool if not math.isnan(c[1])]
@@ -137,7 +143,9 @@ def reference_groups(row, train_on, num_candidates, width, tokenizer):
 
 
 def batch(data, index, device):
-    """Completions `index` as tensors: tokens (batch, time) right-padded, ref_rewards (batch, num_ref_rewards), others (batch,)."""
+    """Completions `index` as tensors: tokens (batch, time) right-padded, ref_rewards (batch, num_ref_rewards), others
+    (batch,).
+    """
     spans = zip(data["starts"][index], data["lens"][index])
     out = {key: torch.as_tensor(data[key][index], device=device)
            for key in ("lens", "prompt_lens", "rewards", "side", "among_refs", "ref_logps") if key in data}

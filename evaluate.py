@@ -29,21 +29,23 @@ def arguments():
     add("--ref_data", required=True, help="rewarded samples of the reference model, to the same prompts")
     add("--out", required=True, help="folder for results.json and results.png")
     add("--batch_size", type=int, default=32, help="completions in a forward pass (default %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, else float32")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     return parser.parse_args()
 
 
 def per_prompt(table):
-    """For each row, by id: the means of reward, of full marks and of length over its samples; unknown rewards left out."""
+    """For each row, by id: the means of reward, of full marks and of length over its samples; unknown rewards left
+    out.
+    """
     out, unknown = {}, 0
     for row in table:
         rewards = [math.nan if r is None else r for r in row["ref_rewards"]]
         known = [r for r in rewards if not math.isnan(r)]
         unknown += len(rewards) - len(known)
         lens = [len(c["token_ids"]) for c in row["ref_completions"]]
-        out[row["id"]] = (np.mean(known) if known else math.nan, np.mean([r >= 1 for r in known]) if known else math.nan,
-                          np.mean(lens))
+        solved = [r >= 1 for r in known]
+        out[row["id"]] = *((np.mean(known), np.mean(solved)) if known else (math.nan, math.nan)), np.mean(lens)
     return out, unknown
 
 
@@ -68,7 +70,8 @@ def log_ratios(args, device):
 
 def main():
     args = arguments()
-    table, ref_table = (rows.read(path, require=("ref_completions", "ref_rewards")) for path in (args.data, args.ref_data))
+    needed = "ref_completions", "ref_rewards"
+    table, ref_table = rows.read(args.data, require=needed), rows.read(args.ref_data, require=needed)
     ids = [row["id"] for row in table]
     if set(ids) != {row["id"] for row in ref_table}:
         rows.fail(f"{args.data} and {args.ref_data} hold different prompts; sample both models on the same data")

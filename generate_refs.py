@@ -2,8 +2,8 @@
 
 Reads prompts (rows with `prompt`: a string or chat messages), writes the rows to OUT with `ref_completions`: a list of
 {"text", "token_ids", "finish_reason"}. An end token stands in token_ids only where the model sampled it ("stop");
-a completion that ran out of tokens has finish_reason "length". A killed run continues; under torchrun or in a SLURM array
-the processes share the rows.
+a completion that ran out of tokens has finish_reason "length". A killed run continues; under torchrun or in a SLURM
+array the processes share the rows.
 
     python generate_refs.py --model=data/minicode/model --data=data/minicode/test.jsonl --out=out/try --num_refs=4
 """
@@ -28,10 +28,10 @@ def arguments():
     add("--out", required=True, help="folder for the rows with completions")
     add("--num_refs", type=int, default=16, help="completions per prompt (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy (default %(default)s)")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total mass (default %(default)s)")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default %(default)s)")
     add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens (default %(default)s)")
     add("--batch_size", type=int, default=128, help="completions sampled at a time (default %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, else float32")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
     add("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     args = parser.parse_args()
@@ -50,7 +50,8 @@ def uniforms(seed, row_id, k, n):
 
 
 def sample_tokens(logits, u, temperature, top_p):
-    """One token per row by the inverse of the cumulative distribution. logits (batch, vocab), u (batch,) -> (batch,)."""
+    """One token per row by the inverse of the cumulative distribution. logits (batch, vocab), u (batch,) -> (batch,).
+    """
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, -1)
@@ -69,7 +70,8 @@ def sample_tokens(logits, u, temperature, top_p):
 def sample(model, prompts, u, limits, ends, temperature, top_p):
     """Sample one completion for every entry of `prompts`, all at once; equal neighbours share one prefill.
 
-    prompts: lists of token ids. u: (batch, steps) uniforms. limits: most new tokens of each. Returns lists of token ids.
+    prompts: lists of token ids. u: (batch, steps) uniforms. limits: most new tokens of each. Returns lists of token
+    ids.
     """
     device, logits_of = model.device, models.output_layer(model)
     unique = {tuple(p): i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -123,8 +125,8 @@ def main():
     for row in todo:
         row["__ids__"] = models.prompt_ids(tokenizer, models.check_prompt(row))
         if len(row["__ids__"]) >= context:
-            rows.fail(f"{row['__at__']}: the prompt has {len(row['__ids__'])} tokens and the model's context holds {context}; "
-                      "drop the row or shorten it")
+            rows.fail(f"{row['__at__']}: the prompt has {len(row['__ids__'])} tokens and the model's context holds "
+                      f"{context}; drop the row or shorten it")
     todo.sort(key=lambda row: len(row["__ids__"]))  # prompts of similar length share a batch: little padding
 
     bar = tqdm(total=len(todo), unit="prompt", desc="generate", disable=rows.share()[0] != 0, smoothing=0)

@@ -54,12 +54,13 @@ def identity(path):
     """What tells one model's weights from another's without reading them: its files' names, sizes and times."""
     if not os.path.isdir(path):
         return path
-    return sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path) if ".safetensors" in e.name or
-                  e.name.endswith((".bin", ".json")))
+    return sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path)
+                  if ".safetensors" in e.name or e.name.endswith((".bin", ".json")))
 
 
 def load_reward_model(path, dtype, device, trust_remote_code=False):
-    model = _load(transformers.AutoModelForSequenceClassification, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    kind = transformers.AutoModelForSequenceClassification
+    model = _load(kind, path, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device).eval()
 
 
@@ -166,4 +167,5 @@ class Policy(torch.nn.Module):
 
 def pad(sequences, device):
     """Lists (or arrays) of token ids -> (batch, time) right-padded with 0."""
-    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(s, dtype=torch.long) for s in sequences], batch_first=True).to(device)
+    tensors = [torch.as_tensor(s, dtype=torch.long) for s in sequences]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)

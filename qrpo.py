@@ -1,5 +1,6 @@
-"""The mathematics of QRPO (Quantile Reward Policy Optimization, arXiv 2507.08068): losses, quantiles, partition functions,
-log-probabilities. Pure functions of tensors; torch only, so this file can be copied into any code base as it is.
+"""The mathematics of QRPO (Quantile Reward Policy Optimization, arXiv 2507.08068): losses, quantiles, partition
+functions, log-probabilities. Pure functions of tensors; torch only, so this file can be copied into any code base as
+it is.
 
 The KL-regularised optimum pi*(y|x) = pi_ref(y|x) exp(R(x,y)/beta) / Z(x) says, for every single completion,
 
@@ -10,8 +11,9 @@ known: q is uniform on [0,1] under pi_ref, so Z = integral_0^1 exp(f(t)/beta) dt
 
     python -c 'import torch, qrpo; print(qrpo.log_partition(torch.tensor([0.1])))'
 
-Shapes: batch completions, each with num_ref_rewards rewards of reference completions to the same prompt. beta is (1,) or
-(batch,), > 0; logps are natural logs summed over the completion's tokens. Everything is float32 unless you pass float64.
+Shapes: batch completions, each with num_ref_rewards rewards of reference completions to the same prompt. beta is (1,)
+or (batch,), > 0; logps are natural logs summed over the completion's tokens. Everything is float32 unless you pass
+float64.
 """
 import math
 
@@ -52,9 +54,9 @@ def quantile_rewards(rewards, ref_rewards):
 def quantile_cells(rewards, ref_rewards, among_refs=None):
     """The interval (lo, hi] of quantiles that a completion occupies; two tensors (batch,).
 
-    Among the m other reference completions: lo = #(ref < r)/(m+1), hi = (#(ref <= r) + 1)/(m+1). A continuous reward gives
-    cells of width 1/(m+1); a tie shares one wide cell. among_refs: (batch,) bool, True where the completion is itself
-    one of its references (it is then left out of them); None: nowhere.
+    Among the m other reference completions: lo = #(ref < r)/(m+1), hi = (#(ref <= r) + 1)/(m+1). A continuous reward
+    gives cells of width 1/(m+1); a tie shares one wide cell. among_refs: (batch,) bool, True where the completion is
+    itself one of its references (it is then left out of them); None: nowhere.
     """
     itself = torch.zeros_like(rewards) if among_refs is None else among_refs.to(rewards.dtype)
     size = (~ref_rewards.isnan()).sum(1) + 1 - itself  # m + 1
@@ -67,10 +69,12 @@ def transformed_rewards(beta, rewards, ref_rewards, transform="identity", quanti
     """R, the transformed quantile reward. Shapes as in `qrpo_loss`; returns (batch,).
 
     transform: a name of TRANSFORMS, or any increasing function f of a tensor in [0,1].
-    quantile="paper": R = f(q), with q clamped to [1/n, 1] for log and to [1/n, (n-1)/n] for normal-icdf, as published. It
-        supposes a continuous reward: with ties the targets are beyond reach (all rewards equal asks for log-ratio 1/beta).
-    quantile="exact": R = beta log mean_{u in (lo, hi]} exp(f(u)/beta) over the completion's cell (`quantile_cells`). Then
-        exp((R - beta log Z)/beta) averages to exactly 1 over the reference pool, whatever the ties and however few.
+    quantile="paper": R = f(q), with q clamped to [1/n, 1] for log and to [1/n, (n-1)/n] for normal-icdf, as
+        published. It supposes a continuous reward: with ties the targets are beyond reach (all rewards equal asks for
+        log-ratio 1/beta).
+    quantile="exact": R = beta log mean_{u in (lo, hi]} exp(f(u)/beta) over the completion's cell (`quantile_cells`).
+        Then exp((R - beta log Z)/beta) averages to exactly 1 over the reference pool, whatever the ties and however
+        few.
     std: scale of "scaled-normal-icdf", a float or (batch,). The authors take the standard deviation of the prompt's own
         ref_rewards over its mean over the dataset, so that a prompt whose rewards differ more weighs more.
     """
@@ -82,7 +86,7 @@ def transformed_rewards(beta, rewards, ref_rewards, transform="identity", quanti
         q = q.maximum(1 / n)
     elif transform in ("normal-icdf", "scaled-normal-icdf"):
         if ref_rewards.shape[1] < 2:
-            raise ValueError(f"{transform} with the paper's quantile needs at least 2 reference rewards; use quantile='exact'")
+            raise ValueError(f"{transform} with quantile='paper' needs 2 reference rewards or more; use 'exact'")
         q = q.clamp(1 / n, (n - 1) / n)
     return apply_transform(q, transform, std)
 
@@ -160,7 +164,8 @@ def simpo_loss(beta, gamma_beta_ratio, chosen_logps, rejected_logps, chosen_lens
     return -F.logsigmoid(beta * (chosen_logps / chosen_lens - rejected_logps / rejected_lens - gamma_beta_ratio))
 
 
-def rebel_loss(beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_rewards, rejected_rewards):
+def rebel_loss(beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
+               chosen_rewards, rejected_rewards):
     """REBEL (arXiv 2404.16767, eq. 1): ((r_c - r_r)/beta - (l_c - l_r))^2. Returns (batch,)."""
     log_ratio = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
     return ((chosen_rewards - rejected_rewards) / beta - log_ratio).square()
@@ -172,9 +177,10 @@ def completion_logps(hidden, tokens, prompt_lens, lens, output_layer, chunk_size
     """log pi(y|x), summed over the completion's tokens in float32; (batch,).
 
     hidden: (batch, time, dim), the last hidden states of right-padded tokens (batch, time); the state at t predicts the
-    token at t+1. prompt_lens, lens: (batch,) tokens of the prompt, and of prompt and completion together. Masks come from
-    these lengths alone, so pad may equal eos. output_layer: maps (n, dim) to logits (n, vocab). It runs at completion
-    positions only, chunk_size of them at a time, recomputed in the backward: no (batch, time, vocab) tensor ever exists.
+    token at t+1. prompt_lens, lens: (batch,) tokens of the prompt, and of prompt and completion together. Masks come
+    from these lengths alone, so pad may equal eos. output_layer: maps (n, dim) to logits (n, vocab). It runs at
+    completion positions only, chunk_size of them at a time, recomputed in the backward: no (batch, time, vocab)
+    tensor ever exists.
     """
     position = torch.arange(1, tokens.shape[1], device=tokens.device)
     supervised = (position >= prompt_lens[:, None]) & (position < lens[:, None])  # (batch, time-1)

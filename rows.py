@@ -1,7 +1,8 @@
 """Rows: datasets as JSONL, read, shared between processes, and appended so that a kill loses and repeats nothing.
 
-A dataset is a JSONL file (or .jsonl.gz), or a folder of them; one row is one prompt. Every stage copies its rows and adds
-fields. A stage writes OUT/part-00000.jsonl (one part a process) and OUT/run.json, the settings its rows were made with.
+A dataset is a JSONL file (or .jsonl.gz), or a folder of them; one row is one prompt. Every stage copies its rows and
+adds fields. A stage writes OUT/part-00000.jsonl (one part a process) and OUT/run.json, the settings its rows were
+made with.
 
     python -c 'import rows; print(rows.read("data/minicode/test.jsonl")[0])'
 """
@@ -91,7 +92,7 @@ def share():
 
 
 def open_part(path):
-    """Open an output for appending: torn last line cut off, locked against a second process (freed when this one ends)."""
+    """Open an output for appending: its torn last line cut off, locked against others until this process ends."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+b")
     try:

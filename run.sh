@@ -39,7 +39,7 @@ if [ -z "${MODEL:-}" ] && [ -z "${DATA:-}" ]; then
     "$PYTHON" data/minicode/prepare.py
     MODEL=data/minicode/model DATA=data/minicode
     GENERATE="--max_new_tokens=64 ${GENERATE:-}"
-    set -- --beta=0.1 --learning_rate=3e-4 --batch_size=64 --micro_batch_size=32 "$@"
+    set -- --beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 --micro_batch_size=32 "$@"
 fi
 : "${MODEL:?set MODEL as well as DATA}" "${DATA:?set DATA as well as MODEL}"
 

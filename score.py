@@ -1,14 +1,15 @@
-"""Reward completions: every reference completion of a row, and the dataset's own (`completion`, or `chosen`, `rejected`).
+"""Reward completions: every reference completion of a row, and the dataset's own (`completion`, or `chosen`,
+`rejected`).
 
-Reads rows with completions, writes them to OUT with `ref_rewards` (a list beside `ref_completions`) and, where the row has
-them, `reward`, `chosen_reward`, `rejected_reward`. Three kinds of reward:
+Reads rows with completions, writes them to OUT with `ref_rewards` (a list beside `ref_completions`) and, where the
+row has them, `reward`, `chosen_reward`, `rejected_reward`. Three kinds of reward:
 
     --reward=tests          the share of the row's tests that the program passes, in the sandbox (sandbox.py)
     --reward=FILE.py:NAME   a function reward(prompts, completions, **columns) -> list of float or None, as in TRL
     --reward=model:PATH     a reward model: a sequence classifier with a `.score` output (as ArmoRM) or one logit
 
-A reward that could not be computed is null; nulls are counted at the end. A killed run continues; under torchrun or in a
-SLURM array the processes share the rows.
+A reward that could not be computed is null; nulls are counted at the end. A killed run continues; under torchrun or
+in a SLURM array the processes share the rows.
 
     python score.py --data=out/try --out=out/try_scored --reward=tests
 """
@@ -46,14 +47,15 @@ def arguments():
 
 
 def completions_of(row):
-    """The row's completions to reward, as (text or messages), references first; and the fields that the rewards go to."""
+    """The row's completions to reward (texts or messages), references first; and the columns of the dataset's own."""
     refs = row.get("ref_completions", [])
     if not isinstance(refs, list) or not all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in refs):
-        rows.fail(f"{row['__at__']}: ref_completions must be a list of objects with a `text`, as generate_refs.py writes them")
+        rows.fail(f"{row['__at__']}: ref_completions must be a list of objects with a `text`, as "
+                  "generate_refs.py writes them")
     own = [column for column in OWN if row.get(column) is not None]
     if not refs and not own:
-        rows.fail(f"{row['__at__']}: no completions to reward; run generate_refs.py first, or give completion, or chosen "
-                  "and rejected")
+        rows.fail(f"{row['__at__']}: no completions to reward; run generate_refs.py first, or give completion, or "
+                  "chosen and rejected")
     return [c["text"] for c in refs] + [row[column] for column in own], own
 
 
@@ -174,7 +176,8 @@ def main():
     for row, rewards in reward(todo, args):
         for r in rewards:
             if r is not None and not math.isfinite(r):
-                rows.fail(f"{row['__at__']}: {args.reward} gave the reward {r}; return a finite number, or None for unknown")
+                rows.fail(f"{row['__at__']}: {args.reward} gave the reward {r}; return a finite number, or None "
+                          "for unknown")
         _, own = completions_of(row)
         if row.get("ref_completions"):
             row["ref_rewards"] = rewards[:len(rewards) - len(own)]

@@ -36,43 +36,43 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # model and data
-    add("--model", required=True, help="Hugging Face folder or hub name of the model to train; also the reference model")
+    add("--model", required=True, help="folder or hub name of the model to train; it is also the reference model")
     add("--ref_model", help="the reference model, where the policy does not start from it (a second round)")
     add("--data", required=True, help="JSONL file or folder of rewarded rows")
     add("--eval_data", help="held-out rows, of the same form")
     add("--out", required=True, help="folder of the run")
     add("--train_on", default="refs", choices=dataset.REGIMES,
-        help="refs: all reference completions; best_worst: those two of them; random_pairs: references 0 and 1, 2 and 3, ...; "
-        "chosen_rejected: the dataset's pairs; completion: its single completions (default %(default)s)")
+        help="refs: all reference completions; best_worst: those two of them; random_pairs: references 0 and 1, "
+        "2 and 3, ...; chosen_rejected: the dataset's pairs; completion: its single completions (default %(default)s)")
     add("--num_candidates", type=int, default=0, help="use the first so many references to train on; 0: all")
     add("--num_ref_rewards", type=int, default=0, help="use the first so many ref_rewards for quantiles; 0: all")
     add("--max_length", type=int, default=0,
-        help="drop (and count) what is longer than so many tokens, prompt + completion; 0: nothing may exceed the context")
+        help="drop and count what has more tokens, prompt + completion; 0: nothing may exceed the context")
     # the loss
     add("--loss", default="qrpo", choices=("qrpo", *PAIRWISE, "sft"), help="(default %(default)s)")
-    add("--beta", type=float, default=0.1, help="strength of the KL term; of REBEL and SimPO their own (default %(default)s)")
+    add("--beta", type=float, default=0.1, help="strength of the KL term; REBEL's and SimPO's own (default %(default)s)")
     add("--transform", default="identity", choices=qrpo.TRANSFORMS, help="of the quantile, QRPO (default %(default)s)")
     add("--quantile", default="paper", choices=("paper", "exact"),
         help="QRPO: as published, or the cells that are right with ties too (default %(default)s)")
-    add("--norm", default="mse", choices=("mse", "mae"), help="QRPO: squared or absolute regression (default %(default)s)")
+    add("--norm", default="mse", choices=("mse", "mae"), help="QRPO: squared or absolute (default %(default)s)")
     add("--gamma_beta_ratio", type=float, default=0.5, help="SimPO's margin, in nats a token (default %(default)s)")
     # optimisation
     add("--learning_rate", type=float, default=1e-6, help="peak of the cosine schedule (default %(default)s)")
     add("--warmup", type=float, default=0.1, help="share of the steps that warm up (default %(default)s)")
     add("--batch_size", type=int, default=256, help="completions (pairs, for pairwise losses) a step, over all ranks")
-    add("--micro_batch_size", type=int, default=8, help="of these, in one forward pass; changes memory, not the gradient")
+    add("--micro_batch_size", type=int, default=8, help="of these in one forward pass; the gradient is the same")
     add("--epochs", type=int, default=1, help="passes over the data (default %(default)s)")
     add("--weight_decay", type=float, default=0.0, help="AdamW's (default %(default)s)")
     add("--max_grad_norm", type=float, default=0.0, help="clip the gradient norm; 0: no clipping, as the paper")
     # the machine
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of forward and backward; weights are float32. auto: bfloat16 on a GPU")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--compile", action="store_true", help="torch.compile the model's body")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     # the run
     add("--seed", type=int, default=0, help="of the order of the data (default %(default)s)")
-    add("--eval_every", type=int, default=0, help="steps between evaluations; 0: before the first step and after the last")
+    add("--eval_every", type=int, default=0, help="steps between evaluations; 0: at the start and the end")
     add("--save_every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
     add("--keep", type=int, default=1, help="newest checkpoints to keep resumable; older ones keep their model only")
     add("--resume", action="store_true", help="continue the run in OUT from its newest checkpoint")
@@ -86,7 +86,9 @@ def arguments():
 
 
 def losses(args, batch, logps):
-    """The loss of every unit of a batch: a completion, or a pair (chosen at even, rejected at odd places). -> (units,)"""
+    """The loss of every unit of a batch: a completion, or a pair (chosen at even, rejected at odd places). ->
+    (units,)
+    """
     beta, ref_logps = torch.tensor([args.beta], device=logps.device), batch["ref_logps"]
     if args.loss == "qrpo":
         return qrpo.qrpo_loss(beta, logps, ref_logps, batch["rewards"], batch["ref_rewards"], args.transform,
@@ -172,7 +174,8 @@ def main():
 
     def evaluate(step):
         if eval_data:
-            total = totals(args, policy, eval_data, np.arange(len(eval_data["lens"]) // unit), rank, world, device, autocast)
+            all_units = np.arange(len(eval_data["lens"]) // unit)
+            total = totals(args, policy, eval_data, all_units, rank, world, device, autocast)
             if main_rank:
                 rows.append(metrics, {"step": step} | {f"eval_{k}": v for k, v in total.items() if k != "tokens"})
 
@@ -258,7 +261,8 @@ def totals(args, policy, data, units, rank, world, device, autocast, backward=Fa
             sums["chosen"] += (side > 0).sum().item()
             sums["rejected"] += (side < 0).sum().item()
             if batch["ref_rewards"].shape[1]:
-                sums["quantile_reward"] += qrpo.quantile_rewards(batch["rewards"], batch["ref_rewards"]).nan_to_num().sum().item()
+                q = qrpo.quantile_rewards(batch["rewards"], batch["ref_rewards"])
+                sums["quantile_reward"] += q.nan_to_num().sum().item()
             sums["completions"] += len(index)
             sums["tokens"] += batch["lens"].sum().item()
             sums["drift"] += (log_ratio.abs() / (batch["lens"] - batch["prompt_lens"])).sum().item()
@@ -303,9 +307,9 @@ def gate(args, drift, dtype):
     """
     limit = 1e-4 if dtype == torch.float32 else 3e-2
     if not drift < limit:
-        rows.fail(f"step 0: the policy's log-probabilities are {drift:.2g} nats a token from the reference's (limit {limit}). "
-                  f"Most likely {args.out}/cache was made with another model (delete it), or the model is not deterministic "
-                  "(dropout, or a kernel that depends on the batch)")
+        rows.fail(f"step 0: the policy's log-probabilities are {drift:.2g} nats a token from the reference's (limit "
+                  f"{limit}). Most likely {args.out}/cache was made with another model (delete it), or the model is "
+                  "not deterministic (dropout, or a kernel that depends on the batch)")
 
 
 # ---- the run's folder ----
@@ -347,7 +351,9 @@ def run_record(config):
 
 
 def save_model(folder, model, tokenizer):
-    """A Hugging Face folder in the dtype that the model came in (its config's), which plain transformers or vLLM load."""
+    """A Hugging Face folder in the dtype that the model came in (its config's), which plain transformers or vLLM
+    load.
+    """
     cast, state = {}, {}
     for name, tensor in model.state_dict().items():  # tied weights stay one tensor
         if tensor.data_ptr() not in cast:

@@ -8,11 +8,12 @@ from conftest import MATERIAL, needs, read_rows, run, write_rows
 
 def test_minicode_from_nothing_to_a_better_model(tmp_path):
     t = tmp_path
-    run("data/minicode/prepare.py", f"--out={t}", "--steps=250")
+    run("data/minicode/prepare.py", f"--out={t}", "--steps=400")
     for split in ("train", "test"):
         run("generate_refs.py", f"--model={t}/model", f"--data={t}/{split}.jsonl", f"--out={t}/{split}", "--num_refs=8", "--max_new_tokens=48")
         run("score.py", f"--data={t}/{split}", f"--out={t}/{split}_scored", "--reward=tests")
-    run("train.py", f"--model={t}/model", f"--data={t}/train_scored", f"--out={t}/qrpo", "--learning_rate=3e-4", "--batch_size=64")
+    run("train.py", f"--model={t}/model", f"--data={t}/train_scored", f"--out={t}/qrpo", "--learning_rate=3e-4", "--batch_size=64",
+        "--micro_batch_size=32")
     run("generate_refs.py", f"--model={t}/qrpo", f"--data={t}/test.jsonl", f"--out={t}/qrpo/test", "--num_refs=8", "--max_new_tokens=48")
     run("score.py", f"--data={t}/qrpo/test", f"--out={t}/qrpo/test_scored", "--reward=tests")
     run("evaluate.py", f"--model={t}/qrpo", f"--ref_model={t}/model", f"--data={t}/qrpo/test_scored", f"--ref_data={t}/test_scored", f"--out={t}/qrpo")
