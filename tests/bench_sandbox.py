@@ -24,8 +24,8 @@ import sandbox  # noqa: E402
 def trivial(count):
     """Programs that all differ, for equal ones would run once."""
     tests = "def check(candidate):\n" + "".join(f"    assert candidate(x={x}) == {x * x}\n" for x in range(10))
-    return [{"id": n, "completion": f"```python\ndef f(x):\n    return x * x + {n} * 0\n```", "test": tests,
-             "entry_point": "f"} for n in range(count)]
+    return [{"id": n, "completion": f"```python\ndef f(x):\n    return x * x + {n} * 0\n```",
+             "test": tests, "entry_point": "f"} for n in range(count)]
 
 
 def leetcode():
@@ -36,7 +36,7 @@ def leetcode():
 
 
 def cpu():
-    """CPU seconds of this process and of its ended descendants, those included that a runtime leaves behind unreaped."""
+    """CPU seconds of this process and of its ended descendants, also of those that a runtime leaves unreaped."""
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     try:
         while True:
