@@ -122,7 +122,6 @@ def function_reward(todo, args):
 def model_reward(todo, args):
     """A sequence classifier over the chat of prompt and completion. The result does not depend on the batch."""
     import torch
-    import transformers
     import models
     device, path = models.device(), args.reward.removeprefix("model:")
     tokenizer = models.load_tokenizer(path, args.trust_remote_code)

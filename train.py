@@ -50,7 +50,7 @@ def arguments():
         help="drop and count what has more tokens, prompt + completion; 0: nothing may exceed the context")
     # the loss
     add("--loss", default="qrpo", choices=("qrpo", *PAIRWISE, "sft"), help="(default %(default)s)")
-    add("--beta", type=float, default=0.1, help="strength of the KL term; REBEL's and SimPO's own (default %(default)s)")
+    add("--beta", type=float, default=0.1, help="of the loss; QRPO: strength of the KL term (default %(default)s)")
     add("--transform", default="identity", choices=qrpo.TRANSFORMS, help="of the quantile, QRPO (default %(default)s)")
     add("--quantile", default="paper", choices=("paper", "exact"),
         help="QRPO: as published, or the cells that are right with ties too (default %(default)s)")

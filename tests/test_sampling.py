@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import generate_refs
 import models
@@ -35,9 +36,9 @@ def test_tokens_follow_the_exact_probabilities(temperature, top_p):
 
 
 def test_extreme_random_numbers_never_pick_an_impossible_token():
-    logits = torch.tensor([[0.0, 1.0, -float("inf")]]).expand(2, 3)
+    logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]]).expand(2, 4)
     tokens = generate_refs.sample_tokens(logits, torch.tensor([0.0, 1 - 2 ** -24]), 1.0, 1.0)
-    assert tokens.tolist() == [0, 1]
+    assert tokens.tolist() == [1, 2]
 
 
 def test_greedy_sampling_is_the_models_own(tiny):
@@ -85,7 +86,10 @@ def test_prompts_never_begin_with_two_bos_and_chat_goes_through_the_template(tin
     answer = models.completion_ids(tokenizer, chat, "yes", [eos])  # the newline after the turn's end is not learned
     assert tokenizer.decode(answer) == "yes<eos>"
     assert models.completion_ids(tokenizer, chat, [{"role": "assistant", "content": "yes"}], [eos]) == answer
-    assert models.prompt_ids(tokenizer, "<bos>hi").count(bos) == 1
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # a tokenizer that puts BOS before, EOS behind a text
+        single="<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)])
+    for text in ("hi", "<bos>hi"):
+        assert tokenizer.decode(models.prompt_ids(tokenizer, text)) == "<bos>hi"
     assert tokenizer.decode(models.completion_ids(tokenizer, "hi", " there", [eos])) == " there<eos>"
 
 
