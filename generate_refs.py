@@ -1,7 +1,7 @@
 """Sample completions from a model: the reference completions whose rewards give QRPO its quantiles, or an evaluation's.
 
-Reads prompts (rows with `prompt`: a string or chat messages), writes the rows to OUT with `ref_completions`: a list of
-{"text", "token_ids", "finish_reason"}. An end token stands in token_ids only where the model sampled it ("stop");
+Reads prompts (rows with `prompt`: a string or chat messages), writes the rows to OUT with `ref_completions` (or, with
+--field=samples, `samples`): a list of {"text", "token_ids", "finish_reason"}. An end token stands in token_ids only where the model sampled it ("stop");
 a completion that ran out of tokens has finish_reason "length". A killed run continues; under torchrun or in a SLURM
 array the processes share the rows.
 
@@ -26,6 +26,8 @@ def arguments():
     add("--model", required=True, help="Hugging Face folder or hub name of the causal LM")
     add("--data", required=True, help="JSONL file or folder of prompts")
     add("--out", required=True, help="folder for the rows with completions")
+    add("--field", default="ref_completions", choices=("ref_completions", "samples"),
+        help="samples: of a trained policy, beside the references, to evaluate it or to train on (default %(default)s)")
     add("--num_refs", type=int, default=16, help="completions per prompt (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy (default %(default)s)")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default %(default)s)")
@@ -123,6 +125,8 @@ def main():
 
     todo, part = rows.continue_stage(args.data, args.out, settings, require=("prompt",))
     for row in todo:
+        if row.get(args.field) is not None:
+            rows.fail(f"{row['__at__']}: has {args.field} already; remove them, or give --field=samples")
         row["__ids__"] = models.prompt_ids(tokenizer, models.check_prompt(row))
         if len(row["__ids__"]) >= context:
             rows.fail(f"{row['__at__']}: the prompt has {len(row['__ids__'])} tokens and the model's context holds "
@@ -144,7 +148,7 @@ def main():
             total += len(ids)
             if k == args.num_refs - 1:
                 sampled = row.pop("__sampled__")
-                rows.append(part, {key: v for key, v in row.items() if key != "__ids__"} | {"ref_completions": sampled})
+                rows.append(part, {key: v for key, v in row.items() if key != "__ids__"} | {args.field: sampled})
                 bar.update()
         bar.set_postfix_str(f"{total / (time.time() - start):,.0f} tokens/s")
     bar.close()

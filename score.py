@@ -1,8 +1,8 @@
-"""Reward completions: every reference completion of a row, and the dataset's own (`completion`, or `chosen`,
+"""Reward completions: those sampled (`ref_completions`, `samples`) and the dataset's own (`completion`, or `chosen`,
 `rejected`).
 
-Reads rows with completions, writes them to OUT with `ref_rewards` (a list beside `ref_completions`) and, where the
-row has them, `reward`, `chosen_reward`, `rejected_reward`. Three kinds of reward:
+Reads rows with completions, writes them to OUT with the rewards beside: `ref_rewards` and `sample_rewards` (lists),
+`reward`, `chosen_reward`, `rejected_reward`. Rewards that a row has already are kept. Three kinds of reward:
 
     --reward=tests          the share of the row's tests that the program passes, in the sandbox (sandbox.py)
     --reward=FILE.py:NAME   a function reward(prompts, completions, **columns) -> list of float or None, as in TRL
@@ -15,6 +15,7 @@ in a SLURM array the processes share the rows.
 """
 import argparse
 import importlib.util
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ from tqdm import tqdm
 import rows
 import sandbox
 
-OWN = {"completion": "reward", "chosen": "chosen_reward", "rejected": "rejected_reward"}  # column -> its reward's name
+REWARDS = {"ref_completions": "ref_rewards", "samples": "sample_rewards",  # column -> its reward's name
+           "completion": "reward", "chosen": "chosen_reward", "rejected": "rejected_reward"}
+SAMPLED = "ref_completions", "samples"  # these hold lists of {"text", ...}
 
 
 def arguments():
@@ -46,17 +49,22 @@ def arguments():
     return parser.parse_args()
 
 
-def completions_of(row):
-    """The row's completions to reward (texts or messages), references first; and the columns of the dataset's own."""
-    refs = row.get("ref_completions", [])
-    if not isinstance(refs, list) or not all(isinstance(c, dict) and isinstance(c.get("text"), str) for c in refs):
-        rows.fail(f"{row['__at__']}: ref_completions must be a list of objects with a `text`, as "
-                  "generate_refs.py writes them")
-    own = [column for column in OWN if row.get(column) is not None]
-    if not refs and not own:
+def unrewarded(row):
+    """(column, completion) of everything in the row that has no reward yet; a completion is text or messages."""
+    if not any(row.get(column) for column in REWARDS):
         rows.fail(f"{row['__at__']}: no completions to reward; run generate_refs.py first, or give completion, or "
                   "chosen and rejected")
-    return [c["text"] for c in refs] + [row[column] for column in own], own
+    found = []
+    for column in [c for c in REWARDS if row.get(c) is not None and row.get(REWARDS[c]) is None]:
+        if column not in SAMPLED:
+            found.append((column, row[column]))
+            continue
+        if not isinstance(row[column], list) or not all(isinstance(c, dict) and isinstance(c.get("text"), str)
+                                                        for c in row[column]):
+            rows.fail(f"{row['__at__']}: {column} must be a list of objects with a `text`, as generate_refs.py "
+                      "writes them")
+        found += [(column, completion["text"]) for completion in row[column]]
+    return found
 
 
 def text_of(completion):
@@ -75,7 +83,7 @@ def tests_reward(todo, args):
             for field in ("test", "entry_point"):
                 if not isinstance(row.get(field), str):
                     rows.fail(f"{row['__at__']}: has no {field!r}, which --reward=tests needs")
-            completions, _ = completions_of(row)
+            completions = [c for _, c in unrewarded(row)]
             waiting[row["id"]] = [row, len(completions), [None] * len(completions)]
             for k, completion in enumerate(completions):
                 yield {"id": (row["id"], k), "completion": text_of(completion), "preamble": row.get("preamble", ""),
@@ -108,11 +116,11 @@ def function_reward(todo, args):
     if not callable(function):
         rows.fail(f"{path}: defines no function {name!r}; it has {', '.join(n for n in vars(module) if n[0] != '_')}")
     for row in todo:
-        completions, _ = completions_of(row)
+        completions = [c for _, c in unrewarded(row)]
         n, prompt = len(completions), row["prompt"]
         if not isinstance(prompt, str):  # chat prompts have chat completions, as in TRL
             completions = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
-        columns = {k: [v] * n for k, v in row.items() if k not in ("prompt", "ref_completions", "__at__", *OWN)}
+        columns = {k: [v] * n for k, v in row.items() if k not in ("prompt", "__at__", *REWARDS)}
         rewards = list(function(prompts=[prompt] * n, completions=completions, **columns))
         if len(rewards) != n:
             rows.fail(f"{args.reward}: returned {len(rewards)} rewards for the {n} completions of {row['__at__']}")
@@ -154,7 +162,7 @@ def model_reward(todo, args):
 
     todo = list(todo)
     for start in range(0, len(todo), 64):  # completions of 64 rows together, sorted by length: little padding
-        group = [(row, completions_of(row)[0]) for row in todo[start:start + 64]]
+        group = [(row, [c for _, c in unrewarded(row)]) for row in todo[start:start + 64]]
         jobs = [(i, k, ids_of(row["prompt"], c)) for i, (row, cs) in enumerate(group) for k, c in enumerate(cs)]
         jobs.sort(key=lambda job: len(job[2]))
         rewards = [[None] * len(cs) for _, cs in group]
@@ -172,15 +180,15 @@ def main():
     todo, part = rows.continue_stage(args.data, args.out, {"reward": args.reward}, require=("prompt",))
     count = total = unknown = 0
     bar = tqdm(total=len(todo), unit="row", desc="score", disable=rows.share()[0] != 0, smoothing=0)
-    for row, rewards in reward(todo, args):
+    has_none = [row for row in todo if not unrewarded(row)]  # what is rewarded already passes through
+    for row, rewards in itertools.chain(((row, []) for row in has_none),
+                                        reward([row for row in todo if unrewarded(row)], args)):
         for r in rewards:
             if r is not None and not math.isfinite(r):
                 rows.fail(f"{row['__at__']}: {args.reward} gave the reward {r}; return a finite number, or None "
                           "for unknown")
-        _, own = completions_of(row)
-        if row.get("ref_completions"):
-            row["ref_rewards"] = rewards[:len(rewards) - len(own)]
-        row.update({OWN[column]: r for column, r in zip(own, rewards[len(rewards) - len(own):])})
+        for (column, _), r in zip(unrewarded(row), rewards):
+            row[REWARDS[column]] = (row.get(REWARDS[column]) or []) + [r] if column in SAMPLED else r
         rows.append(part, row)
         known = [r for r in rewards if r is not None]
         count, total, unknown = count + len(known), total + sum(known), unknown + len(rewards) - len(known)

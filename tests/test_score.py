@@ -106,3 +106,17 @@ def test_a_wrong_function_is_named(tmp_path, body, says):
     (tmp_path / "r.py").write_text(f"def reward(prompts, completions, **kwargs):\n    {body}\n")
     done = score(tmp_path, ROWS, f"{tmp_path / 'r.py'}:reward", check=False)
     assert done.returncode == 2 and says in done.stderr and "in.jsonl:1" in done.stderr
+
+
+def test_samples_are_rewarded_beside_references_whose_rewards_stay(tiny, rewarded, tmp_path):
+    run("generate_refs.py", f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'new'}", "--field=samples",
+        "--num_refs=2", "--max_new_tokens=5", "--seed=1")
+    (tmp_path / "length.py").write_text("def length(prompts, completions, **columns):\n"
+                                        "    return [len(text) for text in completions]\n")
+    run("score.py", f"--data={tmp_path / 'new'}", f"--out={tmp_path / 'out'}", f"--reward={tmp_path / 'length.py'}:length")
+    before = {row["id"]: row for row in read_rows(rewarded)}
+    for row in read_rows(tmp_path / "out"):
+        assert row["ref_rewards"] == before[row["id"]]["ref_rewards"]
+        assert row["sample_rewards"] == [len(c["text"]) for c in row["samples"]] and len(row["samples"]) == 2
+    again = run("generate_refs.py", f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'twice'}", check=False)
+    assert again.returncode == 2 and "has ref_completions already" in again.stderr
