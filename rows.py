@@ -36,47 +36,56 @@ def files(path):
     return found
 
 
-def read(path, require=()):
-    """All rows of a dataset as dicts, each with a unique `id` (its 0-based position where the data has none).
+def stream(path, require=()):
+    """The rows of a dataset one by one as dicts, each with a unique `id` (its 0-based position where it has none).
 
-    Rows of a folder come in the order of their ids, so that it does not matter how many processes wrote it.
-    `require` names the fields that every row must have (not null).
+    `require` names the fields that every row must have (not null). `__at__` says where the row stands, for messages.
     """
-    rows, where = [], {}
+    where = {}
     for file in files(path):
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
-                lines = f.read().split(b"\n")
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        yield check(line, f"{file}:{number}", require, where)
         except (OSError, EOFError) as error:
             fail(f"{file}: cannot be read ({error}); is it whole, and readable for you?")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            at = f"{file}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                fail(f"{at}: not JSON in UTF-8 ({error}); mend or delete the line")
-            if not isinstance(row, dict):
-                fail(f"{at}: a row must be a JSON object, this is a {type(row).__name__}")
-            missing = [name for name in require if row.get(name) is None]
-            if missing:
-                fail(f"{at}: has no {missing[0]!r}; the row's fields are {', '.join(row)}")
-            row.setdefault("id", len(rows))
-            if not isinstance(row["id"], (str, int)):
-                fail(f"{at}: id must be a string or a whole number, not {row['id']!r}")
-            key = str(row["id"])
-            if key in where:
-                fail(f"{at}: id {row['id']!r} stands already at {where[key]}; ids must be unique")
-            where[key] = at
-            rows.append(row)
-    if not rows:
+    if not where:
         fail(f"{path}: holds no rows")
-    if Path(path).is_dir():
-        rows.sort(key=lambda row: (isinstance(row["id"], str), row["id"]))
-    for row in rows:
-        row["__at__"] = where[str(row["id"])]  # for error messages; `append` drops it
-    return rows
+
+
+def check(line, at, require, where):
+    """The row of a line. `where` collects the ids so far."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        fail(f"{at}: not JSON in UTF-8 ({error}); mend or delete the line")
+    if not isinstance(row, dict):
+        fail(f"{at}: a row must be a JSON object, this is a {type(row).__name__}")
+    missing = [name for name in require if row.get(name) is None]
+    if missing:
+        fail(f"{at}: has no {missing[0]!r}; the row's fields are {', '.join(row)}")
+    if not isinstance(row.setdefault("id", len(where)), (str, int)):
+        fail(f"{at}: id must be a string or a whole number, not {row['id']!r}")
+    if str(row["id"]) in where:
+        fail(f"{at}: id {row['id']!r} stands already at {where[str(row['id'])]}; ids must be unique")
+    where[str(row["id"])] = row["__at__"] = at
+    return row
+
+
+def order(path, ids):
+    """Positions of rows in the order to use them: that of the file, or by id for a folder, so that it does not matter
+    how many processes wrote it.
+    """
+    if not Path(path).is_dir():
+        return list(range(len(ids)))
+    return sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
+
+
+def read(path, require=()):
+    """All rows of a dataset, in the order to use them."""
+    rows = list(stream(path, require))
+    return [rows[i] for i in order(path, [row["id"] for row in rows])]
 
 
 def share():
@@ -105,7 +114,7 @@ def open_part(path):
 
 
 def append(file, row):
-    """Append one whole row."""
+    """Append one whole row, but for where it stood before."""
     row = {key: value for key, value in row.items() if key != "__at__"}
     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     file.flush()

@@ -181,6 +181,8 @@ def main():
     count = total = unknown = 0
     bar = tqdm(total=len(todo), unit="row", desc="score", disable=rows.share()[0] != 0, smoothing=0)
     has_none = [row for row in todo if not unrewarded(row)]  # what is rewarded already passes through
+    if has_none and rows.share()[0] == 0:
+        print(f"{args.data}: {len(has_none)} rows have all their rewards already; delete those columns to score again")
     for row, rewards in itertools.chain(((row, []) for row in has_none),
                                         reward([row for row in todo if unrewarded(row)], args)):
         for r in rewards:

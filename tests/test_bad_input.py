@@ -122,10 +122,10 @@ def test_changed_settings_are_refused(tiny, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("reward, row, says", (
     ("test", {}, ("--reward must be",)), ("nofile.py:f", {}, ("nofile.py",)),
     ("tests", {}, ("data.jsonl:1", "'test'")), ("model:/no/model", {}, ("/no/model",)),
-    ("tests", {"ref_completions": None}, ("data.jsonl:1", "'test'")),
+    ("tests", {"ref_completions": None}, ("data.jsonl:1", "no completions")),
     ("tests", {"ref_completions": "text", "test": "def check(c): pass", "entry_point": "f"}, ("data.jsonl:1", "must be a list"))))
 def test_score(tmp_path, capsys, monkeypatch, reward, row, says):
-    data = write_rows(tmp_path / "data.jsonl", [{**GOOD, **row}])
+    data = write_rows(tmp_path / "data.jsonl", [{**GOOD, "ref_rewards": None, **row}])
     refused(call(score, monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={reward}"), capsys, *says)
 
 
