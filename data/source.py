@@ -103,15 +103,18 @@ def write(path, table):
     """
     counts, new = collections.Counter(), path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(new, "w", encoding="utf-8") as f:
-        for row in tqdm(table, desc=path.name, unit="row"):
-            if isinstance(row, str):
-                counts[row] += 1
-            else:
-                counts[""] += 1
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if not counts:
-        return new.unlink()
-    os.replace(new, path)
+    try:
+        with open(new, "w", encoding="utf-8") as f:
+            for row in tqdm(table, desc=path.name, unit="row"):
+                if isinstance(row, str):
+                    counts[row] += 1
+                else:
+                    counts[""] += 1
+                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if not counts:
+            return
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
     print(f"{path}: " + "; ".join([f"{counts.total():,} rows", *(
         f"{n:,} dropped, {why}" for why, n in counts.items() if why), f"{counts['']:,} kept"]))

@@ -44,7 +44,7 @@ def test_a_source_with_other_columns_is_refused_by_name(tmp_path):
     done = run("data/magpie_air/prepare.py", f"--source={file}", f"--out={tmp_path / 'out'}", "--tokenizer=",
                check=False)
     assert done.returncode == 2 and f"{file}:2: has no 'rejected'" in done.stderr
-    assert not (tmp_path / "out/train.jsonl").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def problem(i, asserts, answer="return x"):
