@@ -1,24 +1,31 @@
-"""Run a sweep: on this machine, or as a SLURM job array; and say what became of each of its runs.
+"""Run a sweep on this machine or as a SLURM job array, say what became of each of its runs, and run again what failed.
 
 A grid is a name in paper/grids.py (chat, scaling, code, sft, refs, mini, mini_refs), or FILE.py:NAME, a function of your
 own that yields runs in the same way. Input: the grid. Output: what the runs write into their folders, and beside it
-log.txt (what a run printed) and job.json (where it runs or ran, and its exit code).
+log.txt (what a run printed) and job.json (where it runs or ran, and its exit code), which are all that `status` needs
+besides squeue. A run that SLURM's time limit would stop saves, is queued again and continues.
 
     python paper/sweep.py list mini --only='qrpo*seed0'
     python paper/sweep.py run mini --jobs=2
-    python paper/sweep.py status mini
+    python paper/sweep.py submit chat --max_running=8 --gpus=8 --time=12:00:00 --account=mine
+    python paper/sweep.py status chat
 """
 import argparse
 import concurrent.futures
+import contextlib
 import fcntl
 import fnmatch
 import importlib.util
 import os
+import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,14 +35,27 @@ from tqdm import tqdm  # noqa: E402
 
 import rows  # noqa: E402
 
+SAVED = 75  # train.py's exit code for "saved, start me again"
+
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("list", "run", "status"))
+    add("what", choices=("list", "run", "submit", "status", "task"), help="task: what SLURM calls; the grid is a folder")
     add("grid", help="a name in paper/grids.py, or FILE.py:NAME")
     add("--only", default="*", help="runs whose name holds this, or matches this pattern of * and ?")
+    add("--rerun", action="store_true", help="run, submit: just what failed (default: all but done, queued and running)")
     add("--jobs", type=int, default=1, help="run: so many side by side, each with its share of the cores (default 1)")
+    add("--stalled", type=float, default=30, help="minutes of silence after which a run has stalled (default 30)")
+    # SLURM
+    add("--max_running", type=int, default=8, help="submit: most runs at a time (default %(default)s)")
+    add("--gpus", type=int, default=0, help="submit: GPUs a node (default 0)")
+    add("--nodes", type=int, default=1, help="submit: nodes a run (default 1)")
+    add("--time", help="submit: time limit, as sbatch's; longer runs continue in the next (default: the partition's)")
+    add("--account", help="submit: as sbatch's")
+    add("--partition", help="submit: as sbatch's")
+    add("--save_time", type=int, default=300, help="submit: seconds before the limit to save at (default %(default)s)")
+    add("--sbatch", default="", help="submit: more flags for sbatch, such as '--cpus-per-task=32 --mem=0'")
     return parser.parse_args()
 
 
@@ -51,10 +71,139 @@ def load_grid(name, only="*"):
     if not callable(getattr(module, function, None)):
         rows.fail(f"{path}: defines no grid {function!r}")
     runs = list(getattr(module, function)())
-    found = [run for run in runs if fnmatch.fnmatch(run["name"], only) or only in run["name"]]
+    found = [run for run in runs if only in run["name"] or fnmatch.fnmatchcase(run["name"], only)]
     if not found:
         rows.fail(f"--only={only}: none of the grid's {len(runs)} runs is called so; see sweep.py list {name}")
     return found
+
+
+# ---- running ----
+
+RUNNING, STOPPED = set(), set()  # the processes that this one has started; the signals that it got
+
+
+def execute(folder, command, job, threads=None):
+    """Run a command to its end, its output appended to FOLDER/log.txt; returns its exit code, None if it runs already.
+
+    The lock on log.txt lives as long as any process of the run, so it tells whether one still runs.
+    """
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    log = open(ROOT / folder / "log.txt", "ab")
+    if STOPPED or not (lock(log) or time.sleep(1) or lock(log)):  # `status` takes it for an instant
+        return None
+    job = job | {"command": command, "host": socket.gethostname(), "started": time.time(), "log_from": log.tell()}
+    rows.write_json(ROOT / folder / "job.json", job)
+    # an array is of runs here, not of shares of one run's rows
+    env = {"PYTHON": sys.executable, "TQDM_MININTERVAL": "10"} | {
+        key: value for key, value in os.environ.items() if not key.startswith("SLURM_ARRAY_")}
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
+    # SIGUSR1 means "save and stop": nobody dies of it, and train.py, which sets its own handler, obeys it
+    child = subprocess.Popen(["bash", "-c", f"trap '' USR1\n{command}"], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
+                             stdout=log, stderr=log, start_new_session=True)
+    RUNNING.add(child)
+    code = child.wait()
+    RUNNING.discard(child)
+    rows.write_json(ROOT / folder / "job.json", job | {"exit": code, "ended": time.time()})
+    return code
+
+
+def lock(log):
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def family(pid):
+    """A process and all that descend from it, in whatever session: torchrun's workers are in sessions of their own."""
+    children, found = {}, [pid]
+    for line in subprocess.check_output(["ps", "-e", "-o", "pid=,ppid="], text=True).splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def stop(signum, frame):
+    """SIGUSR1 (the time limit is near) asks the runs to save; SIGTERM and SIGINT end them, those that save, saved."""
+    for child in list(RUNNING):
+        with contextlib.suppress(ProcessLookupError):  # it may just have ended
+            if signum == signal.SIGUSR1:
+                for pid in family(child.pid):
+                    os.kill(pid, signal.SIGUSR1)
+            else:  # what has not saved when the time is up will not
+                os.killpg(child.pid, signal.SIGKILL if signal.SIGUSR1 in STOPPED else signal.SIGTERM)
+    if signum == signal.SIGUSR1:  # and what srun started, on all nodes
+        subprocess.run(["scancel", "--signal=USR1", os.environ["SLURM_JOB_ID"]])
+    STOPPED.add(signum)
+
+
+def run_here(runs, jobs):
+    """These runs on this machine, `jobs` at a time."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+    threads, failed = max(1, len(os.sched_getaffinity(0)) // jobs), 0
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run", smoothing=0) as bar:
+        futures = {pool.submit(execute, run["folder"], run["command"], {}, threads): run for run in runs}
+        for future in concurrent.futures.as_completed(futures):
+            code, run = future.result(), futures[future]
+            if code and not STOPPED:
+                bar.write(f"{run['name']}: exit code {code}, see {run['folder']}/log.txt")
+            failed += code != 0
+            bar.update()
+    raise SystemExit(130 if STOPPED else failed > 0)
+
+
+def task(folder):
+    """One task of the SLURM array: run what job.json in its folder says; save and queue again before the time limit."""
+    for signum in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(signum, stop)
+    job = rows.load_json(ROOT / folder / "job.json")
+    code = execute(folder, job["command"], {key: job[key] for key in ("job", "slurm_log")})
+    if code != 0 and (signal.SIGUSR1 in STOPPED or code == SAVED and not STOPPED):
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    if code is None:
+        rows.fail(f"{folder}: did not start, as it runs already or was stopped")
+    raise SystemExit(code if code >= 0 else 128 - code)
+
+
+def submit(args, runs):
+    """These runs as one job array, held until every folder's job.json names its task."""
+    slurm = Path(os.path.commonpath([ROOT / run["folder"] for run in runs])) / "slurm"
+    slurm.mkdir(parents=True, exist_ok=True)
+    flags = {"array": f"0-{len(runs) - 1}%{args.max_running}", "job-name": args.grid.rpartition(":")[2], "chdir": ROOT,
+             "output": f"{slurm}/%A_%a.txt", "open-mode": "append", "signal": f"B:USR1@{args.save_time}",
+             "nodes": args.nodes, "ntasks-per-node": 1, "gpus-per-node": args.gpus, "time": args.time,
+             "account": args.account, "partition": args.partition}
+    folders = "\n".join(shlex.quote(run["folder"]) for run in runs)
+    done = subprocess.run(
+        ["sbatch", "--parsable", "--hold", "--requeue", *(f"--{k}={v}" for k, v in flags.items() if v),
+         *shlex.split(args.sbatch)], text=True, capture_output=True,
+        input=f"#!/bin/bash\nfolders=(\n{folders}\n)\n"
+              f"exec {shlex.quote(sys.executable)} {Path(__file__).resolve()} task \"${{folders[$SLURM_ARRAY_TASK_ID]}}\"\n")
+    if done.returncode:
+        rows.fail(f"sbatch refused the job: {done.stderr.strip()}")
+    array = done.stdout.strip().partition(";")[0]
+    for k, run in enumerate(runs):
+        rows.write_json(ROOT / run["folder"] / "job.json", {
+            "command": run["command"], "job": f"{array}_{k}", "slurm_log": f"{slurm}/{array}_{k}.txt"})
+    subprocess.run(["scontrol", "release", array], check=True)
+    print(f"job array {array}: {len(runs)} runs, at most {args.max_running} at a time")
+
+
+# ---- what became of them ----
+
+def squeue(jobs):
+    """State of this user's jobs in SLURM's queue, {"ARRAY_TASK": "PENDING (reason)"}; {} if none was ever submitted."""
+    if not any("job" in job for job in jobs):
+        return {}
+    done = subprocess.run(["squeue", "--me", "--array", "--noheader", "--format=%i|%T (%r)"], capture_output=True, text=True)
+    if done.returncode:
+        rows.fail(f"squeue does not answer, so nobody knows what became of the jobs: {done.stderr.strip()}")
+    return dict(line.split("|", 1) for line in done.stdout.splitlines())
 
 
 def record(run):
@@ -63,72 +212,85 @@ def record(run):
     return rows.load_json(path) if path.exists() else {}
 
 
-def done(run):
-    return record(run).get("exit") == 0
+def state(run, job, queue, stalled):
+    """(state, remark): done, failed, queued, running, stalled or never started."""
+    folder, slurm = ROOT / run["folder"], queue.get(job.get("job"), "")
+    log = folder / "log.txt"
+    if not job:
+        return "never started", ""
+    if job.get("exit") == 0:
+        return "done", f"{(job['ended'] - job['started']) / 60:.0f} min"
+    if slurm.startswith("PENDING"):
+        return "queued", slurm
+    with open(log if log.exists() else os.devnull, "rb") as file:
+        alive = not lock(file)
+    if alive or slurm:
+        files = [path for path in (log, folder / "metrics.jsonl") if path.exists()]
+        silent = (time.time() - max([path.stat().st_mtime for path in files], default=time.time())) / 60
+        return "stalled" if silent > stalled else "running", f"on {job.get('host')}, silent for {silent:.0f} min"
+    return "failed", why(job, log)
 
 
-CHILDREN = set()  # the runs that this process has started
+def why(job, log):
+    """The line that says why a run has failed: the scheduler's where the run was killed, or its own last error."""
+    code = job.get("exit")
+    if code == SAVED:
+        return "stopped, with a checkpoint to continue from"
+    if code is None or code < 0 or code > 128:
+        if said := last_line(job.get("slurm_log"), r"error: .*|.*Error.*"):
+            return said
+        if code is None:
+            return accounting(job.get("job")) or "it ended without a word: killed, or its machine went down"
+        name = signal.Signals(-code if code < 0 else code - 128).name
+        return f"killed by {name}" + " (often: out of memory)" * (name == "SIGKILL")
+    return (last_line(log, r"error: .*|[\w.]+(Error|Exception|Interrupt)\b(?<!ChildFailedError).*|.*\(exitcode: -\d+\).*",
+                      job["log_from"]) or last_line(log, r".*\S.*", job["log_from"]) or f"exit code {code}")
 
 
-def execute(run, threads=None):
-    """Run one run to its end with its output in log.txt; returns its exit code, or None if it runs elsewhere already.
-
-    The lock on log.txt lives as long as any process of the run, so it tells whether one still runs.
-    """
-    folder = ROOT / run["folder"]
-    folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / "log.txt", "a")
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def last_line(path, pattern, start=0):
+    """The last line, from byte `start` on, whose beginning fits; without the prefixes of ranks and of slurmstepd."""
+    if not path or not Path(path).exists():
         return None
-    job = {"command": run["command"], "host": socket.gethostname(), "started": time.time()}
-    rows.write_json(folder / "job.json", job)
-    env = {"PYTHON": sys.executable, "TQDM_MININTERVAL": "10"} | os.environ
-    if threads:
-        env["OMP_NUM_THREADS"] = str(threads)
-    child = subprocess.Popen(["bash", "-c", run["command"]], cwd=ROOT, env=env, stdout=log, stderr=log,
-                             stdin=subprocess.DEVNULL, start_new_session=True)
-    CHILDREN.add(child)
-    code = child.wait()
-    CHILDREN.discard(child)
-    rows.write_json(folder / "job.json", job | {"exit": code, "ended": time.time()})
-    return code
+    with open(path, "rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - 1_000_000))
+        lines = re.split(r"[\r\n]+", file.read().decode(errors="replace"))
+    lines = [re.sub(r"^(\[rank\d+\]: |slurmstepd[^:]*: )", "", line) for line in lines]
+    return next((line for line in reversed(lines) if re.match(pattern, line)), None)
 
 
-def run_here(runs, jobs):
-    """All runs that are not done, `jobs` at a time."""
-    todo = [run for run in runs if not done(run)]
-    print(f"{len(runs) - len(todo)} of {len(runs)} runs are done already")
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    failed = 0
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
-        futures = {pool.submit(execute, run, threads): run for run in todo}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                code, run = future.result(), futures[future]
-                failed += code != 0
-                if code != 0:
-                    bar.write(f"{run['name']}: " + ("runs elsewhere" if code is None else f"exit code {code}; see "
-                                                    f"{run['folder']}/log.txt"))
-                bar.update()
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in list(CHILDREN):
-                os.killpg(child.pid, signal.SIGTERM)  # train.py saves
-            raise SystemExit(130)
-    raise SystemExit(failed > 0)
+def accounting(job):
+    """What sacct knows of a job, where SLURM keeps accounts."""
+    if not job or not shutil.which("sacct"):
+        return None
+    done = subprocess.run(["sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,Reason"], capture_output=True, text=True)
+    return f"sacct: {done.stdout.splitlines()[-1]}" if done.returncode == 0 and done.stdout.strip() else None
 
 
 def main():
     args = arguments()
+    if args.what == "task":
+        task(args.grid)
     runs = load_grid(args.grid, args.only)
     if args.what == "list":
         for run in runs:
             print(f"{run['name']}  {run['command']}")
-    elif args.what == "run":
-        run_here(runs, args.jobs)
+        return
+    jobs = [record(run) for run in runs]
+    queue = squeue(jobs)
+    states = [state(run, job, queue, args.stalled) for run, job in zip(runs, jobs)]
+    if args.what == "status":
+        width = max(len(run["name"]) for run in runs)
+        for run, (name, remark) in zip(runs, states):
+            print(f"{name:14}{run['name']:{width}}  {remark}".rstrip())
+    print(", ".join(f"{n} {name}" for name, n in Counter(name for name, _ in states).items()))
+    if args.what == "status":
+        return
+    wanted = ("failed",) if args.rerun else ("failed", "never started")
+    todo = [run for run, (name, _) in zip(runs, states) if name in wanted]
+    if todo and args.what == "submit":
+        submit(args, todo)
+    elif todo:
+        run_here(todo, args.jobs)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,250 @@
+"""paper/sweep.py: the grids' counts and flags, a sweep on this machine, and one on a real SLURM cluster of one node,
+with a failure, a cancellation, a time limit, and a node that goes down.
+"""
+import json
+import os
+import pwd
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from conftest import ROOT, read_rows
+
+sys.path.insert(0, str(ROOT / "paper"))
+import grids  # noqa: E402
+
+
+def sweep(*args, env=None, code=0):
+    """Run sweep.py as a user does -> what it printed."""
+    done = subprocess.run([sys.executable, str(ROOT / "paper" / "sweep.py"), *map(str, args)], capture_output=True,
+                          text=True, timeout=120, env=os.environ | (env or {}))
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def states(grid, **kwargs):
+    """{name: (state, remark)} as `status` prints them."""
+    lines = [line for line in sweep("status", grid, **kwargs).splitlines() if line[14:].strip() and line[13] == " "]
+    return {line[14:].split()[0]: (line[:14].strip(), " ".join(line[14:].split()[1:])) for line in lines}
+
+
+def write_grid(tmp_path, commands):
+    """A grid file with these commands by name; their folders are tmp_path/out/NAME. Returns what names it."""
+    runs = [{"name": n, "folder": str(tmp_path / "out" / n), "command": c} for n, c in commands.items()]
+    (tmp_path / "grid.py").write_text(f"def mine():\n    return {runs!r}\n")
+    return f"{tmp_path / 'grid.py'}:mine"
+
+
+@pytest.mark.parametrize(("name", "count"), (("chat", 972), ("scaling", 90), ("code", 72), ("sft", 10)))
+def test_the_paper_has_so_many_runs(name, count):
+    assert len({line.split()[0] for line in sweep("list", name).splitlines()}) == count
+
+
+def test_train_takes_the_flags_of_every_run_and_names_tell_runs_apart(monkeypatch):
+    monkeypatch.setenv("RANK", "0")  # as under torchrun: some are sharded
+    named = {}
+    for grid in (grids.chat, grids.scaling, grids.code, grids.sft, grids.refs, grids.mini, grids.mini_refs):
+        for run in grid():
+            assert named.setdefault(run["name"], run) == run
+            words = shlex.split(run["command"])
+            if "train" in words:
+                flags = words[words.index("train") + 1:]
+                monkeypatch.setattr(sys, "argv", ["train.py", "--model=m", "--data=d", "--out=o", *flags])
+                args = train.arguments()
+                assert args.batch_size * (2 if args.loss in ("dpo", "rebel", "simpo") else 1) in (64, 128, 256)
+    assert len({run["command"] for run in named.values()}) == len(named)
+
+
+def test_only_names_runs():
+    assert len(sweep("list", "mini", "--only=sft-correct-lr1e-4").splitlines()) == 3
+    assert len(sweep("list", "mini", "--only=sft*seed1").splitlines()) == 3
+    assert "none of the grid's 252 runs" in sweep("list", "mini", "--only=nothing", code=2)
+    assert "no grid 'maxi'" in sweep("list", "maxi", code=2)
+
+
+def test_a_sweep_on_this_machine(tmp_path):
+    python = f"{sys.executable} -c"
+    grid = write_grid(tmp_path, {
+        "good": "echo $OMP_NUM_THREADS", "crashes": f"{python} 'import no_such_module'",
+        "refuses": f"{python} 'import rows; rows.fail(\"lower it\")'", "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?",
+        "second": "[ -e second ] || { touch second; exit 1; }".replace("second", str(tmp_path / "second"))})
+    assert set(states(grid).values()) == {("never started", "")}
+    sweep("run", grid, "--jobs=2", code=1)
+    found = states(grid)
+    assert found["good"][0] == "done" and found["second"] == ("failed", "exit code 1")
+    assert found["crashes"] == ("failed", "ModuleNotFoundError: No module named 'no_such_module'")
+    assert found["refuses"] == ("failed", "error: lower it")
+    assert found["killed"] == ("failed", "killed by SIGKILL (often: out of memory)")
+    assert (tmp_path / "out/good/log.txt").read_text() == f"{max(1, len(os.sched_getaffinity(0)) // 2)}\n"
+    before = (tmp_path / "out/good/job.json").read_text()
+    sweep("run", grid, "--rerun", code=1)
+    assert states(grid)["second"][0] == "done" and (tmp_path / "out/good/job.json").read_text() == before
+
+
+def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
+    saves = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved'), sys.exit(75))); print('up', flush=True); time.sleep(60)"
+    grid = write_grid(tmp_path, {"long": f"exec {sys.executable} -c {shlex.quote(saves)}", "waits": "true"})
+    process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    log = tmp_path / "out/long/log.txt"
+    wait_for(lambda: log.exists() and "up" in log.read_text())
+    assert states(grid)["long"][0] == "running" and states(grid)["waits"][0] == "never started"
+    silent = time.time() - 3600
+    os.utime(log, (silent, silent))
+    assert states(grid)["long"] == ("stalled", f"on {socket.gethostname()}, silent for 60 min")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130 and "saved" in log.read_text()
+    assert states(grid) == {"long": ("failed", "stopped, with a checkpoint to continue from"), "waits": ("never started", "")}
+
+
+# ---- SLURM ----
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.3)
+
+
+class Cluster:
+    """A throw-away SLURM of one node on this machine: its own munge key, ports and folders."""
+
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short, and open for munge's own user
+        self.folder.chmod(0o755)
+        munge, user = self.folder / "munge", pwd.getpwnam("munge")
+        munge.mkdir()
+        (munge / "key").write_bytes(os.urandom(128))
+        (munge / "key").chmod(0o600)
+        for path in (munge, munge / "key"):
+            os.chown(path, user.pw_uid, user.pw_gid)
+        ports = []
+        for _ in range(2):
+            with socket.socket() as s:
+                s.bind(("localhost", 0))
+                ports.append(s.getsockname()[1])
+        (self.folder / "slurm.conf").write_text(f"""
+ClusterName=sweep
+SlurmctldHost=localhost
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={munge}/socket,cred_expire=5
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=5
+StateSaveLocation={self.folder}/state
+SlurmdSpoolDir={self.folder}/spool
+SlurmctldPidFile={self.folder}/slurmctld.pid
+SlurmdPidFile={self.folder}/slurmd.pid
+NodeName=localhost NodeHostname={socket.gethostname()} CPUs=2
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+""")
+        self.env = {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        self.daemons = {}
+        self.start("munged", "--foreground", f"--socket={munge}/socket", f"--key-file={munge}/key", f"--pid-file={munge}/pid",
+                   f"--log-file={munge}/log", f"--seed-file={munge}/seed", user="munge", group="munge", extra_groups=[])
+        wait_for((munge / "socket").exists)
+        self.start("slurmctld", "-D")
+        self.start("slurmd", "-D", "-N", "localhost")
+        wait_for(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T"))
+
+    def start(self, name, *flags, **kwargs):
+        with open(self.folder / f"{name}.log", "ab") as log:
+            self.daemons[name] = subprocess.Popen([shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin"), *flags],
+                                                  stdout=log, stderr=log, env=os.environ | self.env, **kwargs)
+
+    def call(self, *command):
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.env)
+        return done.stdout + done.stderr
+
+    def stop(self):
+        self.call("scancel", "--user=root")
+        wait_for(lambda: not self.call("squeue", "-h"), 60)
+        for daemon in reversed(self.daemons.values()):
+            daemon.terminate()
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+        shutil.rmtree(self.folder)
+
+
+@pytest.fixture
+def cluster():
+    cluster = None
+    try:
+        cluster = Cluster()
+        yield cluster
+    finally:
+        if cluster:
+            cluster.stop()
+
+
+def have_slurm():
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    return os.getuid() == 0 and all(shutil.which(name, path=path) for name in ("munged", "slurmctld", "slurmd", "sbatch"))
+
+
+@pytest.mark.skipif(not have_slurm(), reason="SLURM and munge are not installed here, or this is not root")
+def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
+    """Its longest wait is for the shortest time limit that SLURM has, a minute."""
+    slow = tmp_path / "slow.py"  # train.py, which sleeps at every step until it has a checkpoint to continue from
+    slow.write_text(f"import runpy, sys, time, torch\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\n"
+                    "step, sleep = torch.optim.AdamW.step, 0 if Path(sys.argv[1], 'checkpoints').exists() else 1\n"
+                    "torch.optim.AdamW.step = lambda *args, **kwargs: (time.sleep(sleep), step(*args, **kwargs))[1]\n"
+                    f"del sys.argv[1]\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    out, go = tmp_path / "out", tmp_path / "go"
+    grid = write_grid(tmp_path, {
+        "fails": f"[ -e {go} ] || {sys.executable} -c 'raise ValueError(\"no such luck\")'", "cancelled": f"[ -e {go} ] || sleep 600",
+        "trains": f"{sys.executable} {slow} {out}/trains --model={tiny} --data={rewarded} --out={out}/trains --epochs=10 "
+                  "--learning_rate=1e-3 --batch_size=12 --resume; exit $?",
+        "node": f"echo up; [ -e {go} ] || sleep 600; echo $SLURM_ARRAY_TASK_ID $SLURM_RESTART_COUNT"})
+
+    def now(name):
+        return states(grid, env=cluster.env)[name]
+
+    text = sweep("submit", grid, "--only=[fct]*", "--time=1", "--save_time=30", "--max_running=2", env=cluster.env)
+    array = text.split("job array ")[1].split(":")[0]
+    wait_for(lambda: now("fails")[0] == "failed" and now("cancelled")[0] == now("trains")[0] == "running")
+    assert now("fails") == ("failed", "ValueError: no such luck") and now("node")[0] == "never started"
+    assert "3 never" not in sweep("submit", grid, "--rerun", "--only=trains", env=cluster.env)  # it runs: nothing is submitted
+    cluster.call("scancel", f"{array}_1")
+    wait_for(lambda: now("cancelled")[0] == "failed")
+    assert "CANCELLED AT" in now("cancelled")[1]
+
+    wait_for(lambda: now("trains")[0] == "queued")  # out of time: saved, and queued again by itself
+    job = json.loads((out / "trains/job.json").read_text())
+    assert job["exit"] == 75 and job["job"] == f"{array}_2"
+    wait_for(lambda: now("trains")[0] == "done")
+    assert "continuing after step" in (out / "trains/log.txt").read_text()
+    assert [row["step"] for row in read_rows(out / "trains/metrics.jsonl")] == list(range(1, 101))
+
+    sweep("submit", grid, "--only=node", env=cluster.env)
+    wait_for(lambda: now("node")[0] == "running" and "up" in (out / "node/log.txt").read_text())
+    cluster.daemons["slurmd"].kill()  # the node goes down
+    wait_for(lambda: now("node")[0] == "queued")
+    go.touch()
+    cluster.start("slurmd", "-D", "-N", "localhost")
+    wait_for(lambda: now("node")[0] == "done")
+    assert (out / "node/log.txt").read_text() == "up\nup\n1\n"  # started again once, and the array is none of its business
+
+    assert "2 failed" in sweep("submit", grid, "--rerun", env=cluster.env)
+    wait_for(lambda: {state for state, _ in states(grid, env=cluster.env).values()} == {"done"})
+    assert (out / "cancelled/job.json").stat().st_mtime > (out / "node/job.json").stat().st_mtime
