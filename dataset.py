@@ -1,5 +1,5 @@
 """Rewarded rows as flat arrays: what a training regime takes from each row, as token ids, rewards and reference
-rewards.
+rewards; and the batches made of them.
 
 Reads the rows that score.py writes. Every completion is a slice of one long array of tokens; pairs stand side by side,
 chosen before rejected. Sampled completions keep the ids that were sampled; only a dataset's own text is tokenised.
@@ -8,6 +8,9 @@ chosen before rejected. Sampled completions keep the ids that were sampled; only
 """
 import hashlib
 import math
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,78 +20,143 @@ import models
 import rows
 
 PAIRED = ("best_worst", "random_pairs", "chosen_rejected")
-REGIMES = ("refs", *PAIRED, "completion")
+REGIMES = ("refs", *PAIRED, "completion", "samples")
+PAIRWISE = ("dpo", "simpo", "rebel")  # losses of pairs
 
 
-def build(path, tokenizer, model, train_on, num_candidates=0, num_ref_rewards=0, max_length=0,
-          ties=True, chosen_only=False):
+def load(path, cache, main_rank, barrier, model_path, tokenizer, model, **choices):
+    """`build`, done once by one process and kept in `cache`: arrays mapped from disk, shared by all ranks of a node."""
+    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
+    folder = Path(cache) / f"data-{rows.fingerprint([files, models.identity(model_path), choices])}"
+    if main_rank and not folder.exists():
+        data = build(path, tokenizer, model, **choices)
+        new = folder.with_name(f".new_{folder.name}_{os.getpid()}")
+        new.mkdir(parents=True)
+        for name, array in data.items():
+            np.save(new / f"{name}.npy", array)
+        rows.write_json(new / "about.json", {"fingerprint": fingerprint(data), "summary": summary(data)})
+        os.replace(new, folder)
+    barrier()
+    about = rows.load_json(folder / "about.json")
+    if main_rank:
+        print(f"{path}: {about['summary']}")
+    return {"fingerprint": about["fingerprint"]} | {
+        file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+
+
+def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward=None, num_candidates=0,
+          num_ref_rewards=0, max_length=0):
     """The completions that a regime (one of REGIMES) trains on, as a dict of numpy arrays; n completions of R rows:
 
     tokens (total,) all ids, prompt and completion after one another; starts (n,) where each begins; lens, prompt_lens
     (n,); rewards (n,) NaN if unknown; row (n,) its row; side (n,) +1 for the better and -1 for the worse: of its
-    pair, or than its row's mean reference reward; among_refs (n,) whether it is one of its own references;
-    ref_rewards (R, num_ref_rewards) NaN where unknown; std (R,) their standard deviation over its mean. ties=False
-    drops pairs of equal reward; chosen_only=True drops the worse of each pair.
+    pair, or than its row's mean reference reward; among_refs (n,) whether it is one of its own references; truncated
+    (n,); ref_rewards (R, num_ref_rewards) NaN where unknown; std (R,) their standard deviation over its mean; ids (R,).
+    side keeps one side of pairs, min_reward what has at least this reward. Dropped and counted: what the loss cannot
+    use (an unknown reward, for pairwise losses a pair of equal rewards), and what is longer than max_length.
     """
-    table = rows.read(path, require=("prompt",))
     ends, context = models.end_ids(model, tokenizer), models.context_length(model)
-    vocab = model.config.get_text_config().vocab_size
-    width = num_ref_rewards or max(len(row.get("ref_rewards") or []) for row in table)
-    ref_rewards = np.full((len(table), width), np.nan, np.float32)
-    sequences, out, dropped = [], {k: [] for k in ("prompt_lens", "rewards", "row", "side", "among_refs")}, {}
+    vocab, limit = model.config.get_text_config().vocab_size, min(context, max_length or context)
+    ids, refs, sequences, dropped = [], [], [], {}
+    # only DPO, SimPO and SFT on the dataset's own text can do without rewards
+    judged = loss in ("qrpo", "rebel") or min_reward is not None or train_on not in ("chosen_rejected", "completion")
+    out = {key: [] for key in ("prompt_lens", "rewards", "row", "side", "among_refs", "truncated")}
 
-    def drop(why, count):
-        dropped[why] = dropped.get(why, 0) + count
+    def drop(why, group):
+        dropped[why] = dropped.get(why, 0) + len(group)
 
-    for r, row in enumerate(table):
+    for r, row in enumerate(tqdm(rows.stream(path, require=("prompt",)), desc="read", unit="row", delay=5)):
         at, prompt = row["__at__"], models.prompt_ids(tokenizer, models.check_prompt(row))
-        known = [number(x, at, "ref_rewards") for x in (row.get("ref_rewards") or [])[:width]]
-        if len(known) < num_ref_rewards:
-            rows.fail(f"{at}: has {len(known)} ref_rewards, fewer than --num_ref_rewards={num_ref_rewards}; sample and "
-                      "score more references, or lower it")
-        ref_rewards[r, :len(known)] = known
+        listed = row.get("ref_rewards") or []
+        if not isinstance(listed, list):
+            rows.fail(f"{at}: ref_rewards must be a list of numbers; run score.py")
+        if len(listed) < max(num_ref_rewards, loss == "qrpo"):
+            rows.fail(f"{at}: has {len(listed)} ref_rewards, fewer than the {num_ref_rewards or 1} needed; sample and "
+                      "score more references, or lower --num_ref_rewards")
+        refs.append(np.array([number(x, at, "ref_rewards") for x in listed[:num_ref_rewards or None]], np.float32))
+        ids.append(row["id"])
+        known = refs[-1][~np.isnan(refs[-1])]
         if train_on == "completion":
             groups = [[text_completion(row, "completion", "reward", tokenizer, ends)]]
         elif train_on == "chosen_rejected":
             groups = [[text_completion(row, "chosen", "chosen_reward", tokenizer, ends),
                        text_completion(row, "rejected", "rejected_reward", tokenizer, ends)]]
         else:
-            groups = reference_groups(row, train_on, num_candidates, width, tokenizer if r < 100 else None)
-        mean = np.nanmean(ref_rewards[r]) if len(known) and not np.isnan(ref_rewards[r]).all() else math.nan
+            groups = sampled_groups(row, train_on, num_candidates, len(refs[-1]), tokenizer if r < 100 else None)
         for group in groups:
-            if len(group) == 2:
-                sides = (1, -1)
-                if not ties and group[0][1] == group[1][1]:
-                    drop("of equal reward in their pair", 2)
-                    continue
-                group, sides = (group[:1], (1,)) if chosen_only else (group, sides)
-            else:
-                sides = [int(np.sign(group[0][1] - mean)) if not math.isnan(group[0][1] - mean) else 0]
-            lengths = [len(prompt) + len(ids) for ids, _, _ in group]
-            if max(lengths) > min(context, max_length or context):
+            rewards = [reward for _, reward, _, _ in group]
+            if judged and any(map(math.isnan, rewards)):
+                drop("of unknown reward", group)
+                continue
+            if loss == "qrpo" and len(known) == 0:
+                drop("without a known reference reward", group)
+                continue
+            if loss in PAIRWISE and rewards[0] == rewards[1]:
+                drop("of equal reward in their pair", group)
+                continue
+            lengths = [len(prompt) + len(tokens) for tokens, _, _, _ in group]
+            if max(lengths) > limit:
                 if not max_length:
                     rows.fail(f"{at}: prompt and completion have {max(lengths)} tokens and the model's context holds "
                               f"{context}; drop the row, or give --max_length={context} to drop all such")
-                drop("too long", len(group))
+                drop("too long", group)
                 continue
-            for (ids, reward, among), side in zip(group, sides):
-                if not ids or max(ids) >= vocab or min(ids) < 0:
+            sides = (1, -1) if len(group) == 2 else [int(np.sign(np.nan_to_num(rewards[0] - known.mean()))) if len(known) else 0]
+            for (tokens, reward, among, truncated), which in zip(group, sides):
+                if len(group) == 2 and side != "both" and which != (1 if side == "chosen" else -1):
+                    continue
+                if min_reward is not None and reward < min_reward:
+                    drop(f"of reward below {min_reward}", [0])
+                    continue
+                if not tokens or max(tokens) >= vocab or min(tokens) < 0:
                     rows.fail(f"{at}: a completion is empty, or holds token ids beyond the model's vocabulary of "
                               f"{vocab}; sample again with this model")
-                sequences.append(np.array(prompt + ids, np.int32))
-                for key, value in zip(out, (len(prompt), reward, r, side, among)):
-                    out[key].append(value)
+                sequences.append(np.array(prompt + tokens, np.int32))
+                for values, value in zip(out.values(), (len(prompt), reward, r, which, among, truncated)):
+                    values.append(value)
     for reason, count in dropped.items():
         print(f"{path}: {count} completions dropped, {reason}", flush=True)
     if not sequences:
         rows.fail(f"{path}: nothing is left to train on")
-    lens = np.array([len(s) for s in sequences], np.int64)
-    types = (np.int64, np.float32, np.int64, np.int8, np.bool_)
-    spread = np.array([np.std(x[~np.isnan(x)], ddof=1) if (~np.isnan(x)).sum() > 1 else math.nan for x in ref_rewards])
-    mean_spread = np.nanmean(spread) if not np.isnan(spread).all() else 1
-    return {"tokens": np.concatenate(sequences), "starts": np.cumsum(lens) - lens, "lens": lens,
-            "ref_rewards": ref_rewards, "std": np.nan_to_num(spread / (mean_spread or 1)).astype(np.float32)} | {
-        key: np.array(values, dtype) for (key, values), dtype in zip(out.items(), types)}
+
+    types = (np.int64, np.float32, np.int64, np.int8, np.bool_, np.bool_)
+    data = {key: np.array(values, kind) for (key, values), kind in zip(out.items(), types)}
+    order = rows.order(path, ids)  # rows, and with them completions, as if one process had written the folder
+    place = np.argsort(order)
+    by_row = np.argsort(place[data["row"]], kind="stable")
+    data = {key: values[by_row] for key, values in data.items()} | {"ids": np.array([str(ids[i]) for i in order])}
+    data["row"] = place[data["row"]]
+    data["lens"] = np.array([len(sequences[i]) for i in by_row], np.int64)
+    data["starts"] = np.cumsum(data["lens"]) - data["lens"]
+    data["tokens"] = np.concatenate([sequences[i] for i in by_row])
+    data["ref_rewards"] = np.full((len(ids), max(map(len, refs))), np.nan, np.float32)
+    for values, i in zip(data["ref_rewards"], order):
+        values[:len(refs[i])] = refs[i]
+    count = (~np.isnan(data["ref_rewards"])).sum(1)
+    spread = np.zeros(len(ids))
+    spread[count > 1] = np.nanstd(data["ref_rewards"][count > 1], 1, ddof=1)
+    data["std"] = (spread / (spread[count > 1].mean() or 1) if (count > 1).any() else spread).astype(np.float32)
+    return data
+
+
+def summary(data):
+    """One line on a dataset: its size, and what QRPO should know of its rewards."""
+    refs, row = data["ref_rewards"], data["row"]
+    text = f"{len(row):,} completions of {len(np.unique(row)):,} prompts, {data['lens'].sum():,} tokens with prompts"
+    if data["truncated"].any():
+        text += f"; {data['truncated'].mean():.1%} of the completions ran out of tokens"
+    if refs.shape[1]:
+        tied = np.concatenate([(refs[row[i:i + 65536]] == data["rewards"][i:i + 65536, None]).sum(1)
+                               for i in range(0, len(row), 65536)]) > data["among_refs"]
+        known = ~np.isnan(refs)
+        with np.errstate(invalid="ignore"):
+            equal = np.nanmax(np.where(known, refs, -np.inf), 1) == np.nanmin(np.where(known, refs, np.inf), 1)
+        text += (f"; mean reward {np.nanmean(data['rewards']):.4g}, of references {np.nanmean(refs):.4g}"
+                 f"; {tied.mean():.1%} of the completions tie with a reference; all references are equal in "
+                 f"{equal.mean():.1%} of the rows")
+        if not known.all():
+            text += f"; {1 - known.mean():.1%} of the reference rewards are unknown"
+    return text
 
 
 def number(value, at, field):
@@ -101,7 +169,7 @@ def number(value, at, field):
 
 
 def text_completion(row, field, reward, tokenizer, ends):
-    """(token ids, reward, False) of a dataset's own completion."""
+    """(token ids, reward, False, False) of a dataset's own completion."""
     at = row["__at__"]
     if not row.get(field):
         rows.fail(f"{at}: has no {field!r}; give it, or train on something else (--train_on)")
@@ -109,36 +177,35 @@ def text_completion(row, field, reward, tokenizer, ends):
         ids = models.completion_ids(tokenizer, row["prompt"], row[field], ends)
     except (ValueError, TypeError, KeyError) as error:
         rows.fail(f"{at}: {field} cannot be turned into tokens ({error})")
-    return ids, number(row.get(reward), at, reward), False
+    return ids, number(row.get(reward), at, reward), False, False
 
 
-def reference_groups(row, train_on, num_candidates, width, tokenizer):
-    """The references that a regime takes, as groups of one or two (token ids, reward, is among the quantile's
-    references).
+def sampled_groups(row, train_on, num_candidates, width, tokenizer):
+    """The sampled completions that a regime takes, as groups of one or two (token ids, reward, is among the quantile's
+    references, ran out of tokens).
     """
-    at = row["__at__"]
-    completions, rewards = row.get("ref_completions"), row.get("ref_rewards")
+    at, names = row["__at__"], ("samples", "sample_rewards") if train_on == "samples" else (
+        "ref_completions", "ref_rewards")
+    completions, rewards = (row.get(name) for name in names)
     if not isinstance(completions, list) or not isinstance(rewards, list) or len(completions) != len(rewards):
-        rows.fail(f"{at}: needs ref_completions and as many ref_rewards; run generate_refs.py and score.py first")
+        rows.fail(f"{at}: needs {names[0]} and as many {names[1]}; run generate_refs.py and score.py first")
     pool = []
-    for k, (completion, reward) in enumerate(zip(completions, rewards)):
-        if num_candidates and k >= num_candidates:
-            break
+    for k, (completion, reward) in enumerate(zip(completions[:num_candidates or None], rewards)):
         if not isinstance(completion, dict) or not isinstance(completion.get("token_ids"), list):
-            rows.fail(f"{at}: reference completion {k} has no list of token_ids; sample with generate_refs.py")
-        text = completion.get("text")
-        if tokenizer and text != tokenizer.decode(
+            rows.fail(f"{at}: {names[0]} {k} has no list of token_ids; sample with generate_refs.py")
+        if tokenizer and completion.get("text") != tokenizer.decode(
                 completion["token_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False):
-            rows.fail(f"{at}: the token_ids of reference completion {k} are not its text in this model's tokenizer; "
+            rows.fail(f"{at}: the token_ids of {names[0]} {k} are not its text in this model's tokenizer; "
                       "train the model that sampled them, or sample again")
-        pool.append((completion["token_ids"], number(reward, at, "ref_rewards"), k < width))
-    pairs = list(zip(pool[0::2], pool[1::2])) if train_on == "random_pairs" else []
-    known = [c for c in pool if not math.isnan(c[1])]
-    if train_on == "refs":
-        return [[c] for c in known]
+        pool.append((completion["token_ids"], number(reward, at, names[1]), train_on != "samples" and k < width,
+                     completion.get("finish_reason") == "length"))
+    if train_on in ("refs", "samples"):
+        return [[c] for c in pool]
     if train_on == "best_worst":
+        known = [c for c in pool if not math.isnan(c[1])]
         pairs = [(max(known, key=lambda c: c[1]), min(known, key=lambda c: c[1]))] if len(known) > 1 else []
-    pairs = [pair for pair in pairs if not math.isnan(pair[0][1] + pair[1][1])]
+    else:
+        pairs = zip(pool[0::2], pool[1::2])
     return [sorted(pair, key=lambda c: -c[1]) for pair in pairs]
 
 
@@ -148,22 +215,40 @@ def batch(data, index, device):
     """
     spans = zip(data["starts"][index], data["lens"][index])
     out = {key: torch.as_tensor(data[key][index], device=device)
-           for key in ("lens", "prompt_lens", "rewards", "side", "among_refs", "ref_logps") if key in data}
+           for key in ("lens", "prompt_lens", "rewards", "side", "among_refs", "ref_logps", "targets") if key in data}
     row = data["row"][index]
     return out | {"tokens": models.pad([data["tokens"][start:start + n] for start, n in spans], device),
                   "ref_rewards": torch.as_tensor(data["ref_rewards"][row], device=device),
                   "std": torch.as_tensor(data["std"][row], device=device)}
 
 
+def micro_batches(longest, unit, tokens, world=1):
+    """Split units (of `unit` completions, the longest of each being longest (n,)) into blocks of similar length.
+
+    Yields positions; a rank takes block[rank::world], which pads to at most `tokens` tokens (one unit may exceed it).
+    The longest come first: what does not fit into memory shows at once.
+    """
+    order = np.argsort(-np.asarray(longest), kind="stable")
+    while len(order):
+        size = max(1, int(tokens // (unit * longest[order[0]]))) * world
+        yield order[:size]
+        order = order[size:]
+
+
 @torch.no_grad()
-def logps(policy, data, batch_size, device, rank=0, world=1):
-    """log pi of every completion, float32 (n,) on device; this rank's share, 0 elsewhere. policy: a models.Policy."""
-    order = np.argsort(data["lens"], kind="stable")[rank::world]  # similar lengths share a batch
+def logps(policy, data, tokens, device, rank=0, world=1):
+    """log pi of every completion, float32 (n,) on device; this rank's share, 0 elsewhere. policy: a models.Policy.
+    tokens: of a forward pass, see `micro_batches`.
+    """
     out = torch.zeros(len(data["lens"]), dtype=torch.float32, device=device)
-    for i in tqdm(range(0, len(order), batch_size), desc="log-probabilities", unit="batch", disable=rank != 0):
-        index = order[i:i + batch_size]
-        b = batch(data, index, device)
-        out[torch.as_tensor(index, device=device)] = policy(b["tokens"], b["prompt_lens"], b["lens"])
+    with tqdm(total=len(out), desc="log-probabilities", unit="completion", disable=rank != 0) as bar:
+        for block in micro_batches(data["lens"], 1, tokens, world):
+            index = block[rank::world] if rank < len(block) else block[:1]  # sharded models need every rank each time
+            b = batch(data, index, device)
+            values = policy(b["tokens"], b["prompt_lens"], b["lens"])
+            if rank < len(block):
+                out[torch.as_tensor(index, device=device)] = values
+            bar.update(len(block))
     return out
 
 
@@ -171,5 +256,5 @@ def fingerprint(data):
     """16 hex digits that stand for these arrays: tokens (so data and tokenizer), rewards, regime."""
     digest = hashlib.sha256()
     for key in sorted(data):
-        digest.update(np.ascontiguousarray(data[key]).data)
+        digest.update(np.ascontiguousarray(data[key]).tobytes())
     return digest.hexdigest()[:16]

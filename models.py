@@ -6,6 +6,7 @@ The same functions serve sampling, the reference pass, training and evaluation, 
 """
 import os
 
+import numpy as np
 import torch
 import transformers
 
@@ -165,7 +166,36 @@ class Policy(torch.nn.Module):
         return qrpo.completion_logps(hidden, tokens, prompt_lens, lens, output_layer(self.model))
 
 
+def shard(policy, dtype):
+    """The policy with its parameters, and so gradients and optimizer states, cut over all ranks (FSDP2)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
+    blocks = set(policy.model._no_split_modules or ())
+    for module in policy.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mp_policy=precision)
+    return fully_shard(policy, mp_policy=precision)
+
+
+def flops_per_token(model, length):
+    """Floating-point operations of training on one token of a sequence of that many: 6 a weight that multiplies (an
+    input embedding does not), and attention's 6 * layers * heads * head_dim * length (half of the square, causal).
+    """
+    config = model.config.get_text_config()
+    weights = sum(p.numel() for p in model.parameters())
+    if not config.tie_word_embeddings:
+        weights -= model.get_input_embeddings().weight.numel()
+    return 6 * (weights + config.num_hidden_layers * config.hidden_size * length)
+
+
+def peak_flops(device):
+    """bfloat16 operations a second that the GPU's maker states (dense), or None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in (("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("GH200", 989e12),
+                                         ("B200", 2250e12)) if part in name), None)
+
+
 def pad(sequences, device):
     """Lists (or arrays) of token ids -> (batch, time) right-padded with 0."""
-    tensors = [torch.as_tensor(s, dtype=torch.long) for s in sequences]
+    tensors = [torch.as_tensor(np.asarray(s, np.int64)) for s in sequences]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)

@@ -41,6 +41,12 @@ def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards,
     return residual.square() if norm == "mse" else residual.abs()
 
 
+def target_log_ratios(beta, rewards, ref_rewards, transform="identity", quantile="paper", among_refs=None, std=1.0):
+    """R/beta - log Z, (batch,): the log-ratio log(pi_theta/pi_ref) at which `qrpo_loss` is 0. Arguments as there."""
+    reward = transformed_rewards(beta, rewards, ref_rewards, transform, quantile, among_refs, std)
+    return reward / beta - log_partition(beta, transform, std)
+
+
 # ---- quantile rewards ----
 
 def quantile_rewards(rewards, ref_rewards):
@@ -179,8 +185,8 @@ def completion_logps(hidden, tokens, prompt_lens, lens, output_layer, chunk_size
     hidden: (batch, time, dim), the last hidden states of right-padded tokens (batch, time); the state at t predicts the
     token at t+1. prompt_lens, lens: (batch,) tokens of the prompt, and of prompt and completion together. Masks come
     from these lengths alone, so pad may equal eos. output_layer: maps (n, dim) to logits (n, vocab). It runs at
-    completion positions only, chunk_size of them at a time, recomputed in the backward: no (batch, time, vocab)
-    tensor ever exists.
+    completion positions only, chunk_size of them at a time, and again in the backward (but for the last chunk, where
+    the backward begins): no (batch, time, vocab) tensor ever exists.
     """
     position = torch.arange(1, tokens.shape[1], device=tokens.device)
     supervised = (position >= prompt_lens[:, None]) & (position < lens[:, None])  # (batch, time-1)
@@ -189,7 +195,7 @@ def completion_logps(hidden, tokens, prompt_lens, lens, output_layer, chunk_size
     def chunk_logps(states, labels):
         return -F.cross_entropy(output_layer(states).float(), labels, reduction="none")
 
-    chunks = [checkpoint(chunk_logps, s, y, use_reentrant=False)
-              for s, y in zip(states.split(chunk_size), labels.split(chunk_size))]
+    *chunks, last = zip(states.split(chunk_size), labels.split(chunk_size))
+    chunks = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks] + [chunk_logps(*last)]
     token_logps = torch.zeros(supervised.shape, device=tokens.device).masked_scatter(supervised, torch.cat(chunks))
     return token_logps.sum(1)

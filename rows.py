@@ -167,12 +167,15 @@ def load_lines(path):
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
-def keep_lines(path, wanted):
-    """Rewrite an output, whole or not at all, with only its wanted rows."""
-    path, kept = Path(path), [row for row in load_lines(path) if wanted(row)]
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    os.replace(new, path)
+def cut(file, wanted):
+    """Drop the end of an opened output: everything from its first row that is not wanted."""
+    file.seek(0)
+    end = 0
+    for line in file:
+        if not wanted(json.loads(line)):
+            break
+        end += len(line)
+    file.truncate(end)
 
 
 def fingerprint(value):

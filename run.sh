@@ -3,7 +3,10 @@
 #
 #   bash run.sh                        a tiny model learns to write better one-line Python functions; no GPU, no download
 #   bash run.sh --beta=0.05            flags go to train.py
+#   bash run.sh refs                   only the reference data
+#   bash run.sh train --beta=0.05      only training and evaluation, on references that are there
 #   bash run.sh test                   set up and run the tests
+#   sbatch --gpus=8 run.sh             the same on SLURM
 #
 # Set in the environment:
 #   OUT=out            folder of everything that is written
@@ -11,11 +14,13 @@
 #   MODEL= DATA=       a Hugging Face model, and a folder with train.jsonl and test.jsonl (default: the minicode example)
 #   REWARD=tests       or FILE.py:NAME, or model:PATH
 #   SEED=0             of sampling and training
+#   ROUNDS=1           2: samples of the trained policy are rewarded and trained on, too, in $OUT/${RUN}_round2
 #   NPROC=             processes of every stage (default: one a GPU, or one)
 #   GENERATE= SCORE=   more flags for generate_refs.py and score.py
 #   PYTHON=            an interpreter with the requirements installed (default: a virtual environment made in .venv)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+[ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "${BASH_SOURCE[0]}")/train.py" ] && cd "$SLURM_SUBMIT_DIR" \
+    || cd "$(dirname "${BASH_SOURCE[0]}")"  # SLURM runs a copy of this file from its spool folder
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # idle threads sleep: on a busy machine, spinning costs 20 times
 
 if [ -z "${PYTHON:-}" ]; then
@@ -29,17 +34,18 @@ if [ -z "${PYTHON:-}" ]; then
     fi
 fi
 
-if [ "${1:-}" = test ]; then
-    shift
-    exec "$PYTHON" -m pytest -q tests "$@"
-fi
+STAGE=all
+case "${1:-}" in
+    test) shift; exec "$PYTHON" -m pytest -q tests "$@" ;;
+    refs | train) STAGE=$1; shift ;;
+esac
 
-OUT=${OUT:-out} RUN=${RUN:-qrpo} SEED=${SEED:-0} REWARD=${REWARD:-tests}
+OUT=${OUT:-out} RUN=${RUN:-qrpo} SEED=${SEED:-0} REWARD=${REWARD:-tests} ROUNDS=${ROUNDS:-1}
 if [ -z "${MODEL:-}" ] && [ -z "${DATA:-}" ]; then
-    "$PYTHON" data/minicode/prepare.py
+    [ "$STAGE" = train ] || "$PYTHON" data/minicode/prepare.py
     MODEL=data/minicode/model DATA=data/minicode
     GENERATE="--max_new_tokens=64 ${GENERATE:-}"
-    set -- --beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 --micro_batch_size=32 "$@"
+    set -- --beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 "$@"
 fi
 : "${MODEL:?set MODEL as well as DATA}" "${DATA:?set DATA as well as MODEL}"
 
@@ -51,17 +57,36 @@ launch() {  # run a script in one process, or in NPROC under torchrun
         "$PYTHON" "$@"
     fi
 }
-generate_and_score() {  # model, prompts, folder: samples in folder/sampled, rewarded in folder/rewarded
+generate_and_score() {  # model, data, folder, flags: samples in folder/sampled, rewarded in folder/rewarded
+    local model=$1 data=$2 folder=$3
+    shift 3
     # shellcheck disable=SC2086  # the flags are words
-    launch generate_refs.py --model="$1" --data="$2" --out="$3/sampled" --seed="$SEED" ${GENERATE:-}
+    launch generate_refs.py --model="$model" --data="$data" --out="$folder/sampled" --seed="$SEED" ${GENERATE:-} "$@"
     # shellcheck disable=SC2086
-    launch score.py --data="$3/sampled" --out="$3/rewarded" --reward="$REWARD" ${SCORE:-}
+    launch score.py --data="$folder/sampled" --out="$folder/rewarded" --reward="$REWARD" ${SCORE:-}
+}
+evaluate() {  # model, folder: samples of the model to the test prompts against those of the reference model
+    generate_and_score "$1" "$OUT/test/rewarded" "$2/test" --field=samples
+    "$PYTHON" evaluate.py --model="$1" --ref_model="$MODEL" --data="$2/test/rewarded" --out="$2"
 }
 
-generate_and_score "$MODEL" "$DATA/train.jsonl" "$OUT/train"
-generate_and_score "$MODEL" "$DATA/test.jsonl" "$OUT/test"
-launch train.py --model="$MODEL" --data="$OUT/train/rewarded" --eval_data="$OUT/test/rewarded" --out="$OUT/$RUN" \
+if [ "$STAGE" != train ]; then
+    generate_and_score "$MODEL" "$DATA/train.jsonl" "$OUT/train"
+    generate_and_score "$MODEL" "$DATA/test.jsonl" "$OUT/test"
+fi
+[ "$STAGE" != refs ] || exit 0
+
+run=$OUT/$RUN
+launch train.py --model="$MODEL" --data="$OUT/train/rewarded" --eval_data="$OUT/test/rewarded" --out="$run" \
     --seed="$SEED" --resume "$@"
-generate_and_score "$OUT/$RUN" "$DATA/test.jsonl" "$OUT/$RUN/test"
-"$PYTHON" evaluate.py --model="$OUT/$RUN" --ref_model="$MODEL" --data="$OUT/$RUN/test/rewarded" \
-    --ref_data="$OUT/test/rewarded" --out="$OUT/$RUN"
+for step in "$run"/checkpoints/step_*; do  # the last one is the run's model itself
+    cmp -s "$step/model.safetensors" "$run/model.safetensors" || evaluate "$step" "$step"
+done
+evaluate "$run" "$run"
+for ((round = 2; round <= ROUNDS; round++)); do  # the reference stays: quantiles and log-ratios are against $MODEL
+    before=$run run=$OUT/${RUN}_round$round
+    generate_and_score "$before" "$OUT/train/rewarded" "$before/train" --field=samples
+    launch train.py --model="$before" --ref_model="$MODEL" --data="$before/train/rewarded" --out="$run" \
+        --seed="$SEED" --resume "$@" --train_on=samples
+    evaluate "$run" "$run"
+done

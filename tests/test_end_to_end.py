@@ -9,16 +9,25 @@ from conftest import MATERIAL, needs, read_rows, run, write_rows
 def test_minicode_from_nothing_to_a_better_model(tmp_path):
     t = tmp_path
     run("data/minicode/prepare.py", f"--out={t}", "--steps=400")
+
+    def sample(model, data, out, *flags):
+        run("generate_refs.py", f"--model={model}", f"--data={data}", f"--out={out}", "--num_refs=8",
+            "--max_new_tokens=48", *flags)
+        run("score.py", f"--data={out}", f"--out={out}_scored", "--reward=tests")
+
     for split in ("train", "test"):
-        run("generate_refs.py", f"--model={t}/model", f"--data={t}/{split}.jsonl", f"--out={t}/{split}", "--num_refs=8", "--max_new_tokens=48")
-        run("score.py", f"--data={t}/{split}", f"--out={t}/{split}_scored", "--reward=tests")
-    run("train.py", f"--model={t}/model", f"--data={t}/train_scored", f"--out={t}/qrpo", "--learning_rate=3e-4", "--batch_size=64",
-        "--micro_batch_size=32")
-    run("generate_refs.py", f"--model={t}/qrpo", f"--data={t}/test.jsonl", f"--out={t}/qrpo/test", "--num_refs=8", "--max_new_tokens=48")
-    run("score.py", f"--data={t}/qrpo/test", f"--out={t}/qrpo/test_scored", "--reward=tests")
-    run("evaluate.py", f"--model={t}/qrpo", f"--ref_model={t}/model", f"--data={t}/qrpo/test_scored", f"--ref_data={t}/test_scored", f"--out={t}/qrpo")
-    gain, error = json.loads((t / "qrpo" / "results.json").read_text())["mean reward"]["difference"]
+        sample(t / "model", t / f"{split}.jsonl", t / split)
+    run("train.py", f"--model={t}/model", f"--data={t}/train_scored", f"--out={t}/qrpo", "--learning_rate=3e-4",
+        "--batch_size=64")
+    sample(t / "qrpo", t / "test_scored", t / "samples", "--field=samples")
+    run("evaluate.py", f"--model={t}/qrpo", f"--ref_model={t}/model", f"--data={t}/samples_scored", f"--out={t}/qrpo")
+    results = json.loads((t / "qrpo" / "results.json").read_text())
+    gain, error = results["mean reward"]["difference"]
     assert gain > 0.02 and gain > 3 * error
+    objective = results["optimality"]["objective"][0]  # above the reference's, below the bound
+    assert results["quantile reward"]["reference"][0] < objective < results["optimality"]["best_possible"]
+    for picture in ("curves", "data", "calibration", "results", "optimum"):
+        assert (t / "qrpo" / f"{picture}.png").stat().st_size > 10_000
 
 
 @needs("stories260K")
