@@ -174,7 +174,8 @@ def shard(policy, dtype):
     for module in policy.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=precision)
-    return fully_shard(policy, mp_policy=precision)
+    # cut again after every forward, so that whoever asks for parameters (optimizer, checkpoint) gets this rank's
+    return fully_shard(policy, mp_policy=precision, reshard_after_forward=True)
 
 
 def flops_per_token(model, length):
