@@ -35,7 +35,10 @@ def load(path, cache, main_rank, barrier, model_path, tokenizer, model, **choice
         for name, array in data.items():
             np.save(new / f"{name}.npy", array)
         rows.write_json(new / "about.json", {"fingerprint": fingerprint(data), "summary": summary(data)})
-        os.replace(new, folder)
+        try:
+            os.replace(new, folder)
+        except OSError:  # another run that shares the cache was faster
+            shutil.rmtree(new)
     barrier()
     about = rows.load_json(folder / "about.json")
     if main_rank:

@@ -78,7 +78,7 @@ fi
 
 run=$OUT/$RUN
 launch train.py --model="$MODEL" --data="$OUT/train/rewarded" --eval_data="$OUT/test/rewarded" --out="$run" \
-    --seed="$SEED" --resume "$@"
+    --cache="$OUT/cache" --seed="$SEED" --resume "$@"
 for step in "$run"/checkpoints/step_*; do  # the last one is the run's model itself
     cmp -s "$step/model.safetensors" "$run/model.safetensors" || evaluate "$step" "$step"
 done
@@ -87,6 +87,6 @@ for ((round = 2; round <= ROUNDS; round++)); do  # the reference stays: quantile
     before=$run run=$OUT/${RUN}_round$round
     generate_and_score "$before" "$OUT/train/rewarded" "$before/train" --field=samples
     launch train.py --model="$before" --ref_model="$MODEL" --data="$before/train/rewarded" --out="$run" \
-        --seed="$SEED" --resume "$@" --train_on=samples
+        --cache="$OUT/cache" --seed="$SEED" --resume "$@" --train_on=samples
     evaluate "$run" "$run"
 done

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 import rows
 
-FREE = ("resume", "save_every", "eval_every", "keep", "micro_batch_tokens", "data", "eval_data", "out", "compile",
+FREE = ("resume", "save_every", "eval_every", "keep", "micro_batch_tokens", "data", "eval_data", "out", "cache", "compile",
         "gradient_checkpointing", "shard")  # what a run may change when it continues
 
 

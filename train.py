@@ -40,6 +40,7 @@ def arguments():
     add("--data", required=True, help="JSONL file or folder of rewarded rows")
     add("--eval_data", help="held-out rows, of the same form")
     add("--out", required=True, help="folder of the run")
+    add("--cache", help="folder for tokens and ref_logps; runs on the same data can share it (default: OUT/cache)")
     add("--train_on", default="refs", choices=dataset.REGIMES,
         help="refs: all reference completions; best_worst: those two of them; random_pairs: references 0 and 1, "
         "2 and 3, ...; chosen_rejected: the dataset's pairs; completion: its single completions; samples: those of "
@@ -74,7 +75,7 @@ def arguments():
 
     add = parser.add_argument_group("machine").add_argument
     add("--micro_batch_tokens", type=int, default=0,
-        help="padded tokens in a forward pass of a rank; the gradient is the same. 0: 16384 on a GPU, 2048 on a CPU")
+        help="padded tokens in a forward pass of a rank; the gradient is the same. 0: 16384 on a GPU, 1024 on a CPU")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of forward and backward; weights are float32. auto: bfloat16 on a GPU")
     add("--shard", action="store_true", help="cut weights, gradients and optimizer over the ranks (FSDP), not DDP")
@@ -145,7 +146,8 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     barrier = dist.barrier if world > 1 else lambda: None
     dtype, main_rank, out = models.pick_dtype(args.dtype, device), rank == 0, Path(args.out)
-    args.micro_batch_tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 2048)
+    args.cache = args.cache or str(out / "cache")
+    args.micro_batch_tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 1024)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     checkpoint = runs.find_checkpoint(out, vars(args), args.resume)
 
@@ -154,7 +156,7 @@ def main():
     model = models.load_model(args.model, torch.float32, device, args.trust_remote_code)
     names = "train_on", "loss", "side", "min_reward", "num_candidates", "num_ref_rewards", "max_length"
     train_data, eval_data = (path and dataset.load(
-        path, out / "cache", main_rank, barrier, args.model, tokenizer, model, **{k: getattr(args, k) for k in names})
+        path, args.cache, main_rank, barrier, args.model, tokenizer, model, **{k: getattr(args, k) for k in names})
         for path in (args.data, args.eval_data))
     unit = 2 if args.loss in dataset.PAIRWISE else 1  # completions in a unit of the loss
     units = len(train_data["lens"]) // unit
@@ -174,7 +176,7 @@ def main():
                                                          args.trust_remote_code)))
     with autocast:
         for data in filter(None, (train_data, eval_data)):
-            data["ref_logps"] = reference_logps(args, out, reference, data, rank, world, device)
+            data["ref_logps"] = reference_logps(args, args.cache, reference, data, rank, world, device)
             data["targets"] = targets(args, data)
     del reference
     if main_rank and args.loss == "qrpo":
@@ -323,14 +325,14 @@ def totals(args, policy, data, units, rank, world, device, autocast, backward=Fa
     return means | ({"stop": sums["stop"] > 0} if backward else {})
 
 
-def reference_logps(args, out, policy, data, rank, world, device):
-    """log pi of every completion, float32 (n,): a forward pass shared by the ranks, kept in OUT/cache where out is set.
+def reference_logps(args, cache, policy, data, rank, world, device):
+    """log pi of every completion, float32 (n,): a forward pass shared by the ranks, kept in `cache` if one is given.
 
     The cached file is named for what it was computed from: the model's files, tokens and dtype.
     """
     source = models.identity(args.ref_model or args.model)
     key = rows.fingerprint([source, data["fingerprint"], args.dtype, str(device.type), args.shard])
-    path = out and out / "cache" / f"ref_logps-{key}.npy"
+    path = cache and Path(cache) / f"ref_logps-{key}.npy"
     if path and path.exists():
         return np.load(path)
     # no gradients are kept: four times the tokens fit
@@ -381,7 +383,7 @@ def gate(args, drift, dtype):
     limit = 1e-4 if dtype == torch.float32 else 3e-2
     if not drift < limit:
         rows.fail(f"step 0: the policy's log-probabilities are {drift:.2g} nats a token from the reference's (limit "
-                  f"{limit}). Most likely {args.out}/cache was made with another model (delete it), or the model is "
+                  f"{limit}). Most likely {args.cache} was made with another model (delete it), or the model is "
                   "not deterministic (dropout, or a kernel that depends on the batch)")
 
 
