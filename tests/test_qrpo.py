@@ -123,6 +123,22 @@ def test_exact_targets_average_to_one_over_the_pool(transform, kind):
                 assert target.abs().max() < 1e-6  # no signal, no change
 
 
+@pytest.mark.parametrize("kind", ("continuous", "ties", "pass or fail", "all equal"))
+def test_exact_targets_average_to_one_over_fresh_completions(kind):
+    """A fresh completion and its n references are n + 1 equals, of which any may be the fresh one: the mean over that
+    choice is the expectation, given their rewards.
+    """
+    generator = random.Random(1)
+    for n in (1, 4, 16):
+        for beta in (0.01, 0.1, 1.0):
+            everything, b = random_rewards(kind, n + 1, generator), torch.tensor([beta]).double()
+            others = torch.stack([everything[torch.arange(n + 1) != k] for k in range(n + 1)])  # (n+1, n)
+            target = qrpo.target_log_ratios(b, everything, others, quantile="exact")
+            assert abs(target.exp().mean().item() - 1) < 1e-5
+            loss = qrpo.qrpo_loss(b, target - 7, torch.full((n + 1,), -7.0).double(), everything, others, quantile="exact")
+            assert loss.max() < 1e-12  # a target is where the loss is 0
+
+
 def test_published_targets_do_not_average_to_one_with_ties():
     beta, n = torch.tensor([0.1]), 10
     for passes in (0, 4, 10):  # all equal: log-ratio log(1/beta), up to the term that small beta forgets; p: about p/beta
