@@ -137,8 +137,13 @@ def stop(signum, frame):
             else:  # what has not saved when the time is up will not
                 os.killpg(child.pid, signal.SIGKILL if signal.SIGUSR1 in STOPPED else signal.SIGTERM)
     if signum == signal.SIGUSR1:  # and what srun started, on all nodes
-        subprocess.run(["scancel", "--signal=USR1", os.environ["SLURM_JOB_ID"]])
+        subprocess.run(["scancel", "--signal=USR1", this_task()])
     STOPPED.add(signum)
+
+
+def this_task():
+    """ARRAY_TASK, never SLURM_JOB_ID: that of an array's last task stands for the whole array."""
+    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
 def run_here(runs, jobs):
@@ -162,9 +167,11 @@ def task(folder):
     for signum in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(signum, stop)
     job = rows.load_json(ROOT / folder / "job.json")
-    code = execute(folder, job["command"], {key: job[key] for key in ("job", "slurm_log")})
+    code = execute(folder, job["command"], {
+        "job": job["job"], "slurm_log": job["slurm_log"], "slurm_log_from": Path(job["slurm_log"]).stat().st_size,
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0))})
     if code != 0 and (signal.SIGUSR1 in STOPPED or code == SAVED and not STOPPED):
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        subprocess.run(["scontrol", "requeue", this_task()], check=True)
     if code is None:
         rows.fail(f"{folder}: did not start, as it runs already or was stopped")
     raise SystemExit(code if code >= 0 else 128 - code)
@@ -172,7 +179,7 @@ def task(folder):
 
 def submit(args, runs):
     """These runs as one job array, held until every folder's job.json names its task."""
-    slurm = Path(os.path.commonpath([ROOT / run["folder"] for run in runs])) / "slurm"
+    slurm = Path(os.path.commonpath([(ROOT / run["folder"]).parent for run in runs])) / "slurm"
     slurm.mkdir(parents=True, exist_ok=True)
     flags = {"array": f"0-{len(runs) - 1}%{args.max_running}", "job-name": args.grid.rpartition(":")[2], "chdir": ROOT,
              "output": f"{slurm}/%A_%a.txt", "open-mode": "append", "signal": f"B:USR1@{args.save_time}",
@@ -227,7 +234,9 @@ def state(run, job, queue, stalled):
     if alive or slurm:
         files = [path for path in (log, folder / "metrics.jsonl") if path.exists()]
         silent = (time.time() - max([path.stat().st_mtime for path in files], default=time.time())) / 60
-        return "stalled" if silent > stalled else "running", f"on {job.get('host')}, silent for {silent:.0f} min"
+        remark = f"on {job['host']}, silent for {silent:.0f} min" if "host" in job else "starting"
+        remark += f", restarted {job['restarts']} times" if job.get("restarts") else ""
+        return "stalled" if silent > stalled else "running", remark
     return "failed", why(job, log)
 
 
@@ -236,15 +245,20 @@ def why(job, log):
     code = job.get("exit")
     if code == SAVED:
         return "stopped, with a checkpoint to continue from"
-    if code is None or code < 0 or code > 128:
-        if said := last_line(job.get("slurm_log"), r"error: .*|.*Error.*"):
-            return said
-        if code is None:
-            return accounting(job.get("job")) or "it ended without a word: killed, or its machine went down"
+    killed = code is None or code < 0 or code > 128
+    # SLURM's log holds nothing but what SLURM says, and Python if it could not even start sweep.py
+    said = last_line(job.get("slurm_log"), r".*\S.*" if killed else r".*oom.kill.*", job.get("slurm_log_from", 0))
+    if said:
+        return said
+    if code is None:
+        return accounting(job.get("job")) or ("ended without a word: killed, or its machine went down" if "started" in job
+                                              else "cancelled before it started")
+    if killed:
         name = signal.Signals(-code if code < 0 else code - 128).name
         return f"killed by {name}" + " (often: out of memory)" * (name == "SIGKILL")
-    return (last_line(log, r"error: .*|[\w.]+(Error|Exception|Interrupt)\b(?<!ChildFailedError).*|.*\(exitcode: -\d+\).*",
-                      job["log_from"]) or last_line(log, r".*\S.*", job["log_from"]) or f"exit code {code}")
+    error = r"error: .*|[\w.]+(Error|Exception|Interrupt)\b(?<!ChildFailedError).*|.*\(exitcode: -\d+\).*"
+    return (last_line(log, error, job["log_from"]) or last_line(log, r".*\S.*", job["log_from"])
+            or f"exit code {code}, without a word")
 
 
 def last_line(path, pattern, start=0):
@@ -271,6 +285,8 @@ def main():
     if args.what == "task":
         task(args.grid)
     runs = load_grid(args.grid, args.only)
+    if args.what in ("list", "status"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them in silence
     if args.what == "list":
         for run in runs:
             print(f"{run['name']}  {run['command']}")

@@ -21,6 +21,7 @@ from conftest import ROOT, read_rows
 
 sys.path.insert(0, str(ROOT / "paper"))
 import grids  # noqa: E402
+import sweep as sweep_module  # noqa: E402
 
 
 def sweep(*args, env=None, code=0):
@@ -73,16 +74,19 @@ def test_only_names_runs():
 
 def test_a_sweep_on_this_machine(tmp_path):
     python = f"{sys.executable} -c"
+    (tmp_path / "rank.py").write_text("import os\nif os.environ['RANK'] == '1': raise IndexError('of rank 1')\n")
     grid = write_grid(tmp_path, {
         "good": "echo $OMP_NUM_THREADS", "crashes": f"{python} 'import no_such_module'",
         "refuses": f"{python} 'import rows; rows.fail(\"lower it\")'", "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?",
+        "ranks": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone {tmp_path}/rank.py",
         "second": "[ -e second ] || { touch second; exit 1; }".replace("second", str(tmp_path / "second"))})
     assert set(states(grid).values()) == {("never started", "")}
     sweep("run", grid, "--jobs=2", code=1)
     found = states(grid)
-    assert found["good"][0] == "done" and found["second"] == ("failed", "exit code 1")
+    assert found["good"][0] == "done" and found["second"] == ("failed", "exit code 1, without a word")
     assert found["crashes"] == ("failed", "ModuleNotFoundError: No module named 'no_such_module'")
     assert found["refuses"] == ("failed", "error: lower it")
+    assert found["ranks"] == ("failed", "IndexError: of rank 1")
     assert found["killed"] == ("failed", "killed by SIGKILL (often: out of memory)")
     assert (tmp_path / "out/good/log.txt").read_text() == f"{max(1, len(os.sched_getaffinity(0)) // 2)}\n"
     before = (tmp_path / "out/good/job.json").read_text()
@@ -106,9 +110,21 @@ def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
     assert states(grid) == {"long": ("failed", "stopped, with a checkpoint to continue from"), "waits": ("never started", "")}
 
 
+@pytest.mark.parametrize(("job", "said", "reason"), (
+    ({"exit": 137, "started": 1}, "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.batch. Some", "error: Detected 1 oom"),
+    ({"exit": 1, "started": 1}, "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.batch. Some", "error: Detected 1 oom"),
+    ({"started": 1}, "slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-01 DUE TO TIME LIMIT ***", "error: *** JOB 5"),
+    ({"started": 1}, "", "ended without a word"), ({}, "", "cancelled before it started"),
+    ({}, "/var/spool/script: line 4: /gone/python: No such file or directory", "/var/spool/script: line 4: /gone/python")))
+def test_what_the_scheduler_says_explains_a_kill(tmp_path, job, said, reason):
+    (tmp_path / "slurm").write_text(said + "\n")
+    (tmp_path / "log").write_text("Traceback\nKeyError: 'x'\n")
+    assert sweep_module.why(job | {"slurm_log": tmp_path / "slurm", "log_from": 0}, tmp_path / "log").startswith(reason)
+
+
 # ---- SLURM ----
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited in vain"
@@ -204,7 +220,7 @@ def have_slurm():
 
 @pytest.mark.skipif(not have_slurm(), reason="SLURM and munge are not installed here, or this is not root")
 def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
-    """Its longest wait is for the shortest time limit that SLURM has, a minute."""
+    """Its longest wait is for the shortest time limit that SLURM has, a minute; SLURM looks at it every 30 s."""
     slow = tmp_path / "slow.py"  # train.py, which sleeps at every step until it has a checkpoint to continue from
     slow.write_text(f"import runpy, sys, time, torch\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\n"
                     "step, sleep = torch.optim.AdamW.step, 0 if Path(sys.argv[1], 'checkpoints').exists() else 1\n"
@@ -213,14 +229,18 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     out, go = tmp_path / "out", tmp_path / "go"
     grid = write_grid(tmp_path, {
         "fails": f"[ -e {go} ] || {sys.executable} -c 'raise ValueError(\"no such luck\")'", "cancelled": f"[ -e {go} ] || sleep 600",
-        "trains": f"{sys.executable} {slow} {out}/trains --model={tiny} --data={rewarded} --out={out}/trains --epochs=10 "
+        "trains": f"{sys.executable} -m torch.distributed.run --nproc_per_node=1 --standalone {slow} {out}/trains --model={tiny} --data={rewarded} --out={out}/trains --epochs=10 "
                   "--learning_rate=1e-3 --batch_size=12 --resume; exit $?",
         "node": f"echo up; [ -e {go} ] || sleep 600; echo $SLURM_ARRAY_TASK_ID $SLURM_RESTART_COUNT"})
 
     def now(name):
         return states(grid, env=cluster.env)[name]
 
-    text = sweep("submit", grid, "--only=[fct]*", "--time=1", "--save_time=30", "--max_running=2", env=cluster.env)
+    def log(name):
+        path = out / name / "log.txt"
+        return path.read_text() if path.exists() else ""
+
+    text = sweep("submit", grid, "--only=[fct]*", "--time=1", "--save_time=5", "--max_running=2", env=cluster.env)
     array = text.split("job array ")[1].split(":")[0]
     wait_for(lambda: now("fails")[0] == "failed" and now("cancelled")[0] == now("trains")[0] == "running")
     assert now("fails") == ("failed", "ValueError: no such luck") and now("node")[0] == "never started"
@@ -231,20 +251,19 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
 
     wait_for(lambda: now("trains")[0] == "queued")  # out of time: saved, and queued again by itself
     job = json.loads((out / "trains/job.json").read_text())
-    assert job["exit"] == 75 and job["job"] == f"{array}_2"
-    wait_for(lambda: now("trains")[0] == "done")
-    assert "continuing after step" in (out / "trains/log.txt").read_text()
-    assert [row["step"] for row in read_rows(out / "trains/metrics.jsonl")] == list(range(1, 101))
-
+    assert job["exit"] == 1 and job["job"] == f"{array}_2"  # torchrun's own code; its workers' was 75
     sweep("submit", grid, "--only=node", env=cluster.env)
-    wait_for(lambda: now("node")[0] == "running" and "up" in (out / "node/log.txt").read_text())
+    wait_for(lambda: now("node")[0] == "running" and "up" in log("node"))
     cluster.daemons["slurmd"].kill()  # the node goes down
     wait_for(lambda: now("node")[0] == "queued")
     go.touch()
     cluster.start("slurmd", "-D", "-N", "localhost")
-    wait_for(lambda: now("node")[0] == "done")
-    assert (out / "node/log.txt").read_text() == "up\nup\n1\n"  # started again once, and the array is none of its business
+    wait_for(lambda: now("trains")[0] == now("node")[0] == "done")
+    assert "continuing after step" in log("trains")
+    assert [row["step"] for row in read_rows(out / "trains/metrics.jsonl")] == list(range(1, 101))
+    assert log("node") == "up\nup\n1\n"  # started again once, and the array is none of its business
 
+    assert log("fails").count("ValueError") == 1  # the requeue of one task is not the others'
     assert "2 failed" in sweep("submit", grid, "--rerun", env=cluster.env)
     wait_for(lambda: {state for state, _ in states(grid, env=cluster.env).values()} == {"done"})
     assert (out / "cancelled/job.json").stat().st_mtime > (out / "node/job.json").stat().st_mtime
