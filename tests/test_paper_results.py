@@ -155,7 +155,7 @@ def sweep(tmp_path_factory):
         one("qrpo-a", report, 0.9)
         one("qrpo-b", selection, 0.8 + seed / 10, learning_rate=3e-4)
         one("qrpo-n1", {0, 1, 2, 3}, 0.5, num_ref_rewards=1, beta=0.3)
-        one("qrpo-n2", {0, 1, 2, 3}, 0.7, num_ref_rewards=2, beta=0.3)
+        one("qrpo-all", {0, 1, 2, 3}, 0.7, beta=0.3)  # all are two
         one("dpo", range(8), 0.25, loss="dpo", train_on="best_worst", quantile="exact")
     write_run(tmp_path / "runs/late", 0, lambda i, k: 1.0, finished=False, loss="dpo")
     write_run(tmp_path / "runs/later", 0, lambda i, k: 1.0, evaluated=False, loss="dpo")
@@ -181,7 +181,7 @@ def test_table_of_cells(sweep):
     command(sweep, "table", "--by=loss,beta", "--select=reward")
     cells = {m["method"]: m for m in read_csv(sweep / "out/table.csv")}
     assert list(cells) == ["reference model", "dpo beta 0.1", "qrpo beta 0.1", "qrpo beta 0.3"]
-    assert cells["qrpo beta 0.3"]["selected"] == "num_ref_rewards 2"
+    assert cells["qrpo beta 0.3"]["selected"] == "num_ref_rewards 0"
 
 
 def test_figures_and_the_numbers_behind_them(sweep):
