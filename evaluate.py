@@ -10,7 +10,6 @@ Standard errors are over prompts. The KL is the mean log-ratio of the policy's o
 sampled at temperature 1 and top_p 1. The objective that QRPO maximises is E[R] - beta KL, R the transformed quantile of
 the reward (its `exact` cell among the reference rewards); no policy can have more than beta log Z of it.
 """
-import argparse
 import math
 from pathlib import Path
 
@@ -19,13 +18,14 @@ import torch
 
 import dataset
 import figures
+import flags
 import models
 import qrpo
 import rows
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="the policy: a Hugging Face folder")
     add("--ref_model", required=True, help="the reference model")
@@ -36,7 +36,7 @@ def arguments():
     add("--tokens", type=int, default=8192, help="padded tokens in a forward pass (default %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
-    args = parser.parse_args()
+    args = flags.parse(parser)
     run = [folder / "run.json" for folder in (Path(args.model), Path(args.model).parent.parent)]  # a run or a checkpoint
     config = next((rows.load_json(path)["config"] for path in run if path.exists()), {})
     if config.get("loss") == "qrpo" and not config["length_normalize"]:

@@ -10,7 +10,7 @@ import numpy as np
 import rows
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def panels(n):

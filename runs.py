@@ -3,6 +3,7 @@ not at all, and the trained model as a Hugging Face folder.
 
     python -c 'import runs; help(runs.save_checkpoint)'
 """
+import importlib
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 import rows
 
 FREE = ("resume", "save_every", "eval_every", "keep", "micro_batch_tokens", "data", "eval_data", "out", "cache", "compile",
-        "gradient_checkpointing", "shard")  # what a run may change when it continues
+        "gradient_checkpointing", "shard", "track", "dry_run")  # what a run may change when it continues
 
 
 def find_checkpoint(out, config, resume):
@@ -59,6 +60,23 @@ def start(out, config, step):
 def record(config):
     return {"config": config, "command": " ".join(sys.argv), "finished": False, "versions": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}
+
+
+def tracker(name, out, config):
+    """A function that sends a row of metrics to an experiment tracker; name None: nowhere. A run continues its own."""
+    if name is None:
+        return lambda row: None
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out / "tensorboard", purge_step=None)
+            return lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()] and writer.flush()
+        module = importlib.import_module(name)  # trackio has the interface of wandb
+    except ImportError as error:
+        rows.fail(f"--track={name}: {error}; install it, or do without (metrics.jsonl holds everything)")
+    module.init(project="qrpo", name=str(out), config=config, resume="allow",
+                **({"id": rows.fingerprint(str(out.resolve()))} if name == "wandb" else {}))
+    return lambda row: module.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
 
 def save_model(folder, model, state, tokenizer):

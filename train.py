@@ -9,12 +9,14 @@ metrics.jsonl, pictures, and checkpoints/ for --resume. One process, or several 
 The policy starts as the reference model, so ref_logps are its own before step 0: no second model is ever in memory.
 SIGTERM and SIGUSR1 save a checkpoint and exit with 75: start the same command again with --resume.
 """
-import argparse
 import contextlib
 import math
 import os
+import resource
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 import dataset
 import figures
+import flags
 import models
 import qrpo
 import rows
@@ -33,7 +36,7 @@ import runs
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__)
     add = parser.add_argument_group("model and data").add_argument
     add("--model", required=True, help="folder or hub name of the model to train; it is also the reference model")
     add("--ref_model", help="the reference model, where the policy does not start from it (a second round)")
@@ -89,7 +92,9 @@ def arguments():
     add("--save_every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
     add("--keep", type=int, default=1, help="newest checkpoints to keep resumable; older ones keep their model only")
     add("--resume", action="store_true", help="continue the run in OUT from its newest checkpoint")
-    args = parser.parse_args()
+    add("--track", choices=("wandb", "trackio", "tensorboard"), help="send the metrics there, too, if it is installed")
+    add("--dry_run", action="store_true", help="print a batch and its targets, time a step, write nothing, and exit")
+    args = flags.parse(parser)
     for name in ("beta", "learning_rate", "batch_size", "epochs", "keep"):
         if not getattr(args, name) > 0:
             rows.fail(f"--{name} must be greater than 0")
@@ -146,10 +151,12 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     barrier = dist.barrier if world > 1 else lambda: None
     dtype, main_rank, out = models.pick_dtype(args.dtype, device), rank == 0, Path(args.out)
+    if args.dry_run:  # a folder that the ranks of a node share
+        args.cache = os.path.join(tempfile.gettempdir(), f"qrpo_dry_run_{os.getppid()}")
     args.cache = args.cache or str(out / "cache")
     args.micro_batch_tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 1024)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    checkpoint = runs.find_checkpoint(out, vars(args), args.resume)
+    checkpoint = None if args.dry_run else runs.find_checkpoint(out, vars(args), args.resume)
 
     # ---- data: flat arrays of tokens and rewards, on disk and shared by the ranks ----
     tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
@@ -163,17 +170,27 @@ def main():
     steps = args.epochs * math.ceil(units / args.batch_size)
     config = vars(args) | {"data_fingerprint": train_data["fingerprint"], "steps": steps}
     start = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
-    metrics = runs.start(out, config, start) if main_rank else None
 
-    # ---- reference log-probabilities: the policy's own, before it moves ----
-    wrap = (lambda policy: models.shard(policy, dtype)) if args.shard else lambda policy: policy
+    # ---- the policy ----
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():  # these layers recompute when they think they train; their dropouts stay off
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
     if args.compile:
         model.base_model.compile(dynamic=True)
     flops = models.flops_per_token(model, train_data["lens"].mean())  # before its parameters are cut
-    policy = reference = wrap(models.Policy(model))
+    policy = models.shard(models.Policy(model), dtype) if args.shard else models.Policy(model)
+    if args.dry_run:
+        return dry_run(args, tokenizer, policy, train_data, steps, rank, world, device, autocast)
+    metrics = runs.start(out, config, start) if main_rank else None
+    track = runs.tracker(args.track, out, config) if main_rank else None
+
+    # ---- reference log-probabilities: the policy's own, before it moves ----
+    reference = policy
     if args.ref_model:
-        reference = wrap(models.Policy(models.load_model(args.ref_model, torch.float32, device,
-                                                         args.trust_remote_code)))
+        reference = models.Policy(models.load_model(args.ref_model, torch.float32, device, args.trust_remote_code))
+        reference = models.shard(reference, dtype) if args.shard else reference
     with autocast:
         for data in filter(None, (train_data, eval_data)):
             data["ref_logps"] = reference_logps(args, args.cache, reference, data, rank, world, device)
@@ -183,11 +200,6 @@ def main():
         figures.data(out, *cells(train_data), train_data["targets"])
 
     # ---- optimizer, resume, DDP ----
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in model.modules():  # these layers recompute when they think they train; their dropouts stay off
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
     if checkpoint:
         runs.load_checkpoint(checkpoint, model, optimizer)
@@ -200,13 +212,16 @@ def main():
               f"{steps - start} steps of {train_data['lens'].sum() / units * args.batch_size:,.0f} tokens on "
               f"{world} x {device.type}, {dtype}", flush=True)
 
+    def log(row):
+        rows.append(metrics, row)
+        track(row)
+
     def evaluate(step):
         if eval_data:
             all_units = np.arange(len(eval_data["lens"]) // unit)
             total = totals(args, policy, eval_data, all_units, rank, world, device, autocast)
             if main_rank:
-                rows.append(metrics, {"step": step} | {
-                    f"eval_{k}": v for k, v in total.items() if k not in ("tokens", "padding")})
+                log({"step": step} | {f"eval_{k}": v for k, v in total.items() if k not in ("tokens", "padding")})
 
     # ---- the loop ----
     if start == 0:
@@ -236,8 +251,8 @@ def main():
             speed = {"tokens_per_second": total["tokens"] / seconds}
             if models.peak_flops(device):
                 speed["share_of_peak"] = flops * speed["tokens_per_second"] / models.peak_flops(device) / world
-            rows.append(metrics, {"step": step + 1, "epoch": (step + 1) * args.batch_size / units, **total,
-                                  "grad_norm": grad_norm, "learning_rate": group["lr"], "seconds": seconds, **speed})
+            log({"step": step + 1, "epoch": (step + 1) * args.batch_size / units, **total, "grad_norm": grad_norm,
+                 "learning_rate": group["lr"], "seconds": seconds, **speed})
             bar.set_postfix(loss=f"{total['loss']:.4g}", log_ratio=f"{total['log_ratio']:.3g}",
                             tokens_s=f"{speed['tokens_per_second']:,.0f}")
         if args.eval_every and (step + 1) % args.eval_every == 0 or step + 1 == steps:
@@ -373,6 +388,34 @@ def cells(data):
     """The quantile cells of all completions, lo and hi (n,)."""
     return in_batches(data, lambda b: torch.stack(qrpo.quantile_cells(
         b["rewards"], b["ref_rewards"], b["among_refs"]), 1)).T
+
+
+def dry_run(args, tokenizer, policy, data, steps, rank, world, device, autocast):
+    """Print some of the first step's completions, run the step without moving a weight, and say what to expect."""
+    unit = 2 if args.loss in dataset.PAIRWISE else 1
+    first = step_units(args, len(data["lens"]) // unit, 0)
+    data["ref_logps"], data["targets"] = np.zeros(len(data["lens"]), np.float32), targets(args, data)
+    lo, hi = cells(data) if args.loss == "qrpo" else (None, None)
+    for i in (first[:4, None] * unit + np.arange(unit)).reshape(-1) if rank == 0 else ():
+        start, prompt_end, end = data["starts"][i] + (0, data["prompt_lens"][i], data["lens"][i])
+        prompt, completion = (tokenizer.decode(data["tokens"][a:b]) for a, b in ((start, prompt_end), (prompt_end, end)))
+        print(f"---- row {data['ids'][data['row'][i]]}, reward {data['rewards'][i]:.4g}, {data['prompt_lens'][i]} tokens of "
+              f"prompt, {end - prompt_end} trained, marked by >>> and <<<" + (
+                  f"; quantiles {lo[i]:.3f} to {hi[i]:.3f}, target log-ratio {data['targets'][i]:.3f} nats"
+                  if args.loss == "qrpo" else "") + f"\n{prompt}>>>{completion}<<<")
+    times = []
+    for _ in range(2):  # the first warms up
+        began = time.time()
+        total = totals(args, policy, data, first, rank, world, device, autocast, backward=True)
+        times.append(time.time() - began)
+    if rank == 0:
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss
+        adam = 8 * sum(p.numel() for p in policy.parameters()) / (world if args.shard else 1)
+        seconds = times[1] * steps * (1 + 1 / (3 * args.epochs))  # a reference pass is a third of an epoch
+        print(f"---- a step: {times[1]:.2f} s, {total['tokens']:,} tokens, {total['padding']:.0%} padding; {steps} steps "
+              f"and the reference pass: {seconds / 60:.1f} minutes; {(peak + adam) / 1e9:.2f} GB a process")
+        shutil.rmtree(args.cache)
 
 
 def gate(args, drift, dtype):

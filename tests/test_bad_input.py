@@ -130,7 +130,8 @@ def test_score(tmp_path, capsys, monkeypatch, reward, row, says):
 
 
 @pytest.mark.parametrize("flags, says", (
-    (["--beta=0"], ("--beta",)), (["--loss=dpo"], ("--loss=dpo needs pairs", "best_worst")), (["--epochs=0"], ("--epochs",)),
+    (["--beta=0"], ("--beta",)), (["--learnig_rate=1"], ("did you mean --learning_rate",)),
+    (["--side=chosen"], ("--side",)), (["--shard"], ("torchrun",)), (["--beta=x"], ("--beta", "float")), (["--loss=dpo"], ("--loss=dpo needs pairs", "best_worst")), (["--epochs=0"], ("--epochs",)),
     (["--out={file}"], ("is a file",)), (["--data={empty}"], ("holds no rows",)), (["--model=/no/model"], ("/no/model",))))
 def test_train_flags(tiny, rewarded, tmp_path, capsys, monkeypatch, flags, says):
     (tmp_path / "file").write_text("x")

@@ -250,3 +250,20 @@ def test_sharded_training_has_the_same_losses_checkpoints_and_resume(tiny, rewar
     for name in ("loss", "eval_loss", "grad_norm"):
         np.testing.assert_allclose(steps(out, name), steps(undisturbed, name), rtol=2e-5, atol=2e-6)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
+
+
+def test_a_dry_run_shows_a_batch_and_writes_nothing(tiny, rewarded, tmp_path):
+    done = run("train.py", *flags(tiny, rewarded, tmp_path / "run", "--dry_run"))
+    assert done.stdout.count(">>>") == 5 and "target log-ratio" in done.stdout and "minutes" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path):
+    (tmp_path / "trackio.py").write_text(
+        "import json, pathlib\nfile = pathlib.Path(__file__).with_name('sent.jsonl').open('a')\n"
+        "def init(**settings): assert settings['project'] == 'qrpo' and settings['config']['beta'] == 0.1\n"
+        "def log(row, step): file.write(json.dumps(row | {'step': step}) + '\\n')\n")
+    run("train.py", *flags(tiny, rewarded, tmp_path / "run", "--track=trackio"), env={"PYTHONPATH": str(tmp_path)})
+    assert read_rows(tmp_path / "sent.jsonl") == read_rows(tmp_path / "run" / "metrics.jsonl")
+    missing = run("train.py", *flags(tiny, rewarded, tmp_path / "other", "--track=wandb"), check=False)
+    assert missing.returncode == 2 and "install it" in missing.stderr
