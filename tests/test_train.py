@@ -254,7 +254,7 @@ def test_sharded_training_has_the_same_losses_checkpoints_and_resume(tiny, rewar
 
 def test_a_dry_run_shows_a_batch_and_writes_nothing(tiny, rewarded, tmp_path):
     done = run("train.py", *flags(tiny, rewarded, tmp_path / "run", "--dry_run"))
-    assert done.stdout.count(">>>") == 5 and "target log-ratio" in done.stdout and "minutes" in done.stdout
+    assert done.stdout.count("<<<\n") == 4 and "target log-ratio" in done.stdout and "minutes" in done.stdout
     assert not (tmp_path / "run").exists()
 
 
