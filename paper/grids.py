@@ -1,8 +1,8 @@
 """The sweeps of the paper (arXiv 2507.08068), and their miniature on minicode, as data.
 
-A grid is a function that yields runs; a run is {"name", "folder", "command"}: a stable name that holds all that tells it
-from the others, the folder it writes, and the shell command that makes it (run.sh). The same run in two grids has one
-name, and is trained once. Where a run needs references, the grid called ..._refs makes them; `sweep.py` runs them all:
+A grid is a function that yields runs; a run is {"name", "folder", "command"}: a stable name that holds all that tells
+it from the others, the folder it writes, and the shell command that makes it (run.sh). A run that stands in two grids
+has one name, and is trained once. The grids refs and mini_refs make the reference data of the others. To see one:
 
     python paper/sweep.py list chat
 """
@@ -35,8 +35,8 @@ def start(model, data, sft):
     path = MODELS[model] if sft == "nosft" else f"out/paper/{model}-{data}-nosft/{model}-{data}-sft"
     reward = "tests" if data == "leetcode" else "model:RLHFlow/ArmoRM-Llama3-8B-v0.1"
     return name, f"out/paper/{name}", {
-        "MODEL": path, "DATA": DATA[data], "REWARD": reward, "SEED": 27, "GENERATE": "--num_refs=50 --max_new_tokens=2048",
-        "SCORE": "" if data == "leetcode" else "--trust_remote_code"}
+        "MODEL": path, "DATA": DATA[data], "REWARD": reward, "SEED": 27,
+        "GENERATE": "--num_refs=50 --max_new_tokens=2048", "SCORE": "" if reward == "tests" else "--trust_remote_code"}
 
 
 def full(model, data, sft, regime, loss, n, beta, lr):
@@ -52,7 +52,8 @@ def full(model, data, sft, regime, loss, n, beta, lr):
 def chat():
     for data, model, sft, regime in product(("magpie", "ultrafeedback"), MODELS, ("sft", "nosft"),
                                             ("offline", "offpolicy2best", "offpolicy2random")):
-        losses = [("qrpo", n) for n in ((1, 3) if data == "magpie" else (3,))] + [(x, 0) for x in ("dpo", "rebel", "simpo")]
+        losses = [("qrpo", n) for n in ((1, 3) if data == "magpie" else (3,))] + [
+            (loss, 0) for loss in ("dpo", "rebel", "simpo")]
         for (loss, n), lr in product(losses, LEARNING_RATES):
             for beta in BETAS[loss]:
                 yield full(model, data, sft, regime, loss, n, beta, lr)
@@ -108,7 +109,8 @@ def mini():
         def one(name, flags, epochs, batch_size=64):
             return run(f"{name}-seed{seed}", f"out/mini/seed{seed}",
                        f"train {flags} --epochs={epochs} --batch_size={batch_size}", SEED=seed)
-        for quantile, beta, lr, regime in product(("paper", "exact"), ("0.03", "0.1", "0.3"), ("1e-4", "3e-4"), MINI_REGIMES):
+        for quantile, beta, lr, regime in product(("paper", "exact"), ("0.03", "0.1", "0.3"), ("1e-4", "3e-4"),
+                                                  MINI_REGIMES):
             regime_flags, epochs = MINI_REGIMES[regime]
             flags = f"--loss=qrpo --quantile={quantile} --beta={beta} --learning_rate={lr} {regime_flags}"
             yield one(f"qrpo-{quantile}-{regime}-beta{beta}-lr{lr}", flags, epochs)

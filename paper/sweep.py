@@ -1,9 +1,9 @@
 """Run a sweep on this machine or as a SLURM job array, say what became of each of its runs, and run again what failed.
 
-A grid is a name in paper/grids.py (chat, scaling, code, sft, refs, mini, mini_refs), or FILE.py:NAME, a function of your
-own that yields runs in the same way. Input: the grid. Output: what the runs write into their folders, and beside it
-log.txt (what a run printed) and job.json (where it runs or ran, and its exit code), which are all that `status` needs
-besides squeue. A run that SLURM's time limit would stop saves, is queued again and continues.
+A grid is a name in paper/grids.py (chat, scaling, code, sft, refs, mini, mini_refs), or FILE.py:NAME, a function of
+your own that yields runs in the same way. Input: the grid. Output: what the runs write into their folders, and beside
+it log.txt (what a run printed) and job.json (where it runs or ran, and its exit code), which are all that `status`
+needs besides squeue. A run that SLURM's time limit would stop saves, is queued again and continues.
 
     python paper/sweep.py list mini --only='qrpo*seed0'
     python paper/sweep.py run mini --jobs=2
@@ -41,10 +41,10 @@ SAVED = 75  # train.py's exit code for "saved, start me again"
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("list", "run", "submit", "status", "task"), help="task: what SLURM calls; the grid is a folder")
+    add("what", choices=("list", "run", "submit", "status", "task"), help="task: for SLURM itself, with a run's folder")
     add("grid", help="a name in paper/grids.py, or FILE.py:NAME")
     add("--only", default="*", help="runs whose name holds this, or matches this pattern of * and ?")
-    add("--rerun", action="store_true", help="run, submit: just what failed (default: all but done, queued and running)")
+    add("--rerun", action="store_true", help="run, submit: just what failed (default: also what never started)")
     add("--jobs", type=int, default=1, help="run: so many side by side, each with its share of the cores (default 1)")
     add("--stalled", type=float, default=30, help="minutes of silence after which a run has stalled (default 30)")
     # SLURM
@@ -89,7 +89,7 @@ def execute(folder, command, job, threads=None):
     """
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     log = open(ROOT / folder / "log.txt", "ab")
-    if STOPPED or not (lock(log) or time.sleep(1) or lock(log)):  # `status` takes it for an instant
+    if STOPPED or not (lock(log) or time.sleep(1) or lock(log)):  # `status` holds it for an instant
         return None
     job = job | {"command": command, "host": socket.gethostname(), "started": time.time(), "log_from": log.tell()}
     rows.write_json(ROOT / folder / "job.json", job)
@@ -108,9 +108,10 @@ def execute(folder, command, job, threads=None):
     return code
 
 
-def lock(log):
+def lock(log, kind=fcntl.LOCK_EX):
+    """Whether the lock could be had."""
     try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(log, kind | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
         return False
@@ -129,14 +130,14 @@ def family(pid):
 
 def stop(signum, frame):
     """SIGUSR1 (the time limit is near) asks the runs to save; SIGTERM and SIGINT end them, those that save, saved."""
+    near = signum == signal.SIGUSR1
+    # what has not saved when the time is up will not
+    sent = signal.SIGUSR1 if near else signal.SIGKILL if signal.SIGUSR1 in STOPPED else signal.SIGTERM
     for child in list(RUNNING):
-        with contextlib.suppress(ProcessLookupError):  # it may just have ended
-            if signum == signal.SIGUSR1:
-                for pid in family(child.pid):
-                    os.kill(pid, signal.SIGUSR1)
-            else:  # what has not saved when the time is up will not
-                os.killpg(child.pid, signal.SIGKILL if signal.SIGUSR1 in STOPPED else signal.SIGTERM)
-    if signum == signal.SIGUSR1:  # and what srun started, on all nodes
+        for pid in family(child.pid) if near else [-child.pid]:  # negative: its process group
+            with contextlib.suppress(ProcessLookupError):  # it may just have ended
+                os.kill(pid, sent)
+    if near:  # and what srun started, on all nodes
         subprocess.run(["scancel", "--signal=USR1", this_task()])
     STOPPED.add(signum)
 
@@ -186,11 +187,11 @@ def submit(args, runs):
              "nodes": args.nodes, "ntasks-per-node": 1, "gpus-per-node": args.gpus, "time": args.time,
              "account": args.account, "partition": args.partition}
     folders = "\n".join(shlex.quote(run["folder"]) for run in runs)
+    script = (f"#!/bin/bash\nfolders=(\n{folders}\n)\nexec {shlex.quote(sys.executable)} "
+              f"{shlex.quote(str(Path(__file__).resolve()))} task \"${{folders[$SLURM_ARRAY_TASK_ID]}}\"\n")
     done = subprocess.run(
         ["sbatch", "--parsable", "--hold", "--requeue", *(f"--{k}={v}" for k, v in flags.items() if v),
-         *shlex.split(args.sbatch)], text=True, capture_output=True,
-        input=f"#!/bin/bash\nfolders=(\n{folders}\n)\n"
-              f"exec {shlex.quote(sys.executable)} {Path(__file__).resolve()} task \"${{folders[$SLURM_ARRAY_TASK_ID]}}\"\n")
+         *shlex.split(args.sbatch)], text=True, capture_output=True, input=script)
     if done.returncode:
         rows.fail(f"sbatch refused the job: {done.stderr.strip()}")
     array = done.stdout.strip().partition(";")[0]
@@ -207,7 +208,8 @@ def squeue(jobs):
     """State of this user's jobs in SLURM's queue, {"ARRAY_TASK": "PENDING (reason)"}; {} if none was ever submitted."""
     if not any("job" in job for job in jobs):
         return {}
-    done = subprocess.run(["squeue", "--me", "--array", "--noheader", "--format=%i|%T (%r)"], capture_output=True, text=True)
+    done = subprocess.run(["squeue", "--me", "--array", "--noheader", "--format=%i|%T (%r)"], text=True,
+                          capture_output=True)
     if done.returncode:
         rows.fail(f"squeue does not answer, so nobody knows what became of the jobs: {done.stderr.strip()}")
     return dict(line.split("|", 1) for line in done.stdout.splitlines())
@@ -226,12 +228,10 @@ def state(run, job, queue, stalled):
     if not job:
         return "never started", ""
     if job.get("exit") == 0:
-        return "done", f"{(job['ended'] - job['started']) / 60:.0f} min"
+        return "done", ""
     if slurm.startswith("PENDING"):
         return "queued", slurm
-    with open(log if log.exists() else os.devnull, "rb") as file:
-        alive = not lock(file)
-    if alive or slurm:
+    if slurm or log.exists() and not lock(open(log, "rb"), fcntl.LOCK_SH):
         files = [path for path in (log, folder / "metrics.jsonl") if path.exists()]
         silent = (time.time() - max([path.stat().st_mtime for path in files], default=time.time())) / 60
         remark = f"on {job['host']}, silent for {silent:.0f} min" if "host" in job else "starting"
@@ -243,16 +243,16 @@ def state(run, job, queue, stalled):
 def why(job, log):
     """The line that says why a run has failed: the scheduler's where the run was killed, or its own last error."""
     code = job.get("exit")
-    if code == SAVED:
-        return "stopped, with a checkpoint to continue from"
-    killed = code is None or code < 0 or code > 128
+    killed = code in (None, SAVED) or code < 0 or code > 128
     # SLURM's log holds nothing but what SLURM says, and Python if it could not even start sweep.py
     said = last_line(job.get("slurm_log"), r".*\S.*" if killed else r".*oom.kill.*", job.get("slurm_log_from", 0))
     if said:
         return said
     if code is None:
-        return accounting(job.get("job")) or ("ended without a word: killed, or its machine went down" if "started" in job
-                                              else "cancelled before it started")
+        return accounting(job.get("job")) or ("ended without a word: killed, or its machine went down"
+                                              if "started" in job else "cancelled before it started")
+    if code == SAVED:
+        return "stopped, with a checkpoint to continue from"
     if killed:
         name = signal.Signals(-code if code < 0 else code - 128).name
         return f"killed by {name}" + " (often: out of memory)" * (name == "SIGKILL")
@@ -276,7 +276,8 @@ def accounting(job):
     """What sacct knows of a job, where SLURM keeps accounts."""
     if not job or not shutil.which("sacct"):
         return None
-    done = subprocess.run(["sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,Reason"], capture_output=True, text=True)
+    done = subprocess.run(["sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode,Reason"], text=True,
+                          capture_output=True)
     return f"sacct: {done.stdout.splitlines()[-1]}" if done.returncode == 0 and done.stdout.strip() else None
 
 

@@ -3,7 +3,6 @@ with a failure, a cancellation, a time limit, and a node that goes down.
 """
 import json
 import os
-import pwd
 import shlex
 import shutil
 import signal
@@ -77,7 +76,8 @@ def test_a_sweep_on_this_machine(tmp_path):
     (tmp_path / "rank.py").write_text("import os\nif os.environ['RANK'] == '1': raise IndexError('of rank 1')\n")
     grid = write_grid(tmp_path, {
         "good": "echo $OMP_NUM_THREADS", "crashes": f"{python} 'import no_such_module'",
-        "refuses": f"{python} 'import rows; rows.fail(\"lower it\")'", "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?",
+        "refuses": f"{python} 'import rows; rows.fail(\"lower it\")'",
+        "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?",
         "ranks": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone {tmp_path}/rank.py",
         "second": "[ -e second ] || { touch second; exit 1; }".replace("second", str(tmp_path / "second"))})
     assert set(states(grid).values()) == {("never started", "")}
@@ -95,7 +95,8 @@ def test_a_sweep_on_this_machine(tmp_path):
 
 
 def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
-    saves = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved'), sys.exit(75))); print('up', flush=True); time.sleep(60)"
+    saves = ("import signal, sys, time; signal.signal(15, lambda *_: (print('saved'), sys.exit(75)));"
+             "print('up', flush=True); time.sleep(60)")
     grid = write_grid(tmp_path, {"long": f"exec {sys.executable} -c {shlex.quote(saves)}", "waits": "true"})
     process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
@@ -107,15 +108,19 @@ def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
     assert states(grid)["long"] == ("stalled", f"on {socket.gethostname()}, silent for 60 min")
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130 and "saved" in log.read_text()
-    assert states(grid) == {"long": ("failed", "stopped, with a checkpoint to continue from"), "waits": ("never started", "")}
+    assert states(grid) == {"long": ("failed", "stopped, with a checkpoint to continue from"),
+                            "waits": ("never started", "")}
+
+
+OOM = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.batch. Some of your processes may have been killed"
 
 
 @pytest.mark.parametrize(("job", "said", "reason"), (
-    ({"exit": 137, "started": 1}, "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.batch. Some", "error: Detected 1 oom"),
-    ({"exit": 1, "started": 1}, "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.batch. Some", "error: Detected 1 oom"),
-    ({"started": 1}, "slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-01 DUE TO TIME LIMIT ***", "error: *** JOB 5"),
-    ({"started": 1}, "", "ended without a word"), ({}, "", "cancelled before it started"),
-    ({}, "/var/spool/script: line 4: /gone/python: No such file or directory", "/var/spool/script: line 4: /gone/python")))
+    ({"exit": 137, "started": 1}, OOM, "error: Detected 1 oom"),
+    ({"exit": 1, "started": 1}, OOM, "error: Detected 1 oom"),
+    ({"started": 1}, "slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***",
+     "error: *** JOB 5"), ({"started": 1}, "", "ended without a word"), ({}, "", "cancelled before it started"),
+    ({}, "/var/spool/script: line 4: /gone/python: No such file or directory", "/var/spool/script: line 4")))
 def test_what_the_scheduler_says_explains_a_kill(tmp_path, job, said, reason):
     (tmp_path / "slurm").write_text(said + "\n")
     (tmp_path / "log").write_text("Traceback\nKeyError: 'x'\n")
@@ -132,27 +137,30 @@ def wait_for(condition, seconds=300):
 
 
 class Cluster:
-    """A throw-away SLURM of one node on this machine: its own munge key, ports and folders."""
+    """A throw-away SLURM on this machine, where a node is a daemon: its own munge key, ports and folders."""
 
     def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short, and open for munge's own user
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # not in pytest's, which is for root alone
         self.folder.chmod(0o755)
-        munge, user = self.folder / "munge", pwd.getpwnam("munge")
+        self.env, self.daemons = {"SLURM_CONF": str(self.folder / "slurm.conf")}, {}
+
+    def up(self, nodes):
+        munge = self.folder / "munge"
         munge.mkdir()
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o600)
         for path in (munge, munge / "key"):
-            os.chown(path, user.pw_uid, user.pw_gid)
-        ports = []
-        for _ in range(2):
-            with socket.socket() as s:
-                s.bind(("localhost", 0))
-                ports.append(s.getsockname()[1])
+            shutil.chown(path, "munge")
+        sockets = [socket.create_server(("localhost", 0)) for _ in range(1 + nodes)]
+        port, *ports = [s.getsockname()[1] for s in sockets]  # free ones
+        for s in sockets:
+            s.close()
+        lines = "\n".join(f"NodeName=node{k} NodeHostname={socket.gethostname()} NodeAddr=localhost Port={p} "
+                          f"CPUs={2 // nodes}" for k, p in enumerate(ports))
         (self.folder / "slurm.conf").write_text(f"""
 ClusterName=sweep
 SlurmctldHost=localhost
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
+SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={munge}/socket,cred_expire=5
@@ -166,33 +174,34 @@ ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
 StateSaveLocation={self.folder}/state
-SlurmdSpoolDir={self.folder}/spool
+SlurmdSpoolDir={self.folder}/spool-%n
 SlurmctldPidFile={self.folder}/slurmctld.pid
-SlurmdPidFile={self.folder}/slurmd.pid
-NodeName=localhost NodeHostname={socket.gethostname()} CPUs=2
+SlurmdPidFile={self.folder}/%n.pid
+{lines}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """)
-        self.env = {"SLURM_CONF": str(self.folder / "slurm.conf")}
-        self.daemons = {}
-        self.start("munged", "--foreground", f"--socket={munge}/socket", f"--key-file={munge}/key", f"--pid-file={munge}/pid",
-                   f"--log-file={munge}/log", f"--seed-file={munge}/seed", user="munge", group="munge", extra_groups=[])
+        self.start("munged", "--foreground", f"--socket={munge}/socket", f"--key-file={munge}/key",
+                   f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed",
+                   user="munge", group="munge", extra_groups=[])
         wait_for((munge / "socket").exists)
         self.start("slurmctld", "-D")
-        self.start("slurmd", "-D", "-N", "localhost")
-        wait_for(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T"))
+        for k in range(nodes):
+            self.start("slurmd", "-D", "-N", f"node{k}")
+        wait_for(lambda: self.call("sinfo", "-h", "-o", "%D %T") == f"{nodes} idle\n")
 
-    def start(self, name, *flags, **kwargs):
-        with open(self.folder / f"{name}.log", "ab") as log:
-            self.daemons[name] = subprocess.Popen([shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin"), *flags],
-                                                  stdout=log, stderr=log, env=os.environ | self.env, **kwargs)
+    def start(self, *command, **kwargs):
+        self.daemons[command] = subprocess.Popen(command, stdout=open(self.folder / "daemons.log", "ab"),
+                                                 stderr=subprocess.STDOUT, env=os.environ | self.env, **kwargs)
 
     def call(self, *command):
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.env)
         return done.stdout + done.stderr
 
-    def stop(self):
+    def down(self):
         self.call("scancel", "--user=root")
-        wait_for(lambda: not self.call("squeue", "-h"), 60)
+        end = time.time() + 30
+        while self.call("squeue", "-h") and time.time() < end:
+            time.sleep(0.3)
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
             try:
@@ -203,22 +212,20 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 @pytest.fixture
-def cluster():
-    cluster = None
+def cluster(request, monkeypatch):
+    """A cluster of as many nodes as the test asks for."""
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
+    if os.getuid() or not all(map(shutil.which, ("munged", "slurmctld", "slurmd"))):
+        pytest.skip("SLURM and munge are not installed here, or this is not root")
+    cluster = Cluster()
     try:
-        cluster = Cluster()
+        cluster.up(request.param)
         yield cluster
     finally:
-        if cluster:
-            cluster.stop()
+        cluster.down()
 
 
-def have_slurm():
-    path = f"{os.environ['PATH']}:/usr/sbin"
-    return os.getuid() == 0 and all(shutil.which(name, path=path) for name in ("munged", "slurmctld", "slurmd", "sbatch"))
-
-
-@pytest.mark.skipif(not have_slurm(), reason="SLURM and munge are not installed here, or this is not root")
+@pytest.mark.parametrize("cluster", (1,), indirect=True)
 def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     """Its longest wait is for the shortest time limit that SLURM has, a minute; SLURM looks at it every 30 s."""
     slow = tmp_path / "slow.py"  # train.py, which sleeps at every step until it has a checkpoint to continue from
@@ -226,11 +233,13 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
                     "step, sleep = torch.optim.AdamW.step, 0 if Path(sys.argv[1], 'checkpoints').exists() else 1\n"
                     "torch.optim.AdamW.step = lambda *args, **kwargs: (time.sleep(sleep), step(*args, **kwargs))[1]\n"
                     f"del sys.argv[1]\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
-    out, go = tmp_path / "out", tmp_path / "go"
+    out, go, slurmd = tmp_path / "out", tmp_path / "go", ("slurmd", "-D", "-N", "node0")
     grid = write_grid(tmp_path, {
-        "fails": f"[ -e {go} ] || {sys.executable} -c 'raise ValueError(\"no such luck\")'", "cancelled": f"[ -e {go} ] || sleep 600",
-        "trains": f"{sys.executable} -m torch.distributed.run --nproc_per_node=1 --standalone {slow} {out}/trains --model={tiny} --data={rewarded} --out={out}/trains --epochs=10 "
-                  "--learning_rate=1e-3 --batch_size=12 --resume; exit $?",
+        "fails": f"[ -e {go} ] || {sys.executable} -c 'raise ValueError(\"no such luck\")'",
+        "cancelled": f"[ -e {go} ] || sleep 600",
+        "trains": f"{sys.executable} -m torch.distributed.run --nproc_per_node=1 --standalone {slow} {out}/trains "
+                  f"--model={tiny} --data={rewarded} --out={out}/trains --epochs=10 --learning_rate=1e-3 "
+                  "--batch_size=12 --resume; exit $?",
         "node": f"echo up; [ -e {go} ] || sleep 600; echo $SLURM_ARRAY_TASK_ID $SLURM_RESTART_COUNT"})
 
     def now(name):
@@ -244,7 +253,7 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     array = text.split("job array ")[1].split(":")[0]
     wait_for(lambda: now("fails")[0] == "failed" and now("cancelled")[0] == now("trains")[0] == "running")
     assert now("fails") == ("failed", "ValueError: no such luck") and now("node")[0] == "never started"
-    assert "3 never" not in sweep("submit", grid, "--rerun", "--only=trains", env=cluster.env)  # it runs: nothing is submitted
+    assert sweep("submit", grid, "--only=trains", env=cluster.env) == "1 running\n"  # so nothing is submitted
     cluster.call("scancel", f"{array}_1")
     wait_for(lambda: now("cancelled")[0] == "failed")
     assert "CANCELLED AT" in now("cancelled")[1]
@@ -254,10 +263,10 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     assert job["exit"] == 1 and job["job"] == f"{array}_2"  # torchrun's own code; its workers' was 75
     sweep("submit", grid, "--only=node", env=cluster.env)
     wait_for(lambda: now("node")[0] == "running" and "up" in log("node"))
-    cluster.daemons["slurmd"].kill()  # the node goes down
+    cluster.daemons[slurmd].kill()  # the node goes down
     wait_for(lambda: now("node")[0] == "queued")
     go.touch()
-    cluster.start("slurmd", "-D", "-N", "localhost")
+    cluster.start(*slurmd)
     wait_for(lambda: now("trains")[0] == now("node")[0] == "done")
     assert "continuing after step" in log("trains")
     assert [row["step"] for row in read_rows(out / "trains/metrics.jsonl")] == list(range(1, 101))
