@@ -183,8 +183,8 @@ def main():
     policy = models.shard(models.Policy(model), dtype) if args.shard else models.Policy(model)
     if args.dry_run:
         return dry_run(args, tokenizer, policy, train_data, steps, rank, world, device, autocast)
-    metrics = runs.start(out, config, start) if main_rank else None
     track = runs.tracker(args.track, out, config) if main_rank else None
+    metrics = runs.start(out, config, start) if main_rank else None
 
     # ---- reference log-probabilities: the policy's own, before it moves ----
     reference = policy
