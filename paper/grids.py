@@ -12,6 +12,7 @@ from shlex import quote
 LEARNING_RATES = "1e-7", "3e-7", "1e-6"
 MODELS = {"llama": "allenai/Llama-3.1-Tulu-3-8B-SFT", "mistral": "mistralai/Mistral-7B-Instruct-v0.2"}
 STEPS = {"magpie": 160, "ultrafeedback": 100, "leetcode": 40}  # between checkpoints
+LARGE = "--max_length=2048 --gradient_checkpointing --shard"
 DATA = {"magpie": "data/magpie_air", "ultrafeedback": "data/ultrafeedback", "leetcode": "data/leetcode"}
 BETAS = {"qrpo": ("3e-4", "1e-3", "3e-3"), "dpo": ("1e-2", "3e-2", "1e-1"), "rebel": ("1e-6", "1e-4", "1e-2"),
          "simpo": ("2", "2.5", "10")}
@@ -43,7 +44,7 @@ def full(model, data, sft, regime, loss, n, beta, lr):
     """128 pairs a step: for QRPO, which is pointwise, 256 completions. n: reference rewards; of QRPO alone."""
     name, out, env = start(model, data, sft)
     flags = (f"--loss={loss} --beta={beta} --learning_rate={lr} --batch_size={256 if loss == 'qrpo' else 128} "
-             f"{REGIMES[regime]} --max_length=2048 --gradient_checkpointing --shard --save_every={STEPS[data]}")
+             f"{REGIMES[regime]} {LARGE} --save_every={STEPS[data]} --eval_every={STEPS[data]}")
     if loss == "qrpo":
         loss, flags = f"qrpo-n{n}", f"{flags} --num_ref_rewards={n}"
     return run(f"{name}-{regime}-{loss}-beta{beta}-lr{lr}", out, f"train {flags}", **env)
@@ -80,7 +81,7 @@ def sft():
         _, out, env = start(model, data, "nosft")
         flags = "--train_on=completion --epochs=3" if data == "leetcode" else "--train_on=chosen_rejected"
         yield run(f"{model}-{data}-sft", out, f"train --loss=sft {flags} --learning_rate=5e-7 --batch_size=128 "
-                  "--max_grad_norm=10 --max_length=2048 --gradient_checkpointing --shard", **env)
+                  f"--max_grad_norm=10 {LARGE}", **env)
         yield refs_of(model, data, "nosft")
 
 
@@ -108,7 +109,8 @@ def mini():
     for seed in (0, 1, 2):
         def one(name, flags, epochs, batch_size=64):
             return run(f"{name}-seed{seed}", f"out/mini/seed{seed}",
-                       f"train {flags} --epochs={epochs} --batch_size={batch_size}", SEED=seed)
+                       f"train {flags} --epochs={epochs} --batch_size={batch_size} --eval_every=40", SEED=seed)
+
         for quantile, beta, lr, regime in product(("paper", "exact"), ("0.03", "0.1", "0.3"), ("1e-4", "3e-4"),
                                                   MINI_REGIMES):
             regime_flags, epochs = MINI_REGIMES[regime]
