@@ -32,6 +32,7 @@ import ast
 import builtins
 import collections
 import collections.abc
+import contextlib
 import ctypes
 import decimal
 import errno
@@ -53,7 +54,8 @@ import time
 import types
 
 if not sys.argv[-1].startswith("--worker="):  # the host's own: a worker stays small, for it is cloned for every program
-    import argparse, hashlib, importlib.util, queue, shutil, subprocess, tempfile, textwrap, threading
+    import argparse, hashlib, importlib.util, shutil, subprocess, tempfile, textwrap
+    from multiprocessing.connection import wait
     from pathlib import Path
 
 FLAGS = {  # name: (default, what it means); the limits travel to the workers
@@ -72,7 +74,8 @@ LIMITS = {name: default for name, (default, _) in FLAGS.items()}
 SLOWDOWN = 8  # a loaded machine may stretch a program's time by this much before wall time begins to count
 TICK = 0.02  # s between two looks of the supervisor at its clocks
 NOBODY = 65534
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}  # all that a worker has; the order of sets is the same in each
+# All that a worker has: the order of sets is the same in each, and no clone has to look up C functions anew.
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1", "LANG": "C.UTF-8"}
 IMAGE, PACKAGES = "python:3.11-slim", "sortedcontainers"
 RUNTIMES = ("bwrap", "podman", "apptainer", "unshare")
 WORDS = {"w": "wrong", "e": "exception", "m": "memory", "o": "output", "k": "killed"}
@@ -84,9 +87,13 @@ WARM = """abc array bisect cmath collections copy dataclasses datetime decimal e
 # ---- values as plain data: both sides use these, neither trusts them ----
 
 SCALARS = {type(None), bool, int, float, str}
-CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque, "list": list}
-NUMBERS = {"Fraction": fractions.Fraction, "Decimal": decimal.Decimal}
-ITERATORS = (collections.abc.Iterator, collections.abc.MappingView)
+CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque, "bytes": bytes,
+              "bytearray": bytearray, "list": list}
+ITERATORS = (collections.abc.Iterator, collections.abc.MappingView)  # run to their end before they are sent
+MADE = {"range": (range, lambda value: [value.start, value.stop, value.step]),  # tag: (type, the arguments it takes)
+        "complex": (complex, lambda value: [value.real, value.imag]),
+        "Fraction": (fractions.Fraction, lambda value: [str(value)]),
+        "Decimal": (decimal.Decimal, lambda value: [str(value)])}
 
 
 def pack(value, note):
@@ -101,22 +108,15 @@ def pack(value, note):
         return value if SCALARS.issuperset(map(type, value)) else [pack(item, note) for item in value]
     if isinstance(value, dict):
         return {"dict": [pack(list(value), note), pack(list(value.values()), note)]}
-    for tag, container in CONTAINERS.items():
+    for tag, container in [*CONTAINERS.items(), ("iterator", ITERATORS)]:
         if isinstance(value, container):
             return {tag: pack([*value], note)}
     for plain in (int, float, str):  # subclasses, such as those of IntEnum
         if isinstance(value, plain):
             return plain(value)
-    if isinstance(value, range):
-        return {"range": [value.start, value.stop, value.step]}
-    if isinstance(value, (bytes, bytearray)):
-        return {kind.__name__: value.decode("latin-1")}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if kind.__name__ in NUMBERS:
-        return {kind.__name__: str(value)}
-    if isinstance(value, ITERATORS):  # a generator is run to its end here; the other side iterates over what it gave
-        return {"iterator": pack([*value], note)}
+    for tag, (made, arguments) in MADE.items():
+        if isinstance(value, made):
+            return {tag: arguments(value)}
     if kind.__module__ == "solution" and hasattr(value, "__dict__"):
         return {"object": note(value)}
     raise TypeError(f"a value of type {kind.__name__} is not plain data")
@@ -133,23 +133,14 @@ def unpack(value, objects, depth):
     (tag, body), = value.items()
     if tag == "object":
         return objects[body]
-    if tag in NUMBERS:
-        return NUMBERS[tag](body)
-    if tag in ("bytes", "bytearray"):
-        return getattr(builtins, tag)(body.encode("latin-1"))
     body = unpack(body, objects, depth - 1)
     if type(body) is not list:
         raise ValueError("a tag without a list")
     if tag == "dict":
-        keys, values = body
-        if len(keys) != len(values):
-            raise ValueError("keys without values")
-        return dict(zip(keys, values))
+        return dict(zip(*body, strict=True))
     if tag == "iterator":
         return iter(body)
-    if tag in ("range", "complex"):
-        return getattr(builtins, tag)(*body)
-    return CONTAINERS[tag](body)
+    return MADE[tag][0](*body) if tag in MADE else CONTAINERS[tag](body)
 
 
 def dump(head, values, objects):
@@ -271,12 +262,8 @@ def reply(value, arguments, objects, limit):
     try:
         message = dump("value", [value, arguments], objects)
         return message if len(message) <= limit else failure("Unsendable", "too large")
-    except MemoryError:
-        return failure("MemoryError", "")
-    except TypeError as error:
-        return failure("Unsendable", error)
-    except BaseException as error:  # raised by a generator on the way
-        return failure(type(error).__name__, error)
+    except BaseException as error:  # memory, no plain data, or whatever a generator raises on the way
+        return failure("Unsendable" if isinstance(error, TypeError) else type(error).__name__, error)
 
 
 class Gone(BaseException):
@@ -337,10 +324,10 @@ def split_tests(source, entry_point):
     for statement in check.body:
         calls_helper = any(isinstance(node, ast.Name) and node.id in helpers for node in ast.walk(statement))
         is_test = not isinstance(statement, (ast.FunctionDef, ast.ClassDef)) and (asserts(statement) or calls_helper)
-        body += wrapped([statement], names) if is_test else [statement]
+        body.append(reported([statement], names) if is_test else statement)
         total += is_test
     if not total:
-        body, total = wrapped(check.body, names), 1
+        body, total = [reported(check.body, names)], 1
     check.body = body
     return compile(ast.fix_missing_locations(tree), "<test>", "exec", dont_inherit=True), total
 
@@ -349,12 +336,11 @@ def asserts(node):
     return any(isinstance(inner, ast.Assert) and not isinstance(inner.test, ast.Constant) for inner in ast.walk(node))
 
 
-def wrapped(statements, names):
-    """The statements of one test, between the calls that report it. `names` stand for the candidate."""
-    template = ast.parse(f"__judge__.begin({any(mutable(statement, names) for statement in statements)})\ntry:\n pass\n"
-                         "except BaseException as __error__:\n __judge__.failed(__error__)\nelse:\n __judge__.passed()")
-    template.body[1].body = statements
-    return template.body
+def reported(statements, names):
+    """The statements of one test, in a `with` that reports how it went. `names` stand for the candidate."""
+    test, = ast.parse(f"with __judge__.test({any(mutable(part, names) for part in statements)}): pass").body
+    test.body = statements
+    return test
 
 
 def mutable(test, names):
@@ -368,20 +354,21 @@ def mutable(test, names):
 
 
 class Judge:
-    """The judge's end of the line: `call` stands in for the candidate, the rest records the tests."""
+    """The judge's end of the line: `call` stands in for the candidate, `test` is the context that each test runs in."""
 
     def __init__(self, space, requests, replies, report, total, limits):
         self.space, self.requests, self.replies, self.report = space, requests, replies, report
         self.total, self.limits = total, limits
         self.done = 0  # tests recorded
         self.gone = ""  # the code of why the candidate can answer no more
-        self.detail = ""
-        self.begin(True)
+        self.detail = ""  # of the first test that failed
+        self.test(True)
 
-    def exchange(self, head, values, objects):
+    def exchange(self, head, values):
         """Send a call (none where head is None), give back the reply. Without a proper one, Gone now and ever after."""
         if self.gone:
             raise Gone
+        objects = []
         try:
             message = None if head is None else dump(head, values, objects)
         except (TypeError, RecursionError):
@@ -390,22 +377,19 @@ class Judge:
         try:
             if message:
                 send(self.requests, message)
-            message = receive(self.replies, self.limits["output"] << 20)
-            kind, values = load(message, objects, self.space, self.limits["depth"])
-            if kind == "error":
-                name, text = values
-                if type(name) is str and type(text) is str:
-                    return kind, values
-            elif kind == ("ready" if head is None else "value"):
-                return kind, values
-            raise ValueError("a reply out of order")
+            kind, values = load(receive(self.replies, self.limits["output"] << 20), objects, self.space,
+                                self.limits["depth"])
+            expected = "ready" if head is None else "value"
+            if kind != expected and not (kind == "error" and [type(text) for text in values] == [str, str]):
+                raise ValueError("a reply out of order")
+            return kind, values
         except BaseException as error:  # the process has ended, or sent bytes that are no proper reply
             self.gone = "k" if isinstance(error, (EOFError, BrokenPipeError)) else "o"
             raise Gone from None
 
     def call(self, *args, **keywords):
         """What a test calls as `candidate`."""
-        kind, values = self.exchange(self.mutable, [args, keywords], [])
+        kind, values = self.exchange(self.mutable, [args, keywords])
         if kind == "value":
             value, after = values
             if self.mutable:
@@ -413,28 +397,30 @@ class Judge:
             return value
         name, text = values
         self.fault = {"MemoryError": "m", "Unsendable": "o"}.get(name, "e")
-        self.why = name if hasattr(builtins, name) else ""
+        self.why = name
         raise expected_error(name, text)
 
-    def begin(self, mutable):
+    def test(self, mutable):
         self.mutable, self.fault, self.why = mutable, "", ""
+        return self
 
-    def passed(self):
-        self.record(self.gone or ".")
+    def __enter__(self):
+        pass
 
-    def failed(self, error):
-        self.record(self.gone or self.fault or "w", self.why or type(error).__name__.replace("AssertionError", ""))
+    def __exit__(self, kind, error, trace):
+        self.record("." if kind is None else self.fault or "w",
+                    self.why or ("" if kind in (None, AssertionError) else kind.__name__))
+        return True
 
     def record(self, code, why=""):
         """Report one test: a byte. Of the first that fails also why, as the name of a built-in exception: no text of a
         program or a test may reach the supervisor, whose memory every later program inherits."""
-        if self.done == self.total:
-            return
-        self.done += 1
-        os.write(self.report, code.encode())
-        if code != "." and not self.detail:
-            self.detail = f"test {self.done}" + (f": {why}" if hasattr(builtins, why) and code not in "ko" else "")
-        self.begin(True)
+        code = self.gone or code
+        if self.done < self.total:
+            self.done += 1
+            os.write(self.report, code.encode())
+            if code != "." and not self.detail:
+                self.detail = f"test {self.done}" + (f": {why}" if hasattr(builtins, why) and code not in "ko" else "")
 
 
 def run_judge(size, channel, null, limits):
@@ -445,7 +431,7 @@ def run_judge(size, channel, null, limits):
         if os.read(replies, 1) != b"+":  # the candidate has not taken its own job yet
             return
         if codes is None:
-            job, codes = json.loads(take(size)), []
+            job, codes = json.loads(take(size)), ()
             silence(null)
         try:
             codes = codes or prepare(job)
@@ -480,16 +466,15 @@ def judge_one(judge, entry_point):
         judge.space[entry_point] = judge.call  # some tests call the function by its own name
     code, why = "w", ""
     try:
-        kind, values = judge.exchange(None, None, [])
+        kind, values = judge.exchange(None, None)
         if kind == "error":
-            why = values[0]
-            code = "m" if why == "MemoryError" else "e"
+            code, why = "m" if values[0] == "MemoryError" else "e", values[0]
         else:
             judge.space["check"](judge.call)
     except BaseException as error:  # raised between the tests: those after it have failed
         code, why = judge.fault or "w", judge.why or type(error).__name__
     while judge.done < judge.total:
-        judge.record(judge.gone or code, why)
+        judge.record(code, why)
     os.write(judge.report, b"\n" + judge.detail.encode())
 
 
@@ -525,14 +510,24 @@ def call_filter():
     """The seccomp program of a clone, ready for prctl(). Refused calls fail with EPERM, unknown ones with ENOSYS."""
     machine, clone = CALLS[platform.machine()]
     load, equal, at_least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    kill, fail, allow = 0x80000000, 0x50000, 0x7FFF0000
-    code = [(load, 0, 0, 4), (equal, 1, 0, machine), (give, 0, 0, kill), (load, 0, 0, 0)]
-    for number in REFUSED[platform.machine()].split():
-        code += [(equal, 0, 1, int(number)), (give, 0, 0, fail | errno.EPERM)]
+    allow, kill, refuse, unknown = ((give, 0, 0, code) for code in (
+        0x7FFF0000, 0x80000000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS))
+    rules = {0: [allow], NEWER: [unknown]}  # each holds from its number up to the next
     for number in NEEDED:
-        code += [(equal, 0, 1, number), (give, 0, 0, allow)]
-    code += [(at_least, 0, 1, NEWER), (give, 0, 0, fail | errno.ENOSYS), (equal, 1, 0, clone), (give, 0, 0, allow),
-             (load, 0, 0, 16), (bits, 1, 0, CLONE_THREAD), (give, 0, 0, fail | errno.EPERM), (give, 0, 0, allow)]
+        rules |= {number: [allow], number + 1: [unknown]}
+    for number in sorted(map(int, REFUSED[platform.machine()].split())):
+        rules |= {number: [refuse], number + 1: [allow]}
+    rules |= {clone: [(load, 0, 0, 16), (bits, 1, 0, CLONE_THREAD), refuse, allow], clone + 1: rules[clone + 1]}
+
+    def search(rules):
+        """By halves: the kernel tries a filter on every call there is when a clone installs it."""
+        if len(rules) == 1:
+            return rules[0][1]
+        low, high = rules[:len(rules) // 2], rules[len(rules) // 2:]
+        code = search(low)
+        return [(at_least, len(code), 0, high[0][0]), *code, *search(high)]
+
+    code = [(load, 0, 0, 4), (equal, 1, 0, machine), kill, (load, 0, 0, 0), *search(sorted(rules.items()))]
     buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer)))
     program.buffer = buffer  # keeps it alive
@@ -549,30 +544,25 @@ def clone(isolated):
 
 def set_limits(limits, isolated):
     """Called once by the supervisor, for all clones. NPROC counts its user namespace: itself, two clones, threads."""
-    for name, value in (("AS", limits["memory"] << 20), ("FSIZE", limits["disk"] << 20), ("NOFILE", limits["files"]),
-                        ("STACK", 64 << 20), ("CORE", 0), ("NPROC", limits["threads"] + 3), ("MEMLOCK", 0),
-                        ("SIGPENDING", 64), ("MSGQUEUE", 0)):
-        if isolated or name in ("AS", "FSIZE", "NOFILE", "CORE"):
-            try:
-                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-            except (AttributeError, ValueError, OSError):
-                if isolated:
-                    raise
+    values = {"AS": limits["memory"] << 20, "FSIZE": limits["disk"] << 20, "NOFILE": limits["files"], "CORE": 0}
+    if isolated:
+        values |= {"STACK": 64 << 20, "NPROC": limits["threads"] + 3, "MEMLOCK": 0, "SIGPENDING": 64, "MSGQUEUE": 0}
+    for name, value in values.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     sys.setrecursionlimit(1050)  # the 1000 a program may count on, and what stands below it here
 
 
-def wall_off(box, judge):
+def wall_off(box, is_judge):
     """Called by a fresh clone before it takes its job: a /tmp of its own, no rights, few system calls."""
+    if not is_judge:  # a judge serves many programs
+        resource.setrlimit(resource.RLIMIT_CPU, box["seconds"])
     if box["isolated"]:
         system(LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", 6, box["disk"]), "mount of /tmp")  # 6: nosuid, nodev
         os.chdir("/tmp")
         system(LIBC.prctl(1, 9, 0, 0, 0), "PR_SET_PDEATHSIG")  # die with the supervisor
-    if not judge:  # a judge serves many programs
-        resource.setrlimit(resource.RLIMIT_CPU, box["seconds"])
-    if box["isolated"]:
         system(LIBC.capset(NO_CAPABILITIES, bytes(24)), "capset")
-    if box["filters"]:
-        system(LIBC.prctl(22, 2, box["filters"], 0, 0), "seccomp")  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    if box["filter"]:
+        system(LIBC.prctl(22, 2, box["filter"], 0, 0), "seccomp")  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
     gc.enable()
 
 
@@ -602,13 +592,11 @@ def lock_down(paths):
     if paths:
         build_root(paths)
     if os.getuid() == 0:
-        try:
+        with contextlib.suppress(OSError):  # this root may be but the name of an ordinary user, who has no other
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
             LIBC.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is ours again
-        except OSError:
-            pass  # this root is but the name of an ordinary user, who has no other
     user, group = os.geteuid(), os.getegid()
     system(LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1")):
@@ -630,46 +618,53 @@ def take(size):
     return bytes(data)
 
 
+def rehearse():
+    """Run what clones will run: Python adapts code as it runs, in memory that clones then share instead of copy."""
+    source, pipe = os.pipe()
+    job = {"preamble": "import math", "test": "def check(c):\n assert c(1) == [1]", "entry_point": "f"}
+    for _ in range(30):
+        send(pipe, dump(True, [[1, "x", [2.0, [None]]], {"x": {1: (2, 3)}}], []))
+        load(receive(source, 1 << 20), [], {}, 9)
+        send(pipe, reply([1], None, [], 1 << 20))
+        load(receive(source, 1 << 20), [], {}, 9)
+        for code in prepare(json.loads(json.dumps(job)))[:2]:
+            exec(code, module_space())
+    os.close(source)
+    os.close(pipe)
+
+
 def supervise(options):
     """The life of a worker: for each job on stdin two clones, and one line of JSON on stdout."""
-    limits, isolated, filters = options["limits"], options["isolated"], None
-    disk = f"size={limits['disk']}m,nr_inodes={limits['files'] * 16},mode=777".encode()
-    seconds = int(limits["cpu"]) + 2  # where the supervisor's own look at the clock would fail
+    limits, isolated = options["limits"], options["isolated"]
     sys.path[:] = [path for path in sys.path[1:] if path.startswith(sys.base_prefix)] + options["path"]
     os.closerange(3, 1024)
     null = os.open("/dev/null", os.O_RDWR)
     if isolated:
         lock_down(options["root"])
-    if platform.machine() in CALLS and sys.platform == "linux":
-        system(LIBC.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
-        filters = call_filter()
-    elif isolated:
-        raise OSError(f"no list of system calls for {platform.machine()}: add one to CALLS and REFUSED")
+        if platform.machine() not in CALLS:
+            raise OSError(f"no list of system calls for {platform.machine()}: add one to CALLS and REFUSED")
+    system(LIBC.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     for name in WARM:
-        try:
+        with contextlib.suppress(ImportError):
             __import__(name)
-        except ImportError:
-            pass
-    for name in ("mount", "prctl", "capset"):
-        getattr(LIBC, name)
-    split_tests("def check(candidate):\n assert candidate(1) == [1]", "f")  # what a first use sets up, clones share
-    load(dump(True, [[1], {"x": 1}], []).encode(), [], {}, 9)
+    rehearse()
+    LIBC.mount, LIBC.capset  # looked up here, not in each clone
     os.environ.clear()
     os.environ.update(HOME="/tmp", LANG="C.UTF-8")
     set_limits(limits, isolated)
-    box = {"limits": limits, "isolated": isolated, "filters": filters, "null": null, "judge": None, "channel": None,
-           "candidate": None, "disk": disk, "seconds": (seconds, seconds)}
-    os.write(1, b"ready\n")
+    seconds = int(limits["cpu"]) + 2  # where the supervisor's own look at the clock would fail
+    box = {"limits": limits, "isolated": isolated, "null": null, "judge": None, "channel": None, "candidate": None,
+           "filter": call_filter() if platform.machine() in CALLS else None, "seconds": (seconds, seconds),
+           "disk": f"size={limits['disk']}m,nr_inodes={limits['files'] * 16},mode=777".encode()}
     gc.collect()
+    LIBC.malloc_trim(0)  # the less memory, the faster a clone: this returns what compiling this file took
     gc.freeze()
     gc.disable()
     while True:
         sizes = struct.unpack("II", take(8))
         os.write(1, json.dumps(one_program(box, *sizes)).encode() + b"\n")
-        try:
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(box["candidate"], 0)  # not before: the host need not wait for its end
-        except ChildProcessError:
-            pass
 
 
 def one_program(box, candidate_size, judge_size):
@@ -695,7 +690,6 @@ def one_program(box, candidate_size, judge_size):
     if len(data) < 4:
         sys.exit("the judge ended before it had begun")
     verdict = verdict_of(data, stopped, candidate, box["limits"]["cpu"])
-    verdict["kept"] = not stopped and verdict["verdict"] in ("pass", "wrong", "exception")
     if not verdict["kept"]:
         end_judge(box)
     return verdict
@@ -707,13 +701,13 @@ def clone_side(box, size, *keep):
     if pid:
         return pid
     try:
-        below = 3
+        below, is_judge = 3, len(keep) == 1
         for pipe in sorted((*keep, box["null"])):
             os.closerange(below, pipe)
             below = pipe + 1
         os.closerange(below, 256)
-        wall_off(box, judge=len(keep) == 1)
-        if len(keep) == 1:
+        wall_off(box, is_judge)
+        if is_judge:
             run_judge(size, socket.socket(fileno=keep[0]), box["null"], box["limits"])
         else:
             job = json.loads(take(size))
@@ -735,50 +729,48 @@ def silence(null):
 def end_judge(box):
     if box["judge"]:
         os.kill(box["judge"], signal.SIGKILL)
-        os.wait4(box["judge"], 0)
+        os.waitpid(box["judge"], 0)
         box["channel"].close()
         box["judge"] = None
 
 
 def verdict_of(data, stopped, candidate, cpu):
-    """The verdict in the judge's report: passed, total, verdict, detail, and whether only wall time was against it."""
+    """The verdict in the judge's report; `wall`: only wall time was against it; `kept`: the judge may stay."""
     total = int.from_bytes(data[:4], "little")
     codes, _, detail = data[4:].decode("ascii", "replace").partition("\n")
     codes = codes[:total].ljust(total, "k")
     word = "infra" if "i" in codes or not total else WORDS.get(codes.replace(".", "")[:1], "pass")
     if word == "killed":
         _, status, usage = os.wait4(candidate, 0)
+        how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "exited"
         if stopped or usage.ru_utime + usage.ru_stime > cpu:
             word, how = "timeout", "stopped"
-        else:
-            how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "exited"
         detail = f"test {codes.index('k') + 1}: {how}"
-    return {"passed": codes.count("."), "total": total, "verdict": word, "detail": detail, "wall": stopped == "wall"}
-
-
-def cpu_seconds(pid):
-    """CPU time of another process, all its threads; 0 where the system cannot say (not Linux)."""
-    try:
-        return time.clock_gettime(~pid << 3 | 2)
-    except OSError:
-        return 0.0
+    passed = codes.count(".")
+    reward = None if word == "infra" else passed / total
+    return {"reward": reward, "passed": passed, "total": total, "verdict": word, "detail": detail,
+            "wall": stopped == "wall", "kept": not stopped and word in ("pass", "wrong", "exception")}
 
 
 def watch(candidate, judge, results, limits):
     """Stop the candidate at its limits, until the judge is done: (its report, "" or "timeout" or "wall")."""
     os.set_blocking(results, False)
     poller = select.poll()
-    poller.register(results, 0)  # only its end is an event
-    poller.register(0, 0)
+    for pipe in (results, 0):
+        poller.register(pipe, 0)  # only its end is an event
     data, stopped = b"", ""
-    first = last = time.monotonic(), 0.0, cpu_seconds(judge)
+
+    def clocks():  # the last two: CPU time of a process with all its threads
+        return time.monotonic(), *(time.clock_gettime(~pid << 3 | 2) for pid in (candidate, judge))
+
+    first = last = clocks()
     while True:
         events = dict(poller.poll(TICK * 1000))
         if 0 in events:  # the host has gone
             os.kill(candidate, signal.SIGKILL)
             os.kill(judge, signal.SIGKILL)
             sys.exit()
-        now = time.monotonic(), cpu_seconds(candidate), cpu_seconds(judge)
+        now = clocks()
         try:
             more = os.read(results, 1 << 20)
         except BlockingIOError:
@@ -803,17 +795,12 @@ def watch(candidate, judge, results, limits):
 
 def first_block(text):
     """The first fenced Python block of a model's answer, if it is closed; else None."""
-    lines = text.split("\n")
-    for start, line in enumerate(lines):
-        opening = re.match(r"([ \t]*)(```+|~~~+)[ \t]*(?:python3?|py)\b", line, re.IGNORECASE)
-        if opening:
-            indent, fence = opening.groups()
-            ends = (end for end in range(start + 1, len(lines))
-                    if lines[end].strip().startswith(fence) and not lines[end].strip(" \t\r" + fence[0]))
-            end = next(ends, None)
-            block = None if end is None else "\n".join(lines[start + 1:end]) + "\n"
-            return textwrap.dedent(block) if block and indent else block
-    return None
+    start = re.search(r"^([ \t]*)(```+|~~~+)[ \t]*(?:python3?|py)\b.*\n", text, re.IGNORECASE | re.MULTILINE)
+    end = start and re.compile(rf"^[ \t]*{start[2]}{start[2][0]}*[ \t\r]*$", re.MULTILINE).search(text, start.end())
+    if not end:
+        return None
+    block = text[start.end():end.start()]
+    return textwrap.dedent(block) if start[1] else block
 
 
 def visible(packages):
@@ -874,83 +861,64 @@ def command(runtime, image, packages, limits):
 
 
 def start(line):
-    """Start a worker. OSError with the last line it wrote where it does not come up."""
+    """Start a worker: a process with log, job (of which it owes a verdict, until `due`) and tests (that it holds)."""
     bare = os.path.basename(line[0]) in ("podman", "apptainer")  # these need the user's own environment
     log = tempfile.TemporaryFile()
     worker = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
                               env=None if bare else ENVIRONMENT)
-    worker.log, worker.tests = log, None
-    if not select.select([worker.stdout], [], [], 600 if bare else 60)[0] or worker.stdout.readline() != b"ready\n":
-        worker.kill()
-        worker.wait()
-        log.seek(0)
-        raise OSError((log.read().decode(errors="replace").strip().splitlines() or ["it did not start"])[-1])
+    worker.log, worker.job, worker.tests = log, None, None
     return worker
 
 
-def stop(worker):
-    """End a worker; its container ends when its standard input does, and by force if not."""
-    try:
-        worker.stdin.close()
-    except OSError:
-        pass
-    try:
-        worker.wait(5)
-    except subprocess.TimeoutExpired:
-        os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
-    worker.stdout.close()
-    worker.log.close()
+def stop(workers):
+    """End workers. A container ends when its standard input does, and by force if not."""
+    for worker in workers:
+        with contextlib.suppress(OSError):
+            worker.stdin.close()
+    for worker in workers:
+        try:
+            worker.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+        worker.stdout.close()
+        worker.log.close()
 
 
 def ask(worker, job, limits):
-    """One program through one worker: its verdict. OSError or ValueError where the worker fails."""
-    tests = job["judge"]
-    sides = job["candidate"], b"" if tests == worker.tests else tests
-    worker.stdin.write(struct.pack("II", *map(len, sides)) + b"".join(sides))
-    worker.stdin.flush()
-    patience = SLOWDOWN * 2 * limits["cpu"] + limits["wall"] + 120
-    if not select.select([worker.stdout], [], [], patience)[0]:
-        raise OSError("the worker hangs")
-    verdict = json.loads(worker.stdout.readline())
-    worker.tests = tests if verdict.pop("kept") else None
+    """Send a program to a worker. One that has ended shows it in its answer."""
+    worker.job, worker.due = job, time.monotonic() + 2 * SLOWDOWN * limits["cpu"] + limits["wall"] + 600
+    sides = job["candidate"], b"" if job["judge"] == worker.tests else job["judge"]
+    with contextlib.suppress(BrokenPipeError):
+        worker.stdin.write(struct.pack("II", *map(len, sides)) + b"".join(sides))
+        worker.stdin.flush()
+
+
+def answer(worker):
+    """The verdict that a worker owes. OSError, with the last line it wrote, where it has failed."""
+    if not wait([worker.stdout], max(0, worker.due - time.monotonic())):
+        raise OSError("it hangs")
+    try:
+        verdict = json.loads(worker.stdout.readline())
+    except ValueError:
+        worker.log.seek(0)
+        raise OSError((worker.log.read().decode(errors="replace").strip().splitlines() or ["it ended"])[-1]) from None
+    worker.tests = worker.job["judge"] if verdict.pop("kept") else None
     return verdict
 
 
-INFRA = {"passed": 0, "total": 0, "verdict": "infra", "wall": False}
-
-
-def work(line, jobs, results, limits, live):
-    """A thread of the host: feeds one worker, and starts it anew where it fails. `live` holds its worker."""
-    worker, me = None, threading.get_ident()
-    while (job := jobs.get()) is not None:
-        for _ in range(3):
-            try:
-                worker = live[me] = worker or start(line)
-                verdict = ask(worker, job, limits)
-                break
-            except (OSError, ValueError) as error:
-                verdict = INFRA | {"detail": f"the sandbox failed: {error}"}
-                if worker:
-                    stop(worker)
-                worker = None
-                if "over" in live:
-                    return
-        results.put((job, verdict))
-    if worker:
-        stop(worker)
+NO_VERDICT = {"reward": None, "passed": 0, "total": 0, "verdict": "infra", "detail": ""}
 
 
 def make_job(row):
-    """What the two sides get to see of a row, or None where its answer holds no program."""
+    """What the two sides get to see of a row, and a key that equal jobs share: None where the answer has no program."""
     program = first_block(row["completion"])
     if program is None and row.get("fenced") is False:
         program = row["completion"]
-    if program is None:
-        return None
     both = {"preamble": row.get("preamble") or "", "entry_point": row["entry_point"]}
-    return {"candidate": json.dumps(both | {"program": program}).encode(),
-            "judge": json.dumps(both | {"test": row["test"]}).encode()}
+    candidate, judge = (json.dumps(both | side).encode() for side in ({"program": program}, {"test": row["test"]}))
+    key = None if program is None else hashlib.sha256(candidate + judge).digest()
+    return {"candidate": candidate, "judge": judge, "key": key, "tries": 3}
 
 
 @functools.lru_cache(maxsize=None)
@@ -976,18 +944,18 @@ def probe(right):
         if not shutil.which(name):
             reasons.append(f"{name} is not installed")
             continue
+        worker = start(command(name, image, packages, LIMITS))
         try:
-            worker = start(command(name, image, packages, LIMITS))
-            try:
-                verdict = ask(worker, job, LIMITS)
-            finally:
-                stop(worker)
+            ask(worker, job, LIMITS | {"cpu": 1.0})
+            verdict = answer(worker)
             if (verdict["passed"], verdict["total"]) == (1, 2):
                 print(f"sandbox: {name}", file=sys.stderr)
                 return name
             reasons.append(f"{name} does not isolate ({verdict})")
-        except (OSError, ValueError) as error:
+        except OSError as error:
             reasons.append(f"{name} fails ({error})")
+        finally:
+            stop([worker])
     raise RuntimeError(f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap (apt install bubblewrap, or "
                        "dnf) and see that user namespaces are allowed (sysctl user.max_user_namespaces), or run "
                        "programs that you trust with --unsafe")
@@ -999,65 +967,57 @@ def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, u
     workers: 0 is one for each core given to this process. limits: see FLAGS. Rows of the same program and tests are run
     once. RuntimeError where no isolation works and `unsafe` is not set.
     """
-    unknown = set(limits) - set(LIMITS)
-    if unknown:
+    if unknown := set(limits) - set(LIMITS):
         raise TypeError(f"no such limit: {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
     limits = LIMITS | limits
     line = command(None if unsafe else choose(runtime, image, packages), image, packages, limits)
-    workers = workers or cores()
-    jobs, results, threads, live = queue.Queue(), queue.Queue(), [], {}
-    known, waiting, again = {}, {}, []  # by key: verdicts; ids that wait for one. And what wall time stopped
-    programs, running, alone = iter(programs), 0, False
+    programs, workers, idle, busy = iter(programs), workers or cores(), [], []
+    verdicts = {None: NO_VERDICT | {"reward": 0.0, "verdict": "no_code"}}  # by key
+    waiting, ready = {}, []  # by key: ids of rows that wait for the verdict. And rows to give to the caller
+    again, alone = [], False  # what wall time stopped runs once more when all others are done, one at a time
     try:
         while True:
-            while running < (1 if alone else 2 * workers):
-                row = None if alone else next(programs, None)
-                if row is None and not again or (row is None and running and not alone):
-                    break
-                if row is None:  # all others are done: what had waited too long runs once more, one at a time
-                    alone, job = True, again.pop()
-                else:
+            while len(busy) < (1 if alone else workers):
+                row = next(programs, None)
+                if row is not None:
                     job = make_job(row)
-                    if job is None:
-                        yield verdict_row(row["id"], {"passed": 0, "total": 0, "verdict": "no_code", "detail": ""})
-                        continue
-                    job["key"] = hashlib.sha256(job["candidate"] + job["judge"]).digest()
-                    if job["key"] in known:
-                        yield verdict_row(row["id"], known[job["key"]])
+                    if job["key"] in verdicts:
+                        yield {"id": row["id"], **verdicts[job["key"]]}
                         continue
                     waiting.setdefault(job["key"], []).append(row["id"])
                     if len(waiting[job["key"]]) > 1:
                         continue
-                if len(threads) < workers:
-                    threads.append(threading.Thread(target=work, args=(line, jobs, results, limits, live), daemon=True))
-                    threads[-1].start()
-                jobs.put(job)
-                running += 1
-            if not running:
+                elif busy or not again:
+                    break
+                else:
+                    alone, job = True, again.pop()
+                busy.append(idle.pop() if idle else start(line))
+                ask(busy[-1], job, limits)
+            yield from ready  # only now: while the caller works, so do the workers
+            if not busy:
                 return
-            job, verdict = results.get()
-            running -= 1
-            if verdict.pop("wall") and not alone:
-                again.append(job)
-                continue
-            known[job["key"]] = verdict
-            for name in waiting.pop(job["key"]):
-                yield verdict_row(name, verdict)
+            ready, reports = [], wait([worker.stdout for worker in busy], 10)
+            for worker in [w for w in busy if w.stdout in reports or time.monotonic() > w.due]:
+                busy.remove(worker)
+                job = worker.job
+                try:
+                    verdict = answer(worker)
+                    idle.append(worker)
+                except OSError as error:
+                    stop([worker])
+                    job["tries"] -= 1
+                    if job["tries"]:
+                        busy.append(start(line))
+                        ask(busy[-1], job, limits)
+                        continue
+                    verdict = NO_VERDICT | {"detail": f"the sandbox failed: {error}"}
+                if verdict.pop("wall", False) and not alone:
+                    again.append(job)
+                    continue
+                verdicts[job["key"]] = verdict
+                ready += [{"id": name, **verdict} for name in waiting.pop(job["key"])]
     finally:
-        if running:  # the caller wants no more: do not wait for the programs on the way
-            live["over"] = jobs.queue.clear()
-            for worker in [worker for worker in live.copy().values() if worker]:
-                worker.kill()
-        for _ in threads:
-            jobs.put(None)
-        for thread in threads:
-            thread.join()
-
-
-def verdict_row(name, verdict):
-    total = verdict["total"]
-    reward = None if verdict["verdict"] == "infra" else verdict["passed"] / total if total else 0.0
-    return {"id": name, "reward": reward, **verdict}
+        stop(busy + idle)
 
 
 def cores():
@@ -1080,10 +1040,10 @@ def main():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default %(default)s)")
     args = vars(parser.parse_args())
     data, out = args.pop("data"), args.pop("out")
-    programs = rows.read(data, require=("completion", "test", "entry_point"))
     for name in LIMITS:
         if not args[name] > 0 and name != "threads":
             rows.fail(f"--{name} must be above 0")
+    programs = rows.read(data, require=("completion", "test", "entry_point"))
     for row in programs:
         for name in ("completion", "preamble", "test", "entry_point"):
             if not isinstance(row.get(name, ""), str):
@@ -1092,27 +1052,25 @@ def main():
         part.seek(0)
         done = {str(json.loads(line)["id"]) for line in part}
         left = [row for row in programs if str(row["id"]) not in done]
-        begun = shown = time.monotonic()
-        count, rewards, words = 0, [], collections.Counter()
-        try:
-            for verdict in judge(left, **args):
-                rows.append(part, verdict)
-                count += 1
-                rewards += [verdict["reward"]] if verdict["reward"] is not None else []
-                words[verdict["verdict"]] += 1
-                if time.monotonic() > shown + (1 if sys.stderr.isatty() else 30) or count == len(left):
-                    shown = time.monotonic()
-                    end = "\r" if sys.stderr.isatty() and count < len(left) else "\n"
-                    print(f"{len(done) + count}/{len(programs)} programs, {count / (shown - begun):.1f}/s",
-                          file=sys.stderr, end=end, flush=True)
-        except RuntimeError as error:
-            rows.fail(error)
-    print(f"{out}: {count} new verdicts ({', '.join(f'{n} {word}' for word, n in words.most_common())}), mean reward "
-          f"{sum(rewards) / max(1, len(rewards)):.4f}", file=sys.stderr)
+        words, total, known = collections.Counter(), 0.0, 0
+        with tqdm(total=len(programs), initial=len(done), unit=" programs", desc="sandbox") as bar:
+            try:
+                for verdict in judge(left, **args):
+                    rows.append(part, verdict)
+                    words[verdict["verdict"]] += 1
+                    if verdict["reward"] is not None:
+                        total, known = total + verdict["reward"], known + 1
+                    bar.set_postfix(mean_reward=f"{total / max(1, known):.4f}", refresh=False)
+                    bar.update()
+            except RuntimeError as error:
+                rows.fail(error)
+    print(f"{out}: {words.total()} new verdicts ({', '.join(f'{n} {word}' for word, n in words.most_common())}), "
+          f"mean reward {total / max(1, known):.4f}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].startswith("--worker="):
         supervise(json.loads(sys.argv[1][9:]))
     import rows
+    from tqdm import tqdm
     main()
