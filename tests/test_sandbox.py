@@ -65,30 +65,45 @@ def verdicts(rows, **limits):
     return {verdict["id"]: verdict for verdict in sandbox.judge(rows, **RUNTIME, **limits)}
 
 
-def dataset(path, **names):
+def dataset(path, column):
     if not (DATA / path).exists():
         pytest.skip(f"{DATA / path} is not there")
     with gzip.open(DATA / path, "rt") as file:
         rows = [json.loads(line) for line in file]
     return [{"id": r["task_id"], "fenced": False, "test": r["test"], "entry_point": r["entry_point"],
-        "preamble": r["prompt"],
-             **{ours: r[theirs] for ours, theirs in names.items()}} for r in rows]
+             "preamble": r["prompt"], "completion": r[column]} for r in rows]
 
 
 # ---- real solutions ----
 
-# These two need a minute of CPU.
-SLOW = {"find-the-number-of-subsequences-with-equal-gcd", "maximum-number-of-moves-to-kill-all-pawns"}
+LEETCODE = "leetcode/LeetCodeDataset-v0.3.1-test.jsonl.gz"
+SLOW = {  # these two need a minute of CPU
+    "find-the-number-of-subsequences-with-equal-gcd", "maximum-number-of-moves-to-kill-all-pawns"}
 
 
-@pytest.mark.parametrize("path, completion, count", [
-    ("leetcode/LeetCodeDataset-v0.3.1-test.jsonl.gz", "completion", 228 - len(SLOW)),
-    ("humaneval/HumanEval.jsonl.gz", "canonical_solution", 164)])
-def test_canonical_solutions(path, completion, count):
-    rows = [r for r in dataset(path, completion=completion) if r["id"] not in SLOW or os.environ.get("SLOW")]
+@pytest.mark.parametrize("path, column, count", [
+    (LEETCODE, "completion", 228 - len(SLOW)), ("humaneval/HumanEval.jsonl.gz", "canonical_solution", 164)])
+def test_canonical_solutions(path, column, count):
+    rows = [r for r in dataset(path, column) if r["id"] not in SLOW or os.environ.get("SLOW")]
     got = verdicts(rows)
     assert [v for v in got.values() if v["reward"] != 1] == []
     assert len(got) >= count
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 runs it")
+@pytest.mark.parametrize("column", ["completion", "response"])
+def test_verdicts_do_not_depend_on_load(column):
+    """The same verdicts on an idle machine and with four busy processes a core beside."""
+    rows = dataset(LEETCODE, column)
+    idle, others = verdicts(rows), []
+    try:
+        others += [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4 * sandbox.cores())]
+        loaded = verdicts(rows)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert len(idle) == 228 and loaded == idle
 
 
 # ---- hostile programs: in each, f is what the tests call ----
@@ -112,8 +127,7 @@ class Liar{base}:
     __iter__ = lambda self: iter([self])
 """
 EXITS = {"sys.exit": "sys.exit(0)", "SystemExit": "raise SystemExit(0)", "os._exit": "os._exit(0)",
-    "abort": "os.abort()",
-         "KeyboardInterrupt": "raise KeyboardInterrupt", "GeneratorExit": "raise GeneratorExit",
+         "abort": "os.abort()", "KeyboardInterrupt": "raise KeyboardInterrupt", "GeneratorExit": "raise GeneratorExit",
          "execv": "os.execv('/bin/true', ['true'])", "kill itself": "os.kill(os.getpid(), 9); os._exit(0)",
          "raw exit": "ctypes.CDLL(None).exit(0)", "segfault": "ctypes.string_at(0)",
          "thread exit": "ctypes.CDLL(None).syscall(60, 0)", "BaseException": "class B(BaseException): pass\nraise B",
@@ -152,39 +166,35 @@ HOSTILE = {
     **{f"lying {base}": in_call(f"return {make}", LIAR.format(base=f"({base})" if base else ""))
        for base, make in {"": "Liar()", "int": "Liar(3)", "str": "Liar('a')", "float": "Liar(1)", "list": "Liar()",
                           "dict": "Liar()", "tuple": "Liar()", "set": "Liar()", "bytes": "Liar()",
-                              "Exception": "Liar()",
-                          "type": "Liar('L', (), {})"}.items()},
+                          "Exception": "Liar()", "type": "Liar('L', (), {})"}.items()},
     "lying inside a list": in_call("return [[Liar()]]", LIAR.format(base="")),
     "lying class": in_call("return type('ListNode', (), {'__eq__': lambda a, b: True})()"),
-    "nan": in_call("return float('nan')"), "None": in_call("return None"),
-        "NotImplemented": in_call("return NotImplemented"),
-    "a function": in_call("return f"), "a module": in_call("return sys"), "Ellipsis": in_call("return ..."),
+    **{value: in_call(f"return {value}") for value in ("float('nan')", "None", "NotImplemented", "f", "sys", "...")},
     "forged verdicts at import": at_import(FORGED), "forged verdicts in the call": in_call(FORGED),
     "forged verdicts, then exit": in_call(FORGED + "os._exit(0)"),
-    "forged on stdout":
-        in_call("print('\\n'.join(['....', '4 passed', 'ok', '{\"passed\": 4}']), flush=True)\nos._exit(0)"),
+    "forged on stdout": in_call("print('....\\n4 passed\\nok\\n{\"passed\": 4}', flush=True)\nos._exit(0)"),
     "peeking": in_call(PEEK),
     "patched builtins": at_import("for n in dir(builtins):\n if n[0].islower() and n not in ('id', 'type'): "
                                   "setattr(builtins, n, lambda *a, **k: True)"),
-    "patched json":
-        at_import("json.dumps = lambda *a, **k: '[\"value\", [true, null], []]'\njson.loads = lambda *a, **k: 1"),
+    "patched json": at_import(
+        "json.dumps = lambda *a, **k: '[\"value\", [true, null], []]'\njson.loads = lambda *a, **k: 1"),
     "patched main": at_import("for n, v in list(vars(sys.modules['__main__']).items()):\n"
                               " if callable(v): setattr(sys.modules['__main__'], n, lambda *a, **k: True)"),
     "patched modules": at_import("sys.modules.clear(); sys.path.clear()\ntime.time = time.monotonic = lambda: 0"),
     "tracing": at_import("sys.settrace(lambda *a: os._exit(0)); sys.setprofile(lambda *a: os._exit(0))"),
     "audit hook": at_import("def h(*a): raise SystemExit\nsys.addaudithook(h)"),
     "atexit": at_import("import atexit; atexit.register(os._exit, 0); sys.exit(0)"),
-    "rewritten frame":
-        in_call("frame = sys._getframe(1)\nframe.f_locals.update(x=0, value=38, message='[\"value\", [1, null], "
-                               "[]]')\nctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), 0)\nreturn 0"),
+    "rewritten frame": in_call(
+        "frame = sys._getframe(1)\nframe.f_locals.update(x=0, value=38, message='[\"value\", [1, null], []]')\n"
+        "ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), 0)\nreturn 0"),
     "fork and return": in_call("if os.fork(): time.sleep(100)\nreturn 0"),
     "fork bomb": at_import("while True:\n try: os.fork()\n except OSError: pass"),
     "thread bomb": at_import(
         "def g():\n while True:\n  try: threading.Thread(target=g).start()\n  except RuntimeError: pass\ng()"),
     "memory bomb": at_import("a = []\nwhile True: a.append('x' * 10 ** 7)"),
     "memory in one go": in_call("return bytearray(1 << 40)"),
-    "memory again and again":
-        in_call("a = []\nwhile True:\n try: a.append(bytearray(1 << 20))\n except MemoryError: pass"),
+    "memory again and again": in_call(
+        "a = []\nwhile True:\n try: a.append(bytearray(1 << 20))\n except MemoryError: pass"),
     "disk bomb": at_import("def g(n):\n with open(f'/tmp/{n}', 'wb') as o:\n  while True: o.write(b'x' * 65536)\n"
                            "n = 0\nwhile True:\n n += 1\n try: g(n)\n except OSError: pass"),
     "inode bomb": at_import("n = 0\nwhile True:\n n += 1\n try: os.mkdir(f'/tmp/{n}')\n except OSError: pass"),
@@ -209,11 +219,11 @@ HOSTILE = {
     "long arithmetic": in_call("return 7 ** 10 ** 9"),
     "stopped": in_call("os.kill(os.getpid(), signal.SIGSTOP)\nwhile True: time.sleep(1)"),
     "closes all": in_call("os.closerange(0, 256)\nreturn 0"),
-    "reads the calls":
-        in_call("while True:\n for fd in range(3, 12):\n  try: os.read(fd, 1 << 16)\n  except OSError: pass"),
-    "answers twice":
-        in_call("for fd in range(3, 12):\n try: os.write(fd, b'\\0\\0\\0\\x16' + b'[\"value\",[100,null],[]]')\n"
-                             " except OSError: pass\nreturn 0"),
+    "reads the calls": in_call(
+        "while True:\n for fd in range(3, 12):\n  try: os.read(fd, 1 << 16)\n  except OSError: pass"),
+    "answers twice": in_call(
+        "for fd in range(3, 12):\n try: os.write(fd, b'\\0\\0\\0\\x16' + b'[\"value\",[100,null],[]]')\n"
+        " except OSError: pass\nreturn 0"),
     **{f"bytes {name}": in_call(f"m = {body}\nfor fd in range(3, 12):\n"
                                 " try: os.write(fd, len(m).to_bytes(4, 'big') + m)\n"
                                 " except OSError: pass\nwhile True: time.sleep(1)") for name, body in {
@@ -224,10 +234,9 @@ HOSTILE = {
         "two tags": "b'[\"value\", [{\"set\": [], \"list\": []}, null], []]'",
         "no tag": "b'[\"value\", [{}, null], []]'", "bad key": "b'[\"value\", [{\"dict\": [[[]], [1]]}, null], []]'",
         "ready": "b'[\"ready\", [], []]'", "error": "b'[\"error\", [1, 2], []]'",
-            "long int": "b'[\"value\", [' + b'9' * 9999 + "
-        "b', null], []]'"}.items()},
+        "long int": "b'[\"value\", [' + b'9' * 9999 + b', null], []]'"}.items()},
     "syntax error": "def f(x) return 0", "null byte": "def f(x): return '\0'",
-        "surrogate": "def f(x): return '\ud800' and 0",
+    "surrogate": "def f(x): return '\ud800' and 0",
     "no function": "g = 0", "not a function": "f = 3", "deep source": "f = " + "(" * 5000 + ")" * 5000,
     "unary bomb": "f = " + "-" * 200000 + "1",
 }
@@ -241,9 +250,9 @@ HONEST = row("honest", "def f(x):\n    return 31 * x + 7")
 
 
 def leftovers():
-    """Processes of this user below us, shared-memory segments and files that a program could leave behind."""
+    """Workers with the limits of these tests, shared-memory segments and files that a program could leave behind."""
     shm = Path("/proc/sysvipc/shm").read_text().count("\n") if os.path.exists("/proc/sysvipc/shm") else 0
-    boxes = [pid for pid in os.listdir("/proc") if pid.isdigit() and b"--worker=" in cmdline(pid)]
+    boxes = [pid for pid in os.listdir("/proc") if pid.isdigit() and b'{"test_cpu": 1.0, "cpu": 3.0,' in cmdline(pid)]
     return {"shm": shm, "/dev/shm": os.listdir("/dev/shm"), "boxes": sorted(boxes)}
 
 
@@ -259,8 +268,7 @@ def hostile():
     """All hostile programs in one run, an honest one after each; what was left behind; seconds."""
     rows = []
     for name, program in HOSTILE.items():
-        rows += [row(name, program), row(("after", name), f"# {name!r}\ndef f(x):\n    return 31 * x + 7".replace("\0",
-        ""))]
+        rows += [row(name, program), row(("after", name), f"# {name!r}\ndef f(x):\n    return 31 * x + 7")]
     rows += [{**HONEST, "id": name, **change} for name, change in ODD.items()]
     before, begun = leftovers(), time.monotonic()
     got = verdicts(rows, **SHORT)
@@ -286,9 +294,9 @@ def test_nothing_is_left_behind(hostile):
 
 
 @pytest.mark.parametrize("name, word", [
-    ("endless loop", "timeout"), ("sleep", "timeout"), ("memory in one go", "memory"), ("os._exit in the call",
-        "killed"),
-    ("large value", "output"), ("a function", "output"), ("BaseException in the call", "exception"), ("None", "wrong"),
+    ("endless loop", "timeout"), ("sleep", "timeout"), ("memory in one go", "memory"),
+    ("os._exit in the call", "killed"),
+    ("large value", "output"), ("f", "output"), ("BaseException in the call", "exception"), ("None", "wrong"),
     ("no code", "no_code"), ("not closed", "no_code"), ("syntax error", "exception"), ("bytes not JSON", "output"),
     ("segfault in the call", "killed"), ("ignored signals", "timeout")])
 def test_verdict_words(hostile, name, word):
@@ -315,13 +323,11 @@ return worked""", IMPORTS + setup)
 
 HOST_FILES = RUNTIME["runtime"] not in ("podman", "apptainer")  # those show the image's own, which are no secret
 X86 = {"mount": 165, "umount": 166, "unshare user": 272, "setns": 308, "bpf": 321, "keyctl": 250, "add_key": 248,
-    "ptrace": 101,
-       "perf": 298, "userfaultfd": 323, "memfd": 319, "shmget": 29, "msgget": 68, "semget": 64, "mq_open": 240,
-           "chroot": 161,
-       "pivot_root": 155, "io_uring": 425, "clone3": 435, "open_tree": 428, "pidfd_open": 434, "fork": 57, "vfork": 58,
-       "personality": 135, "process_vm_readv": 310, "name_to_handle": 303, "fanotify": 300, "kexec": 246,
-           "x32 getpid": 0x40000027,
-       "inotify": 294, "io_setup": 206, "execveat": 322, "landlock": 444, "memfd_secret": 447, "mount_setattr": 442}
+       "ptrace": 101, "perf": 298, "userfaultfd": 323, "memfd": 319, "shmget": 29, "msgget": 68, "semget": 64,
+       "mq_open": 240, "chroot": 161, "pivot_root": 155, "io_uring": 425, "clone3": 435, "open_tree": 428,
+       "pidfd_open": 434, "fork": 57, "vfork": 58, "personality": 135, "process_vm_readv": 310, "name_to_handle": 303,
+       "fanotify": 300, "kexec": 246, "x32 getpid": 0x40000027, "inotify": 294, "io_setup": 206, "execveat": 322,
+       "landlock": 444, "memfd_secret": 447, "mount_setattr": 442}
 PROBES = {
     "sockets": probe([f"socket.socket({family}, {kind}).fileno()" for family in range(0, 46) for kind in (1, 2, 3, 5)]),
     "connections": probe(["socket.create_connection(('1.1.1.1', 53), 1)", "socket.getaddrinfo('example.org', 80)",
@@ -330,39 +336,33 @@ PROBES = {
     "system calls": probe([f"syscall({number}, {flags}, 0, 0, 0, 0)" for number in X86.values() for flags in
                            (0, 0x10000000, 0x20000, 0x40000000)]) if os.uname().machine == "x86_64" else probe([]),
     "processes": probe(["os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "subprocess.run(['true'])",
-        "os.system('') == 0",
-                        "multiprocessing.Process(target=print).start() or 1", "os.popen('echo x').read()",
-                        "os.forkpty()"]),
+                        "os.system('') == 0", "multiprocessing.Process(target=print).start() or 1",
+                        "os.popen('echo x').read()", "os.forkpty()"]),
     "signals": probe(["os.kill(-1, 9) or 1", "os.killpg(1, 9) or 1", "os.kill(os.getppid() or 99, 0) or 1"]
                      + [f"os.kill({pid}, 0) or 1" for pid in range(2, 400)]),
-    "secrets": probe(["list(os.environ.keys() - {'HOME', 'LANG'})", "sys.argv[2:]", "os.listdir('/proc')",
-        "os.listdir('/sys')",
-                      "os.listdir('/home')", "os.listdir('/root/.ssh')", "os.listdir('/work')",
-                      f"os.stat({str(REPO)!r})",
-                      "open('/proc/self/mem')", "open('/proc/1/environ').read()", "open('/dev/mem')",
-                      "open('/dev/kmsg')",
-                      "os.listdir('/tmp')", "os.listdir('/dev/shm')", *["os.listdir('/var')",
-                      "open('/etc/passwd')"] * HOST_FILES,
-                      "glob.glob('/*/*.jsonl')", "glob.glob('/box/*.json*')", "os.listdir('/mnt')",
-                      "os.listdir('/boot')"]),
-    "writing":
-        probe([f"open('{path}', 'w')" for path in ("/x", "/box/x", "/box/sandbox.py", "/usr/lib/x", "/dev/x", "/proc/x",
-                                                        "/dev/shm/x", os.__file__)]
-                     + ["os.chmod('/box/sandbox.py', 0o777) or 1", "os.remove('/box/sandbox.py') or 1",
-                     "os.mkdir('/x') or 1",
-                        "os.mknod('/tmp/d', 0o20666, 0x101) or 1", "os.setxattr('/tmp', 'user.x', b'x') or 1",
-                        "os.link('/box/sandbox.py', '/tmp/x') or 1", "os.utime('/box') or 1"]),
+    "secrets": probe([*(f"os.listdir('{path}')" for path in ("/proc", "/sys", "/home", "/root/.ssh", "/work", "/tmp",
+                                                             "/dev/shm", "/mnt", "/boot", *["/var"] * HOST_FILES)),
+                      *(f"open('{path}').read()" for path in ("/proc/self/mem", "/proc/1/environ", "/dev/mem",
+                                                              "/dev/kmsg", *["/etc/passwd"] * HOST_FILES)),
+                      "list(os.environ.keys() - {'HOME', 'LANG'})", "sys.argv[2:]", f"os.stat({str(REPO)!r})",
+                      "glob.glob('/*/*.jsonl')", "glob.glob('/box/*.json*')"]),
+    "writing": probe([*(f"open('{path}', 'w')" for path in ("/x", "/box/x", "/box/sandbox.py", "/usr/lib/x", "/dev/x",
+                                                            "/proc/x", "/dev/shm/x", os.__file__)),
+                      "os.chmod('/box/sandbox.py', 0o777) or 1", "os.remove('/box/sandbox.py') or 1",
+                      "os.mkdir('/x') or 1", "os.mknod('/tmp/d', 0o20666, 0x101) or 1",
+                      "os.setxattr('/tmp', 'user.x', b'x') or 1", "os.link('/box/sandbox.py', '/tmp/x') or 1",
+                      "os.utime('/box') or 1"]),
     "escapes": probe(["os.listdir('/tmp/up/home')", "os.listdir('/tmp/root/work')", "os.listdir('/tmp/up/proc')",
                       "os.chroot('/tmp') or 1", "os.listdir('../../../../home')"],
                      "os.symlink('/../..', '/tmp/up')\nos.symlink('/', '/tmp/root')"),
     "descriptors": probe(["len(pipes) != 2", "not all(stat.S_ISFIFO(os.fstat(fd).st_mode) for fd in pipes)",
-        "os.fstat(0).st_rdev != 0x103",
-                          "os.write(pipes[0], b'x')", "os.read(pipes[1], 1)"],
+                          "os.fstat(0).st_rdev != 0x103", "os.write(pipes[0], b'x')", "os.read(pipes[1], 1)"],
                          "import fcntl, stat\ndef is_open(fd):\n try: return fcntl.fcntl(fd, fcntl.F_GETFD) >= 0\n"
                          " except OSError: return False\npipes = [fd for fd in range(3, 1024) if is_open(fd)]"),
     "rights": probe(["os.setuid(0) or os.getuid() == 0", "os.setgid(0) or 1", "os.setgroups([0]) or 1", "os.nice(-5)",
-                     "os.sethostname(b'x') or 1", "time.clock_settime(0, 0) or 1", "os.sched_setscheduler(0, 1, "
-                     "os.sched_param(1)) or 1", "ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) == 1"]),
+                     "os.sethostname(b'x') or 1", "time.clock_settime(0, 0) or 1", 
+                     "os.sched_setscheduler(0, 1, os.sched_param(1)) or 1",
+                     "ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) == 1"]),
     "shared memory": probe(["ctypes.CDLL(None).shmget(7, 4096, 0o1777) >= 0", "os.memfd_create('x')",
                             "multiprocessing.shared_memory.SharedMemory('x', True, 64)"],
                             "import multiprocessing.shared_memory"),
@@ -405,224 +405,125 @@ return found + list(os.environ.keys() - {'HOME', 'LANG'}) + [1] * (b'ma' + b'rk'
 
 # ---- the judge: forms of tests, and attacks on their logic ----
 
-FORMS = {  # name: (program, test, (passed, total))
-    "several lines": (
-        "def f(x): return x",
-        "def check(candidate):\n assert (\n  candidate(1)\n  == 1\n ), 'no'\n assert candidate(\n   x=2) == 2",
-        (2, 2)),
-    "partial credit": (
-        "def f(x): return min(x, 2)",
-        "def check(candidate):\n assert candidate(0) == 0\n assert candidate(1) == 1\n assert candidate(2) == 2\n"
-        " assert candidate(3) == 3\n assert candidate(4) == 4\n",
-        (3, 5)),
-    "exception counts once": (
-        "def f(x): return 1 // x",
-        "def check(candidate):\n assert candidate(0) == 0\n assert candidate(1) == 1",
-        (1, 2)),
-    "dead from there": (
-        "import os\ndef f(x): return x if x < 2 else os._exit(0)",
-        "def check(candidate):\n assert candidate(1) == 1\n assert candidate(2) == 2\n assert candidate(1) == 1\n"
-        " x = 1\n assert x == 1",
-        (1, 4)),
-    "loop and tolerance": (
-        "def f(x): return x / 3",
-        "def check(candidate):\n import math\n for n in range(9):\n  assert math.isclose(candidate(n), n / 3)\n"
-        "  assert abs(candidate(n) * 3 - n) < 1e-9",
-        (1, 1)),
-    "helper": (
-        "def f(x): return x",
+FORMS = {  # name: (program, body of check or the whole test, (passed, total))
+    "several lines": ("def f(x): return x",
+        " assert (\n  candidate(1)\n  == 1\n ), 'no'\n assert candidate(\n   x=2) == 2", (2, 2)),
+    "partial credit": ("def f(x): return min(x, 2)",
+        " assert candidate(0) == 0\n assert candidate(1) == 1\n assert candidate(2) == 2\n assert candidate(3) == 3\n"
+        " assert candidate(4) == 4\n", (3, 5)),
+    "exception counts once": ("def f(x): return 1 // x",
+        " assert candidate(0) == 0\n assert candidate(1) == 1", (1, 2)),
+    "dead from there": ("import os\ndef f(x): return x if x < 2 else os._exit(0)",
+        " assert candidate(1) == 1\n assert candidate(2) == 2\n assert candidate(1) == 1\n x = 1\n"
+        " assert x == 1", (1, 4)),
+    "loop and tolerance": ("def f(x): return x / 3",
+        " import math\n for n in range(9):\n  assert math.isclose(candidate(n), n / 3)\n"
+        "  assert abs(candidate(n) * 3 - n) < 1e-9", (1, 1)),
+    "helper": ("def f(x): return x",
         "def helper(f, x):\n assert f(x) == x\ndef check(candidate):\n helper(candidate, 1)\n"
-        " helper(candidate, [2])",
-        (2, 2)),
-    "local helper": (
-        "def f(x): return x",
-        "def check(candidate):\n def t(x):\n  assert candidate(x) == x\n t(1)\n t('a')",
-        (2, 2)),
-    "constant asserts": (
-        "def f(x): return 0",
-        "def check(candidate):\n assert True\n assert candidate(1) == 1\n assert True, 'x'",
-        (0, 1)),
-    "no asserts": ("def f(x): return x", "def check(candidate):\n if candidate(1) != 1:\n  raise ValueError", (1, 1)),
-    "variables": (
-        "def f(x): return x",
-        "def check(candidate):\n a = candidate(1)\n b = candidate(2)\n assert a == 1\n assert b == 2",
-        (2, 2)),
-    "variables fail": (
-        "def f(x): return 1 // (x - 2)",
-        "def check(candidate):\n a = candidate(1)\n assert a == -1\n b = candidate(2)\n assert b == 2",
-        (1, 2)),
-    "expected exception": (
-        "def f(x): raise ValueError('no')",
-        "def check(candidate):\n try:\n  candidate(1)\n  assert False and candidate\n except ValueError as e:\n"
-        "  assert str(e) == 'no'",
-        (1, 1)),
-    "unexpected exception": (
-        "def f(x): raise KeyError",
-        "def check(candidate):\n try:\n  candidate(1)\n  assert 0 * x\n except ValueError:\n  pass",
-        (0, 1)),
-    "by its own name": ("def f(x): return x", "def check(candidate):\n assert candidate(1) == f(1)", (1, 1)),
-    "mutated list": (
-        "def f(x): x.sort(); x[0].append(9)",
-        "def check(candidate):\n a = [[3], [1]]\n inner = a[1]\n candidate(a)\n assert a == [[1, 9], [3]], a",
-        (1, 1)),
-    "mutated dict, set, keyword": (
-        "def f(d, *, s): d[1] = 2; s.add(3)",
-        "def check(candidate):\n d, s = {}, {1}\n candidate(d, s=s)\n assert d == {1: 2} and s == {1, 3}",
-        (1, 1)),
-    "left as it was": (
-        "def f(x): return x",
-        "def check(candidate):\n a = [1]\n b = a\n assert candidate(a) == [1]\n assert a is b",
-        (2, 2)),
-    "values": (
-        "def f(x): return x",
-        "def check(candidate):\n import collections as c, fractions, decimal\n"
+        " helper(candidate, [2])", (2, 2)),
+    "local helper": ("def f(x): return x", " def t(x):\n  assert candidate(x) == x\n t(1)\n t('a')", (2, 2)),
+    "constant asserts": ("def f(x): return 0", " assert True\n assert candidate(1) == 1\n assert True, 'x'", (0, 1)),
+    "no asserts": ("def f(x): return x", " if candidate(1) != 1:\n  raise ValueError", (1, 1)),
+    "variables": ("def f(x): return x", " a = candidate(1)\n b = candidate(2)\n assert a == 1\n assert b == 2", (2, 2)),
+    "variables fail": ("def f(x): return 1 // (x - 2)",
+        " a = candidate(1)\n assert a == -1\n b = candidate(2)\n assert b == 2", (1, 2)),
+    "expected exception": ("def f(x): raise ValueError('no')",
+        " try:\n  candidate(1)\n  assert False and candidate\n except ValueError as e:\n"
+        "  assert str(e) == 'no'", (1, 1)),
+    "unexpected exception": ("def f(x): raise KeyError",
+        " try:\n  candidate(1)\n  assert 0 * x\n except ValueError:\n  pass", (0, 1)),
+    "by its own name": ("def f(x): return x", " assert candidate(1) == f(1)", (1, 1)),
+    "mutated list": ("def f(x): x.sort(); x[0].append(9)",
+        " a = [[3], [1]]\n inner = a[1]\n candidate(a)\n assert a == [[1, 9], [3]], a", (1, 1)),
+    "mutated dict, set, keyword": ("def f(d, *, s): d[1] = 2; s.add(3)",
+        " d, s = {}, {1}\n candidate(d, s=s)\n assert d == {1: 2} and s == {1, 3}", (1, 1)),
+    "left as it was": ("def f(x): return x", " a = [1]\n b = a\n assert candidate(a) == [1]\n assert a is b", (2, 2)),
+    "values": ("def f(x): return x",
+        " import collections as c, fractions, decimal\n"
         " for v in [(1, [2]), {1: {'a': (2,)}}, {1, 2}, frozenset('ab'), b'\\xff', 1 + 2j, 2 ** 9000, 1e300, None,\n"
-        "   'é\\ud800\\0', c.deque([1]), c.Counter('aab'), range(3), fractions.Fraction(1, 3), {}, [[]],\n"
+        "   '\xe9\\ud800\\0', c.deque([1]), c.Counter('aab'), range(3), fractions.Fraction(1, 3), {}, [[]],\n"
         "   {(1, 2): 3}, -0.0, True, float('inf'), decimal.Decimal('0.1'), bytearray(b'x')]:\n  w = candidate(v)\n"
-        "  assert w == v and isinstance(v, type(w)), v",
-        (1, 1)),
-    "tuple is no list": ("def f(x): return (1, 2)", "def check(candidate):\n assert candidate(0) == [1, 2]", (0, 1)),
-    "generator": (
-        "def f(x): yield from range(x)",
-        "def check(candidate):\n assert list(candidate(3)) == [0, 1, 2]\n assert candidate(2) == [0, 1]",
-        (1, 2)),
-    "map": ("def f(x): return map(str, x)", "def check(candidate):\n assert list(candidate([1])) == ['1']", (1, 1)),
-    "list nodes": (
-        "def f(head):\n    out = None\n    while head:\n        head.next, out, head = out, head, head.next\n"
-        "    return out",
-        "def check(candidate):\n assert same(candidate(list_node([1, 2, 3])), list_node([3, 2, 1]))\n"
+        "  assert w == v and isinstance(v, type(w)), v", (1, 1)),
+    "tuple is no list": ("def f(x): return (1, 2)", " assert candidate(0) == [1, 2]", (0, 1)),
+    "generator": ("def f(x): yield from range(x)",
+        " assert list(candidate(3)) == [0, 1, 2]\n assert candidate(2) == [0, 1]", (1, 2)),
+    "map": ("def f(x): return map(str, x)", " assert list(candidate([1])) == ['1']", (1, 1)),
+    "list nodes": ("def f(head):\n    out = None\n    while head:\n"
+        "        head.next, out, head = out, head, head.next\n    return out",
+        " assert same(candidate(list_node([1, 2, 3])), list_node([3, 2, 1]))\n"
         " assert same(candidate(head=list_node(list(range(5000)))), list_node(list(range(5000))[::-1]))\n"
-        " assert candidate(None) is None",
-        (3, 3)),
-    "own list node": (
-        "class ListNode:\n    def __init__(self, val): self.val, self.next = val, None\n"
-        "def f(x): return ListNode(x)",
-        "def check(candidate):\n assert same(candidate(4), list_node([4]))",
-        (1, 1)),
-    "ring": (
-        "def f(head):\n    slow = fast = head\n    while fast and fast.next:\n"
+        " assert candidate(None) is None", (3, 3)),
+    "own list node": ("class ListNode:\n    def __init__(self, val): self.val, self.next = val, None\n"
+        "def f(x): return ListNode(x)", " assert same(candidate(4), list_node([4]))", (1, 1)),
+    "ring": ("def f(head):\n    slow = fast = head\n    while fast and fast.next:\n"
         "        slow, fast = slow.next, fast.next.next\n        if slow is fast: return True\n    return False",
-        "def check(candidate):\n a = list_node([1, 2, 3])\n assert candidate(a) is False\n a.next.next.next = a\n"
-        " assert candidate(a) is True",
-        (2, 2)),
-    "same node": (
-        "def f(root, p): return p",
-        "def check(candidate):\n p = TreeNode(5)\n root = TreeNode(1, p, TreeNode(5))\n"
-        " assert candidate(root, p) is p\n assert candidate(root, p) is not root.right",
-        (2, 2)),
-    "changed nodes": (
-        "def f(root): root.left.val = 8; root.right = None",
-        "def check(candidate):\n p = TreeNode(5)\n root = TreeNode(1, p, TreeNode(6))\n candidate(root)\n"
-        " assert p.val == 8 and root.right is None",
-        (1, 1)),
-    "node with an eq": (
-        "class ListNode:\n    __eq__ = lambda a, b: True\n    __bool__ = lambda a: True\n"
+        " a = list_node([1, 2, 3])\n assert candidate(a) is False\n a.next.next.next = a\n"
+        " assert candidate(a) is True", (2, 2)),
+    "same node": ("def f(root, p): return p",
+        " p = TreeNode(5)\n root = TreeNode(1, p, TreeNode(5))\n assert candidate(root, p) is p\n"
+        " assert candidate(root, p) is not root.right", (2, 2)),
+    "changed nodes": ("def f(root): root.left.val = 8; root.right = None",
+        " p = TreeNode(5)\n root = TreeNode(1, p, TreeNode(6))\n candidate(root)\n"
+        " assert p.val == 8 and root.right is None", (1, 1)),
+    "node with an eq": ("class ListNode:\n    __eq__ = lambda a, b: True\n    __bool__ = lambda a: True\n"
         "def f(x): return ListNode()",
-        "def check(candidate):\n assert candidate(1) == ListNode(1)\n assert same(candidate(1), list_node([1]))",
-        (0, 2)),
-    "node of nothing": (
-        "def f(x):\n    n = ListNode(); vars(n).clear(); vars(n)['__class__'] = 1; return n",
-        "def check(candidate):\n assert same(candidate(1), list_node([1]))",
-        (0, 1)),
-    "all map": (
-        "def f(x): raise StopIteration",
-        "def check(candidate):\n assert all(map(candidate, range(3)))\n assert not list(map(candidate, range(3)))\n"
-        " assert sum(x != 3 for x in map(candidate, [1])) == 0",
-        (0, 3)),
-    "named after the trap": (
-        "class StopIteration(Exception): pass\ndef f(x): raise StopIteration",
-        "def check(candidate):\n assert all(map(candidate, range(3)))",
-        (0, 1)),
-    "bare except": (
-        "import os\ndef f(x): os._exit(0)",
-        "def check(candidate):\n try:\n  candidate(1)\n except:\n  pass\n else:\n  assert candidate(2)\n"
-        " assert 1 + 1 == 2",
-        (0, 2)),
-    "endless test": (
-        "def f(x): return 10 ** 18",
-        "def check(candidate):\n assert candidate(1)\n for n in range(candidate(1)):\n  assert n == n\n"
-        " assert candidate(1)",
-        (1, 3)),
-    "exploding test": (
-        "def f(x): return 10 ** 12",
-        "def check(candidate):\n assert candidate(1)\n assert [0] * candidate(1) == []\n"
-        " assert candidate(2) == 10 ** 12",
-        (2, 3)),
-    "colliding keys": (
-        "def f(x): return [n * (2 ** 61 - 1) for n in range(60000)]",
-        "def check(candidate):\n assert len(set(candidate(1))) == 1\n assert candidate(2) == 3",
-        (0, 2)),
-    "main block": (
-        "import sys\ndef f(x): return x\nif __name__ == '__main__':\n    f(1)\n    sys.exit(f(0))",
-        "def check(candidate):\n assert candidate(1) == 1",
-        (1, 1)),
-    "prints": (
-        "import sys\ndef f(x):\n"
+        " assert candidate(1) == ListNode(1)\n assert same(candidate(1), list_node([1]))", (0, 2)),
+    "node of nothing": ("def f(x):\n    n = ListNode(); vars(n).clear(); vars(n)['__class__'] = 1; return n",
+        " assert same(candidate(1), list_node([1]))", (0, 1)),
+    "all map": ("def f(x): raise StopIteration",
+        " assert all(map(candidate, range(3)))\n assert not list(map(candidate, range(3)))\n"
+        " assert sum(x != 3 for x in map(candidate, [1])) == 0", (0, 3)),
+    "named after the trap": ("class StopIteration(Exception): pass\ndef f(x): raise StopIteration",
+        " assert all(map(candidate, range(3)))", (0, 1)),
+    "bare except": ("import os\ndef f(x): os._exit(0)",
+        " try:\n  candidate(1)\n except:\n  pass\n else:\n  assert candidate(2)\n assert 1 + 1 == 2", (0, 2)),
+    "endless test": ("def f(x): return 10 ** 18",
+        " assert candidate(1)\n for n in range(candidate(1)):\n  assert n == n\n assert candidate(1)", (1, 3)),
+    "exploding test": ("def f(x): return 10 ** 12",
+        " assert candidate(1)\n assert [0] * candidate(1) == []\n assert candidate(2) == 10 ** 12", (2, 3)),
+    "colliding keys": ("def f(x): return [n * (2 ** 61 - 1) for n in range(60000)]",
+        " assert len(set(candidate(1))) == 1\n assert candidate(2) == 3", (0, 2)),
+    "main block": ("import sys\ndef f(x): return x\nif __name__ == '__main__':\n    f(1)\n    sys.exit(f(0))",
+        " assert candidate(1) == 1", (1, 1)),
+    "prints": ("import sys\ndef f(x):\n"
         "    print('..', x, flush=True); sys.stderr.write('x'); sys.stdout.buffer.write(b'ok'); return x",
-        "def check(candidate):\n print(candidate(1))\n assert candidate(1) == 1",
-        (1, 1)),
-    "slow import": (
-        "import time\nn = sum(range(10 ** 7))\ntime.sleep(0.5)\nimport asyncio, unittest, email\ndef f(x): return x",
-        "def check(candidate):\n assert candidate(1) == 1",
-        (1, 1)),
-    "recursion near the limit": (
-        "def f(n): return n and 1 + f(n - 1)",
-        "def check(candidate):\n assert candidate(985) == 985",
-        (1, 1)),
-    "deep recursion": (
-        "import sys\nsys.setrecursionlimit(10 ** 6)\ndef f(n): return n and 1 + f(n - 1)",
-        "def check(candidate):\n assert candidate(20000) == 20000",
-        (1, 1)),
-    "floats": (
-        "def f(x): return [x / 3, float('inf'), -0.0, 1e-320]",
-        "def check(candidate):\n assert candidate(0.1) == [0.1 / 3, float('inf'), 0, 1e-320]\n import math\n"
-        " assert math.copysign(1, candidate(1)[2]) == -1",
-        (2, 2)),
-    "large output": (
-        "def f(n): return [[i, str(i)] for i in range(n)]",
-        "def check(candidate):\n assert candidate(200000) == [[i, str(i)] for i in range(200000)]",
-        (1, 1)),
-    "large input": (
-        "def f(x): return sum(x)",
-        "def check(candidate):\n assert candidate([1] * 10 ** 6) == 10 ** 6",
-        (1, 1)),
-    "threads": (
-        "from concurrent.futures import ThreadPoolExecutor\ndef f(n):\n"
+        " print(candidate(1))\n assert candidate(1) == 1", (1, 1)),
+    "slow import": ("import time\nn = sum(range(10 ** 7))\ntime.sleep(0.5)\nimport asyncio, unittest, email\n"
+        "def f(x): return x", " assert candidate(1) == 1", (1, 1)),
+    "recursion near the limit": ("def f(n): return n and 1 + f(n - 1)", " assert candidate(985) == 985", (1, 1)),
+    "deep recursion": ("import sys\nsys.setrecursionlimit(10 ** 6)\ndef f(n): return n and 1 + f(n - 1)",
+        " assert candidate(20000) == 20000", (1, 1)),
+    "floats": ("def f(x): return [x / 3, float('inf'), -0.0, 1e-320]",
+        " assert candidate(0.1) == [0.1 / 3, float('inf'), 0, 1e-320]\n import math\n"
+        " assert math.copysign(1, candidate(1)[2]) == -1", (2, 2)),
+    "large output": ("def f(n): return [[i, str(i)] for i in range(n)]",
+        " assert candidate(200000) == [[i, str(i)] for i in range(200000)]", (1, 1)),
+    "large input": ("def f(x): return sum(x)", " assert candidate([1] * 10 ** 6) == 10 ** 6", (1, 1)),
+    "threads": ("from concurrent.futures import ThreadPoolExecutor\ndef f(n):\n"
         "    with ThreadPoolExecutor(4) as e: return list(e.map(abs, range(n)))",
-        "def check(candidate):\n assert candidate(9) == list(range(9))",
-        (1, 1)),
-    "asyncio": (
-        "import asyncio\nasync def g(x): return x\ndef f(x): return asyncio.run(g(x))",
-        "def check(candidate):\n assert candidate(1) == 1",
-        (1, 1)),
-    "files": (
-        "import tempfile\ndef f(x):\n    with tempfile.NamedTemporaryFile('w+') as t:\n"
-        "        t.write(x); t.seek(0); return t.read()",
-        "def check(candidate):\n assert candidate('a') == 'a'",
-        (1, 1)),
-    "dataclass, future, enum": (
-        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport enum\n@dataclass\nclass P:\n"
-        "    x: int\nclass E(enum.IntEnum):\n    A = 3\ndef f(x): return [P(x).x, E.A]",
-        "def check(candidate):\n assert candidate(1) == [1, 3]",
-        (1, 1)),
-    "state": (
-        "n = 0\ndef f():\n    global n\n    n += 1\n    return n",
-        "def check(candidate):\n assert candidate() == 1\n assert candidate() == 2",
-        (2, 2)),
-    "method": (
-        "class Solution:\n    def f(self, x, y=2): return x + y",
-        "def check(candidate):\n assert candidate(1) == 3\n assert candidate(x=1, y=1) == 2",
-        (2, 2)),
-    "goes on in the preamble": ("    return x", "def check(candidate):\n assert candidate(3) == 3", (1, 1)),
+        " assert candidate(9) == list(range(9))", (1, 1)),
+    "asyncio": ("import asyncio\nasync def g(x): return x\ndef f(x): return asyncio.run(g(x))",
+        " assert candidate(1) == 1", (1, 1)),
+    "files": ("import tempfile\ndef f(x):\n    with tempfile.NamedTemporaryFile('w+') as t:\n"
+        "        t.write(x); t.seek(0); return t.read()", " assert candidate('a') == 'a'", (1, 1)),
+    "dataclass, future, enum": ("from __future__ import annotations\nfrom dataclasses import dataclass\nimport enum\n"
+        "@dataclass\nclass P:\n    x: int\nclass E(enum.IntEnum):\n    A = 3\ndef f(x): return [P(x).x, E.A]",
+        " assert candidate(1) == [1, 3]", (1, 1)),
+    "state": ("n = 0\ndef f():\n    global n\n    n += 1\n    return n",
+        " assert candidate() == 1\n assert candidate() == 2", (2, 2)),
+    "method": ("class Solution:\n    def f(self, x, y=2): return x + y",
+        " assert candidate(1) == 3\n assert candidate(x=1, y=1) == 2", (2, 2)),
+    "goes on in the preamble": ("    return x", " assert candidate(3) == 3", (1, 1)),
 }
 
 
 @pytest.fixture(scope="module")
 def forms():
-    rows = [row(name, program, test, NODES + ("def f(x):\n    '''Give back x.'''\n"
-        if name == "goes on in the preamble" else ""),
-                "Solution().f" if name == "method" else "f") for name, (program, test, _) in FORMS.items()]
-    return verdicts(rows, **{**SHORT, "test_cpu": 3.0, "cpu": 6.0})
+    preambles = {"goes on in the preamble": NODES + "def f(x):\n    '''Give back x.'''\n"}
+    return verdicts([row(name, program, test if "def check" in test else "def check(candidate):\n" + test,
+                         preambles.get(name, NODES), "Solution().f" if name == "method" else "f")
+                     for name, (program, test, _) in FORMS.items()], **{**SHORT, "test_cpu": 3.0, "cpu": 6.0})
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -632,15 +533,14 @@ def test_forms_of_tests(forms, name):
 
 def test_several_blocks_the_first_python_block_counts():
     answer = ("```text\ndef f(x): return 0\n```\n1.  ~~~Python\n    no\n\n   ```py\n   def f(x):\n"
-              "       return 31 * x + 7\n"
-              "   ```\n```python\nno\n```")
-    got = verdicts([{**HONEST, "completion": answer}, {**HONEST, "id": 2, "completion": "def f(x): return 31 * x + 7",
-        "fenced": False}])
+              "       return 31 * x + 7\n   ```\n```python\nno\n```")
+    bare = {"completion": "def f(x): return 31 * x + 7", "fenced": False}
+    got = verdicts([{**HONEST, "completion": answer}, {**HONEST, "id": 2, **bare}])
     assert [v["reward"] for v in got.values()] == [1, 1]
 
 
 @pytest.mark.parametrize("change", [{"test": "def check(candidate) assert"}, {"test": "x = 1"},
-    {"preamble": "import no_such_module"},
+                                    {"preamble": "import no_such_module"},
                                     {"test": "def check(candidate):\n assert candidate(lambda: 1) == 1"}])
 def test_what_the_judge_cannot_judge_is_null(change):
     verdict = verdicts([{**HONEST, **change}])["honest"]
@@ -676,6 +576,7 @@ def test_without_isolation_it_refuses(monkeypatch, tmp_path):
     assert not (tmp_path / "out.jsonl").read_text()
     done = subprocess.run(line + ["--unsafe"], env={**os.environ, "PATH": ""}, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads((tmp_path / "out.jsonl").read_text())["reward"] == 1
+    assert " programs/s" in done.stderr and "mean_reward=1.0000" in done.stderr
 
 
 def test_killed_run_continues(tmp_path):
