@@ -15,8 +15,9 @@
 #   REWARD=tests       or FILE.py:NAME, or model:PATH
 #   SEED=0             of sampling and training
 #   ROUNDS=1           2: samples of the trained policy are rewarded and trained on, too, in $OUT/${RUN}_round2
-#   NPROC=             processes of every stage (default: one a GPU, or one)
+#   NPROC=             processes of every stage, on each node (default: one a GPU, or one)
 #   GENERATE= SCORE=   more flags for generate_refs.py and score.py
+#   EVALUATE=          flags of generate_refs.py after those where it samples the policy, as --temperature=0.6
 #   PYTHON=            an interpreter with the requirements installed (default: a virtual environment made in .venv)
 set -euo pipefail
 [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "${BASH_SOURCE[0]}")/train.py" ] && cd "$SLURM_SUBMIT_DIR" \
@@ -50,8 +51,14 @@ fi
 : "${MODEL:?set MODEL as well as DATA}" "${DATA:?set DATA as well as MODEL}"
 
 NPROC=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c . || true)}
-launch() {  # run a script in one process, or in NPROC under torchrun
-    if [ "$NPROC" -gt 1 ]; then
+NODES=${SLURM_JOB_NUM_NODES:-1}
+launch() {  # run a script in one process, or under torchrun in NPROC, or in NPROC on each node of a SLURM job
+    if [ "$NODES" -gt 1 ]; then  # SIGUSR1 (save and stop) is for train.py alone, not for what starts it
+        srun --nodes="$NODES" --ntasks="$NODES" ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
+            bash -c 'trap "" USR1; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' launch \
+            "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc_per_node="$NPROC" \
+            --master_addr="$(hostname)" --master_port="$((20000 + SLURM_JOB_ID % 10000))" "$@"
+    elif [ "$NPROC" -gt 1 ]; then
         "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"
     else
         "$PYTHON" "$@"
@@ -66,7 +73,8 @@ generate_and_score() {  # model, data, folder, flags: samples in folder/sampled,
     launch score.py --data="$folder/sampled" --out="$folder/rewarded" --reward="$REWARD" ${SCORE:-}
 }
 evaluate() {  # model, folder: samples of the model to the test prompts against those of the reference model
-    generate_and_score "$1" "$OUT/test/rewarded" "$2/test" --field=samples
+    # shellcheck disable=SC2086
+    generate_and_score "$1" "$OUT/test/rewarded" "$2/test" --field=samples ${EVALUATE:-}
     "$PYTHON" evaluate.py --model="$1" --ref_model="$MODEL" --data="$2/test/rewarded" --out="$2"
 }
 

@@ -94,11 +94,11 @@ def save_model(folder, model, state, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(out, step, keep, model, tokenizer, optimizer, main_rank):
+def save_checkpoint(args, out, step, model, tokenizer, optimizer, main_rank):
     """OUT/checkpoints/step_N: the model as a Hugging Face folder, and resume.pt. It appears whole or not at all.
 
-    The same form for any number of ranks, sharded or not. All ranks call it; the main one writes. The newest `keep`
-    checkpoints stay resumable, older ones keep their model.
+    The same form for any number of ranks, sharded or not. All ranks call it; the main one writes. The newest --keep
+    checkpoints stay resumable; of older ones the model stays, but not where the run was only told to stop.
     """
     folder = out / "checkpoints" / f"step_{step:06d}"
     weights, states = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
@@ -109,8 +109,11 @@ def save_checkpoint(out, step, keep, model, tokenizer, optimizer, main_rank):
     # nothing in a step is random but the order of the data, which the step number gives: there is no RNG state to keep
     torch.save({"model": weights, "optimizer": states}, new / "resume.pt")
     os.replace(new, folder)
-    for old in sorted(out.glob("checkpoints/step_*/resume.pt"))[:-keep]:
-        old.unlink()
+    for old in sorted(out.glob("checkpoints/step_*/resume.pt"))[:-args.keep]:
+        if args.save_every and int(old.parent.name.removeprefix("step_")) % args.save_every == 0:
+            old.unlink()
+        else:
+            shutil.rmtree(old.parent)
 
 
 def load_checkpoint(folder, model, optimizer):

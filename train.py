@@ -9,6 +9,7 @@ metrics.jsonl, pictures, and checkpoints/ for --resume. One process, or several 
 The policy starts as the reference model, so ref_logps are its own before step 0: no second model is ever in memory.
 SIGTERM and SIGUSR1 save a checkpoint and exit with 75: start the same command again with --resume.
 """
+import atexit
 import contextlib
 import math
 import os
@@ -258,7 +259,7 @@ def main():
         if args.eval_every and (step + 1) % args.eval_every == 0 or step + 1 == steps:
             evaluate(step + 1)
         if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == steps or asked:
-            runs.save_checkpoint(out, step + 1, args.keep, model, tokenizer, optimizer, main_rank)
+            runs.save_checkpoint(args, out, step + 1, model, tokenizer, optimizer, main_rank)
         if asked and step + 1 < steps:
             bar.close()
             print(f"{out}: told to stop; saved step {step + 1}, start again with --resume", flush=True)
@@ -276,6 +277,8 @@ def main():
     if "RANK" in os.environ:
         barrier()
         dist.destroy_process_group()
+        atexit._run_exitfuncs()
+        os._exit(0)  # taking DDP and gloo apart in Python's own order can wait for ever
 
 
 # ---- one step's arithmetic ----

@@ -37,7 +37,8 @@ def start(model, data, sft):
     reward = "tests" if data == "leetcode" else "model:RLHFlow/ArmoRM-Llama3-8B-v0.1"
     return name, f"out/paper/{name}", {
         "MODEL": path, "DATA": DATA[data], "REWARD": reward, "SEED": 27,
-        "GENERATE": "--num_refs=50 --max_new_tokens=2048", "SCORE": "" if reward == "tests" else "--trust_remote_code"}
+        "GENERATE": "--num_refs=50 --max_new_tokens=2048", "SCORE": "" if reward == "tests" else "--trust_remote_code",
+        "EVALUATE": f"--num_refs=3 --top_p=0.9 --temperature={0.6 if model == 'llama' else 0.7}"}
 
 
 def full(model, data, sft, regime, loss, n, beta, lr):
@@ -98,10 +99,10 @@ def refs():
 
 # ---- the miniature: minicode (run.sh's default model and data), every method with three seeds ----
 
-MINI_REGIMES = {  # train_on: (flags, epochs): 64 completions a step, and about 160 steps for every method
-    "refs": ("--train_on=refs", 2),                                   # 5120 completions
-    "best_worst": ("--train_on=best_worst", 16),                      # 640: one pair for each of 320 prompts
-    "random_pairs": ("--train_on=random_pairs --num_candidates=2", 16)}  # 640, of whatever reward
+MINI_REGIMES = {  # train_on: (flags, epochs): 64 completions a step, and about 80 steps for every method
+    "refs": ("--train_on=refs", 1),                                     # 5120 completions
+    "best_worst": ("--train_on=best_worst", 8),                         # 640: one pair for each of 320 prompts
+    "random_pairs": ("--train_on=random_pairs --num_candidates=2", 8)}  # 640, of whatever reward
 MINI_PAIRS = {"dpo": ("0.03", "0.1", "0.3"), "rebel": ("0.03", "0.1", "0.3"), "simpo": ("2", "5", "10")}
 
 
@@ -109,7 +110,7 @@ def mini():
     for seed in (0, 1, 2):
         def one(name, flags, epochs, batch_size=64):
             return run(f"{name}-seed{seed}", f"out/mini/seed{seed}",
-                       f"train {flags} --epochs={epochs} --batch_size={batch_size} --eval_every=40", SEED=seed)
+                       f"train {flags} --epochs={epochs} --batch_size={batch_size}", SEED=seed, EVALUATE="--num_refs=8")
 
         for quantile, beta, lr, regime in product(("paper", "exact"), ("0.03", "0.1", "0.3"), ("1e-4", "3e-4"),
                                                   MINI_REGIMES):
@@ -126,7 +127,7 @@ def mini():
                     yield one(f"{loss}-best_worst-beta{beta}-lr{lr}",
                               f"--loss={loss} --beta={beta} --learning_rate={lr} {regime_flags}", epochs, batch_size=32)
             # a quarter of the references are right
-            yield one(f"sft-correct-lr{lr}", f"--loss=sft --learning_rate={lr} --train_on=refs --min_reward=1", 8)
+            yield one(f"sft-correct-lr{lr}", f"--loss=sft --learning_rate={lr} --train_on=refs --min_reward=1", 4)
 
 
 def mini_refs():

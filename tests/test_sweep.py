@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import train
-from conftest import ROOT, read_rows
+from conftest import ROOT, read_rows, write_rows
 
 sys.path.insert(0, str(ROOT / "paper"))
 import grids  # noqa: E402
@@ -276,3 +276,30 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     assert "2 failed" in sweep("submit", grid, "--rerun", env=cluster.env)
     wait_for(lambda: {state for state, _ in states(grid, env=cluster.env).values()} == {"done"})
     assert (out / "cancelled/job.json").stat().st_mtime > (out / "node/job.json").stat().st_mtime
+
+
+@pytest.mark.parametrize("cluster", (2,), indirect=True)
+def test_two_nodes_share_a_run(cluster, tmp_path, tiny):
+    prompts = write_rows(tmp_path / "train.jsonl", [{"prompt": "row " + "x" * (i % 7)} for i in range(24)])
+    shutil.copy(prompts, tmp_path / "test.jsonl")
+    (tmp_path / "reward.py").write_text("def letters(prompts, completions, **columns):\n"
+                                        "    return [sum(map(str.isalpha, text)) for text in completions]\n")
+    out = tmp_path / "out"
+    settings = (f"OUT={out} RUN=trains MODEL={tiny} DATA={tmp_path} REWARD={tmp_path}/reward.py:letters NPROC=1 "
+                "GENERATE='--num_refs=4 --max_new_tokens=8'")
+    grid = write_grid(tmp_path, {"refs": f"{settings} bash run.sh refs", "trains": f"{settings} bash run.sh train "
+                                 "--epochs=100 --batch_size=24 --learning_rate=1e-4"})
+    sweep("submit", grid, "--only=refs", "--nodes=2", env=cluster.env)
+    wait_for(lambda: states(grid, env=cluster.env)["refs"][0] == "done")
+    for stage in ("sampled", "rewarded"):
+        assert [len(read_rows(out / "train" / stage / f"part-{k:05d}.jsonl")) for k in range(2)] == [12, 12]
+
+    array = sweep("submit", grid, "--nodes=2", env=cluster.env).split("job array ")[1].split(":")[0]
+    metrics = out / "trains/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{array}_0")  # what SLURM sends when the time limit is near
+    wait_for(lambda: states(grid, env=cluster.env)["trains"][0] == "queued")
+    wait_for(lambda: json.loads((out / "trains/run.json").read_text())["finished"])
+    log = (out / "trains/log.txt").read_text()
+    assert "on 2 x cpu" in log and "continuing after step" in log
+    assert [row["step"] for row in read_rows(metrics) if "loss" in row] == list(range(1, 401))
