@@ -1,20 +1,25 @@
 """Sample completions from a model: the reference completions whose rewards give QRPO its quantiles, or an evaluation's.
 
 Reads prompts (rows with `prompt`: a string or chat messages), writes the rows to OUT with `ref_completions` (or, with
---field=samples, `samples`): a list of {"text", "token_ids", "finish_reason"}. An end token stands in token_ids only where the model sampled it ("stop");
-a completion that ran out of tokens has finish_reason "length". A killed run continues; under torchrun or in a SLURM
-array the processes share the rows.
+--field=samples, `samples`): a list of {"text", "token_ids", "finish_reason"}. An end token stands in token_ids only
+where the model sampled it ("stop"); a completion that ran out of tokens has finish_reason "length". A killed run
+continues; under torchrun or in a SLURM array the processes share the rows. --engine=vllm hands the sampling to vLLM,
+where that is installed.
 
     python generate_refs.py --model=data/minicode/model --data=data/minicode/test.jsonl --out=out/try --num_refs=4
 """
 import argparse
+import collections
 import hashlib
+import importlib.util
+import os
 import time
+import types
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import models
 import rows
@@ -32,7 +37,9 @@ def arguments():
     add("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy (default %(default)s)")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default %(default)s)")
     add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens (default %(default)s)")
-    add("--batch_size", type=int, default=128, help="completions sampled at a time (default %(default)s)")
+    add("--batch_size", type=int, default=128,
+        help="completions sampled at a time; memory grows with it (default %(default)s)")
+    add("--engine", default="torch", choices=("torch", "vllm"), help="what samples (default %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
     add("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
@@ -42,13 +49,14 @@ def arguments():
             rows.fail(f"--{name} must be at least 1")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         rows.fail("--temperature must be at least 0, and --top_p in (0, 1]")
+    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        rows.fail("--engine=vllm: vLLM is not installed here; pip install vllm, or leave --engine away")
     return args
 
 
-def uniforms(seed, row_id, k, n):
-    """n random numbers in [0,1) of the k-th completion of a row: the same however the work is batched or shared."""
-    digest = hashlib.sha256(f"{seed}/{row_id}/{k}".encode()).digest()
-    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little"))).random(n, np.float32)
+def random_key(seed, row_id, k):
+    """128 bits for the k-th completion of a row: the same however the work is batched or shared."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{row_id}/{k}".encode()).digest()[:16], "little")
 
 
 def sample_tokens(logits, u, temperature, top_p):
@@ -57,10 +65,13 @@ def sample_tokens(logits, u, temperature, top_p):
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, -1)
-    order = None
-    if top_p < 1:
-        probs, order = probs.sort(-1, descending=True)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the token that crosses top_p stays
+    order, k = None, 256
+    while top_p < 1:  # the likeliest k: far cheaper than sorting the vocabulary, and nearly always enough
+        top, order = probs.topk(min(k, probs.shape[-1]))
+        if k >= probs.shape[-1] or (top.sum(-1) > top_p).all():
+            probs = top.masked_fill(top.cumsum(-1) - top >= top_p, 0)  # the token that crosses top_p stays
+            break
+        k *= 8
     cdf = probs.cumsum(-1)
     # strictly below the total, so that rounding never picks a token of probability 0 at the end
     point = (u * cdf[:, -1]).minimum(cdf[:, -1] * (1 - 2 ** -23))
@@ -68,88 +79,193 @@ def sample_tokens(logits, u, temperature, top_p):
     return (token if order is None else order.gather(-1, token))[:, 0]
 
 
-@torch.no_grad()
-def sample(model, prompts, u, limits, ends, temperature, top_p):
-    """Sample one completion for every entry of `prompts`, all at once; equal neighbours share one prefill.
+class Cache(transformers.Cache):
+    """Keys and values of the sequences in flight, written in place: a DynamicCache copies all of them at every step.
 
-    prompts: lists of token ids. u: (batch, steps) uniforms. limits: most new tokens of each. Returns lists of token
-    ids.
+    Each buffer is (batch_size, heads, columns, dim). Sequence i is row i; its tokens end at column `end`, the same for
+    all, so that a step writes one column, and begin at starts[i]. The rows in use are the first len(starts).
     """
-    device, logits_of = model.device, models.output_layer(model)
-    unique = {tuple(p): i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    lens = torch.tensor([len(p) for p in unique], device=device)
-    width = int(lens.max())
-    # prompts are padded on the left, so that every sequence continues at the same column
-    tokens = torch.stack([torch.tensor((0,) * (width - len(p)) + p) for p in unique]).to(device)
-    mask = (torch.arange(width, device=device) >= width - lens[:, None]).long()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    hidden = model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                              use_cache=True).last_hidden_state[:, -1]
-    which = torch.tensor([unique[tuple(p)] for p in prompts], device=device)
-    cache.batch_select_indices(which)
-    hidden, mask, position = hidden[which], mask[which], lens[which]
 
-    u, limits = u.to(device), torch.tensor(limits, device=device)
-    ends = torch.tensor(ends, device=device)
-    alive = torch.arange(len(prompts), device=device)  # sequences still being sampled, as rows of the batch
-    sampled = torch.zeros(len(prompts), int(limits.max()), dtype=torch.long, device=device)
-    count = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    for step in range(sampled.shape[1]):
-        token = sample_tokens(logits_of(hidden), u[alive, step], temperature, top_p)
-        sampled[alive, step] = token
-        count[alive] = step + 1
-        going = ~torch.isin(token, ends) & (limits[alive] > step + 1)
-        if not going.all():  # drop the rows that have ended
-            keep = going.nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            cache.batch_select_indices(keep)
-            alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        hidden = model.base_model(input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None],
-                                  past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        position = position + 1
-    return [tokens[:n] for tokens, n in zip(sampled.tolist(), count.tolist())]
+    def __init__(self, batch_size):
+        super().__init__(layers=[])
+        self.rows, self.buffers, self.starts, self.end = batch_size, [], [], 0
+
+    def get_seq_length(self, layer_idx=0):
+        return self.end - min(self.starts)  # columns before all starts are left out of sight
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        return self.get_seq_length() + query_length, 0
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        n, first = len(self.starts), min(self.starts)
+        for buffer, new in zip(self.buffers[2 * layer_idx:], (keys, values)):
+            buffer[:n, :, self.end] = new[:, :, 0]
+        return [buffer[:n, :, first:self.end + 1] for buffer in self.buffers[2 * layer_idx:2 * layer_idx + 2]]
+
+    def make_room(self, before=0):
+        """New buffers, with the sequences at their left end but at least `before` columns from it, and 128 free."""
+        n, first = len(self.starts), min(self.starts, default=self.end)
+        end = max(before, self.end - first)
+        shift = end - self.end
+        for i, old in enumerate(self.buffers):  # zeros: what is masked must still be finite
+            self.buffers[i] = old.new_zeros(self.rows, old.shape[1], end + 128, old.shape[3])
+            self.buffers[i][:n, :, first + shift:end] = old[:n, :, first:self.end]
+        self.starts, self.end = [start + shift for start in self.starts], end
+
+    def join(self, prefix, i, length):
+        """A new last sequence: the first `length` tokens of row i of the tensors in `prefix`."""
+        self.buffers = self.buffers or [tensor[:0, :, :0] for tensor in prefix]
+        if self.end < length:
+            self.make_room(length)
+        for buffer, tensor in zip(self.buffers, prefix):
+            buffer[len(self.starts), :, self.end - length:self.end] = tensor[i, :, :length]
+        self.starts.append(self.end - length)
+
+    def leave(self, i):
+        """Sequence i has ended: the last one takes its row."""
+        last = self.starts.pop()
+        if i < len(self.starts):
+            self.starts[i] = last
+            for buffer in self.buffers:
+                buffer[i, :, last:self.end] = buffer[len(self.starts), :, last:self.end]
+
+
+def prefill(model, requests, args):
+    """One forward pass over some prompts; yields each of their completions to sample with what it starts from."""
+    cache, lens = transformers.DynamicCache(), [len(request["prompt"]) for request in requests]
+    # padded on the right without a mask: the padding comes after everything that a causal model can look at
+    tokens = models.pad([request["prompt"] for request in requests], model.device)
+    hidden = model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
+    prefix = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    for i, request in enumerate(requests):
+        request["completions"], request["left"] = [[] for _ in range(args.num_refs)], args.num_refs
+        for k, ids in enumerate(request["completions"]):
+            generator = np.random.Generator(np.random.Philox(random_key(args.seed, request["row"]["id"], k)))
+            u = generator.random(request["limit"], np.float32)
+            yield {"request": request, "ids": ids, "u": u, "start": (prefix, i, lens[i]),
+                   "hidden": hidden[i:i + 1, lens[i] - 1]}
+
+
+@torch.no_grad()
+def sample(model, requests, args, ends):
+    """Sample num_refs completions of every request {"row", "prompt": token ids, "limit": most new tokens}.
+
+    Yields (row, completions as lists of token ids) as they end. batch_size completions are in flight: one that has
+    ended makes place for the next. Each prompt is read once, by one forward pass with its neighbours.
+    """
+    logits_of, requests, ready = models.output_layer(model), collections.deque(requests), collections.deque()
+    cache, flying, hidden = Cache(args.batch_size), [], []
+    while True:
+        while len(flying) < args.batch_size and (ready or requests):
+            if not ready:  # a quarter of the batch at a time: prompts enough to fill the machine
+                some = min(-(-args.batch_size // (4 * args.num_refs)), len(requests))
+                ready.extend(prefill(model, [requests.popleft() for _ in range(some)], args))
+            flying.append(ready.popleft())
+            cache.join(*flying[-1].pop("start"))
+            hidden.append(flying[-1].pop("hidden"))
+        if not flying:
+            return
+        u = torch.tensor([float(one["u"][len(one["ids"])]) for one in flying], device=model.device)
+        token = sample_tokens(logits_of(torch.cat(hidden)), u, args.temperature, args.top_p).tolist()
+        for i in reversed(range(len(flying))):
+            one, request = flying[i], flying[i]["request"]
+            one["ids"].append(token[i])
+            if token[i] in ends or len(one["ids"]) == request["limit"]:
+                cache.leave(i)
+                flying[i] = flying[-1]
+                flying.pop()
+                request["left"] -= 1
+                if request["left"] == 0:
+                    yield request["row"], request["completions"]
+        hidden = []
+        if flying:
+            if cache.end == cache.buffers[0].shape[2]:
+                cache.make_room()
+            starts = torch.tensor(cache.starts, device=model.device)[:, None]
+            mask = torch.arange(min(cache.starts), cache.end + 1, device=model.device) >= starts
+            newest = torch.tensor([one["ids"][-1] for one in flying], device=model.device)
+            hidden = [model.base_model(input_ids=newest[:, None], attention_mask=mask.long(),
+                                       position_ids=cache.end - starts, past_key_values=cache,
+                                       use_cache=True).last_hidden_state[:, -1]]
+            cache.end += 1
+
+
+def sample_vllm(model, requests, args, ends):
+    """As `sample`, by vLLM, with a seed of its own for every completion. Its random numbers are not `sample`'s."""
+    if "LOCAL_RANK" in os.environ:  # torchrun: every process is an engine of its own, on its own GPU
+        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        local = os.environ["LOCAL_RANK"]
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(local)] if gpus else local
+        for name in [n for n in os.environ if n.startswith("TORCHELASTIC_") or n in (
+                "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]:
+            del os.environ[name]  # else vLLM would wait for the others
+    import vllm
+    if not requests:
+        return
+    engine = vllm.LLM(model=args.model, dtype="bfloat16" if args.dtype == "auto" else args.dtype, seed=args.seed,
+                      trust_remote_code=args.trust_remote_code, max_num_seqs=args.batch_size,
+                      max_model_len=max(len(request["prompt"]) + request["limit"] for request in requests))
+    some = -(-16 * args.batch_size // args.num_refs)  # prompts at a time: a kill loses them
+    for start in range(0, len(requests), some):
+        chunk = requests[start:start + some]
+        jobs = [(request, k) for request in chunk for k in range(args.num_refs)]
+        outputs = engine.generate(
+            [{"prompt_token_ids": request["prompt"]} for request, _ in jobs],
+            [vllm.SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=request["limit"],
+                                 seed=random_key(args.seed, request["row"]["id"], k) % 2 ** 63, stop_token_ids=ends,
+                                 detokenize=False) for request, k in jobs], use_tqdm=False)
+        outputs = [output.outputs[0] for output in outputs]
+        for output in outputs:
+            if (output.finish_reason == "stop") != (output.token_ids[-1] in ends):
+                rows.fail("--engine=vllm: this version of vLLM leaves end tokens out of token_ids; use another")
+        for i, request in enumerate(chunk):
+            yield request["row"], [list(output.token_ids) for output in
+                                   outputs[i * args.num_refs:(i + 1) * args.num_refs]]
+
+
+def describe(path, trust_remote_code):
+    """The configurations of a model without its weights."""
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        generation_config = transformers.GenerationConfig.from_pretrained(path)
+    except OSError:  # it has none of its own
+        generation_config = transformers.GenerationConfig.from_model_config(config)
+    return types.SimpleNamespace(config=config, generation_config=generation_config)
 
 
 def main():
     args = arguments()
-    device = models.device()
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "batch_size")}
     tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
-    model = models.load_model(args.model, models.pick_dtype(args.dtype, device), device, args.trust_remote_code)
+    if args.engine == "vllm":
+        model = describe(args.model, args.trust_remote_code)
+    else:
+        device = models.device()
+        model = models.load_model(args.model, models.pick_dtype(args.dtype, device), device, args.trust_remote_code)
     ends, context = models.end_ids(model, tokenizer), models.context_length(model)
     if not ends:
         rows.fail(f"{args.model}: neither its generation_config nor its tokenizer names an end token; set eos_token_id")
 
     todo, part = rows.continue_stage(args.data, args.out, settings, require=("prompt",))
+    requests = []
     for row in todo:
         if row.get(args.field) is not None:
             rows.fail(f"{row['__at__']}: has {args.field} already; remove them, or give --field=samples")
-        row["__ids__"] = models.prompt_ids(tokenizer, models.check_prompt(row))
-        if len(row["__ids__"]) >= context:
-            rows.fail(f"{row['__at__']}: the prompt has {len(row['__ids__'])} tokens and the model's context holds "
-                      f"{context}; drop the row or shorten it")
-    todo.sort(key=lambda row: len(row["__ids__"]))  # prompts of similar length share a batch: little padding
+        ids = models.prompt_ids(tokenizer, models.check_prompt(row))
+        if len(ids) >= context:
+            rows.fail(f"{row['__at__']}: the prompt has {len(ids)} tokens and the model's context holds {context}; "
+                      "drop the row or shorten it")
+        requests.append({"row": row, "prompt": ids, "limit": min(args.max_new_tokens, context - len(ids))})
+    requests.sort(key=lambda request: -len(request["prompt"]))  # the longest first: if memory runs out, then at once
 
     bar = tqdm(total=len(todo), unit="prompt", desc="generate", disable=rows.share()[0] != 0, smoothing=0)
     total, start = 0, time.time()
-    jobs = [(row, k) for row in todo for k in range(args.num_refs)]
-    for i in range(0, len(jobs), args.batch_size):
-        batch = jobs[i:i + args.batch_size]
-        limits = [min(args.max_new_tokens, context - len(row["__ids__"])) for row, _ in batch]
-        u = torch.from_numpy(np.stack([uniforms(args.seed, row["id"], k, max(limits)) for row, k in batch]))
-        completions = sample(model, [row["__ids__"] for row, _ in batch], u, limits, ends, args.temperature, args.top_p)
-        for (row, k), ids in zip(batch, completions):
-            row.setdefault("__sampled__", []).append({
-                "text": tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-                "token_ids": ids, "finish_reason": "stop" if ids[-1] in ends else "length"})
-            total += len(ids)
-            if k == args.num_refs - 1:
-                sampled = row.pop("__sampled__")
-                rows.append(part, {key: v for key, v in row.items() if key != "__ids__"} | {args.field: sampled})
-                bar.update()
+    for row, completions in (sample_vllm if args.engine == "vllm" else sample)(model, requests, args, ends):
+        rows.append(part, row | {args.field: [{
+            "text": tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            "token_ids": ids, "finish_reason": "stop" if ids[-1] in ends else "length"} for ids in completions]})
+        total += sum(map(len, completions))
+        bar.update()
         bar.set_postfix_str(f"{total / (time.time() - start):,.0f} tokens/s")
     bar.close()
 

@@ -58,13 +58,14 @@ def reward_model(tmp_path_factory):
 
 def test_reward_model_gives_the_same_at_every_batch_size(reward_model, tmp_path):
     out = []
-    for size in (1, 8):
+    for size in (1, 300, 100_000):
         (tmp_path / str(size)).mkdir()
         rows = score(tmp_path / str(size), [*ROWS, {"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": [
-            {"role": "assistant", "content": "no"}]}], f"model:{reward_model}", f"--batch_size={size}")
+            {"role": "assistant", "content": "no"}]}], f"model:{reward_model}", f"--batch_tokens={size}")
         out.append(torch.tensor([r for row in rows[:7] for r in row["ref_rewards"]] + [
             rows[7]["chosen_reward"], rows[7]["rejected_reward"]]))
-    torch.testing.assert_close(out[0], out[1], rtol=1e-5, atol=1e-5)
+    for other in out[1:]:
+        torch.testing.assert_close(out[0], other, rtol=1e-5, atol=1e-5)
     assert out[0].std() > 1e-3
     # by hand: the classifier's logit at the last token
     model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_model)
