@@ -54,9 +54,12 @@ def arguments():
     return args
 
 
-def random_key(seed, row_id, k):
-    """128 bits for the k-th completion of a row: the same however the work is batched or shared."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{row_id}/{k}".encode()).digest()[:16], "little")
+def random_key(args, row_id, k):
+    """128 bits for the k-th completion of a row: the same however the work is batched or shared. Those of samples are
+    not those of references: a policy near its reference would give each of them a twin.
+    """
+    name = f"{args.seed}/{row_id}/{k}" + (f"/{args.field}" if args.field == "samples" else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
 
 
 def sample_tokens(logits, u, temperature, top_p):
@@ -140,7 +143,7 @@ def prefill(model, requests, args):
     for i, request in enumerate(requests):
         request["completions"], request["left"] = [[] for _ in range(args.num_refs)], args.num_refs
         for k, ids in enumerate(request["completions"]):
-            generator = np.random.Generator(np.random.Philox(random_key(args.seed, request["row"]["id"], k)))
+            generator = np.random.Generator(np.random.Philox(random_key(args, request["row"]["id"], k)))
             u = generator.random(request["limit"], np.float32)
             yield {"request": request, "ids": ids, "u": u, "start": (prefix, i, lens[i]),
                    "hidden": hidden[i:i + 1, lens[i] - 1]}
@@ -212,7 +215,7 @@ def sample_vllm(model, requests, args, ends):
         outputs = engine.generate(
             [{"prompt_token_ids": request["prompt"]} for request, _ in jobs],
             [vllm.SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=request["limit"],
-                                 seed=random_key(args.seed, request["row"]["id"], k) % 2 ** 63, stop_token_ids=ends,
+                                 seed=random_key(args, request["row"]["id"], k) % 2 ** 63, stop_token_ids=ends,
                                  detokenize=False) for request, k in jobs], use_tqdm=False)
         outputs = [output.outputs[0] for output in outputs]
         for output in outputs:

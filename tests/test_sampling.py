@@ -45,7 +45,8 @@ def test_extreme_random_numbers_never_pick_an_impossible_token():
 
 def sample(model, prompts, limits, ends, **settings):
     """generate_refs.sample on prompts of token ids -> {position of the prompt: its completions}."""
-    args = argparse.Namespace(**{"num_refs": 1, "batch_size": 8, "seed": 0, "temperature": 1.0, "top_p": 1.0} | settings)
+    args = argparse.Namespace(**{"num_refs": 1, "batch_size": 8, "seed": 0, "temperature": 1.0, "top_p": 1.0,
+                                 "field": "samples"} | settings)
     requests = [{"row": {"id": i}, "prompt": p, "limit": n} for i, (p, n) in enumerate(zip(prompts, limits))]
     return {row["id"]: completions for row, completions in generate_refs.sample(model, requests, args, ends)}
 
