@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def continue_stage(data, out, settings, require=()):
     settings: what the output depends on; an OUT made with others is refused. The share of a process depends only on its
     rank, never on what the others have done, so two processes never take the same row.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # whole rows are written: "start me again"
     rank, world = share()
     rows, out = read(data, require), Path(out)
     if out.exists() and not out.is_dir():
