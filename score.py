@@ -42,8 +42,8 @@ def arguments():
     for name, (default, text) in sandbox.FLAGS.items():
         add(f"--{name}", type=type(default), default=default, help=f"tests: {text} (default %(default)s)")
     # the reward model
-    add("--batch_tokens", type=int, default=16384,
-        help="model: tokens in a forward pass, with padding; memory grows with it (default %(default)s)")
+    add("--batch_tokens", type=int, default=0,
+        help="model: padded tokens in a forward pass; memory grows with it. 0: 16384 on a GPU, 1024 on a CPU")
     add("--max_length", type=int, default=2048, help="model: cut its input at so many tokens (default %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="model: auto is bfloat16 on a GPU")
     add("--trust_remote_code", action="store_true", help="model: run the code that comes with it (ArmoRM needs this)")
@@ -161,17 +161,18 @@ def model_reward(todo, args):
             rows.fail(f"{path}: gives {score.numel() // len(batch)} numbers a completion; a reward model gives one")
         return score.float().flatten().tolist()
 
+    budget = args.batch_tokens or (16384 if device.type == "cuda" else 1024)
     group, held = [], 0
     for n, row in enumerate(todo, 1):
         group.append((row, [ids_of(row["prompt"], completion) for _, completion in unrewarded(row)]))
         held += sum(map(len, group[-1][1]))
-        if held < 16 * args.batch_tokens and n < len(todo):
-            continue  # some 16 batches at a time: enough to find equal lengths among, and all that a kill loses
+        if held < 64 * budget and n < len(todo):
+            continue  # some 64 batches at a time: enough to find equal lengths among, and all that a kill loses
         jobs = sorted(((ids, i, k) for i, (_, all_ids) in enumerate(group) for k, ids in enumerate(all_ids)),
                       key=lambda job: -len(job[0]))  # the longest first: if memory runs out, then at once
         rewards = [[None] * len(all_ids) for _, all_ids in group]
         while jobs:
-            size = max(1, args.batch_tokens // max(1, len(jobs[0][0])))
+            size = max(1, budget // max(1, len(jobs[0][0])))
             for (_, i, k), score in zip(jobs, scores([ids for ids, _, _ in jobs[:size]])):
                 rewards[i][k] = score
             jobs = jobs[size:]
@@ -183,8 +184,6 @@ def main():
     args = arguments()
     reward = tests_reward if args.reward == "tests" else model_reward if args.reward.startswith("model:") \
         else function_reward if ":" in args.reward else rows.fail("--reward must be tests, FILE.py:NAME or model:PATH")
-    if args.batch_tokens < 1:
-        rows.fail("--batch_tokens must be at least 1")
     todo, part = rows.continue_stage(args.data, args.out, {"reward": args.reward}, require=("prompt",))
     count = total = unknown = 0
     bar = tqdm(total=len(todo), unit="row", desc="score", disable=rows.share()[0] != 0, smoothing=0)

@@ -1,0 +1,206 @@
+"""How fast this project is beside what others offer for the same work, in one go: rates, peak memory and their ratio.
+
+    python tests/bench.py sample    generate_refs.py          transformers' generate()
+    python tests/bench.py score     score.py --reward=model   prompt by prompt, padded to the longest
+    python tests/bench.py train     train.py --loss=dpo       TRL's DPOTrainer; --trl_python names a Python with trl
+
+A 21M-parameter Llama of random weights with 32,000 words, float32; prompts of about 60 tokens, completions of about 140
+with a long tail. Every run is a process of its own, and the best of --repeat counts. Times leave out imports and
+loading, and take in everything else: for training the reference pass, too. Use a quiet machine, and
+OMP_WAIT_POLICY=passive.
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+transformers.utils.logging.disable_progress_bar()
+WORDS, MEAN, LONGEST = 32_000, 140, 512  # the vocabulary; a completion's tokens on average and at most
+ENDS = list(range(3, 3 + WORDS // MEAN))  # random weights sample nearly uniformly: with so many ends, of that mean
+
+
+# ---- the work ----
+
+def make_work(folder, n):
+    """FOLDER/{model, reward_model, prompts.jsonl, pairs.jsonl, refs.jsonl}: n prompts, n pairs, n prompts with 16
+    completions."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
+                                                     pad_token="<pad>")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4,
+        max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1)
+    for name, kind in (("model", transformers.LlamaForCausalLM),
+                       ("reward_model", transformers.LlamaForSequenceClassification)):
+        kind(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rng = np.random.default_rng(0)
+
+    def text(length):
+        return " ".join(f"w{i}" for i in rng.integers(3, WORDS, length))
+
+    def answer():
+        return " " + text(min(rng.geometric(1 / MEAN), LONGEST))
+    prompts = [{"prompt": text(int(np.clip(rng.lognormal(np.log(55), 0.4), 8, 256)))} for _ in range(n)]
+    for name, fields in (("prompts", dict), ("pairs", lambda: {"chosen": answer(), "rejected": answer()}),
+                         ("refs", lambda: {"ref_completions": [{"text": answer()} for _ in range(16)]})):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p | fields()) + "\n" for p in prompts))
+
+
+def read(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+# ---- the sides: each gives (work done, seconds) ----
+
+def sample_ours(folder):
+    import generate_refs
+    tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    sys.argv = ["generate_refs.py", "--model=model", "--data=prompts", "--out=out", "--num_refs=16"]
+    args = generate_refs.arguments()
+    requests = [{"row": {"id": i}, "prompt": tokenizer(row["prompt"]).input_ids, "limit": LONGEST}
+                for i, row in enumerate(read(folder, "prompts"))]
+    began = time.perf_counter()
+    done = list(generate_refs.sample(model, requests, args, set(ENDS)))
+    return sum(len(ids) for _, completions in done for ids in completions), time.perf_counter() - began
+
+
+def sample_peer(folder):
+    tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    torch.manual_seed(0)
+    texts, total, began = [row["prompt"] for row in read(folder, "prompts")], 0, time.perf_counter()
+    for i in range(0, len(texts), 16):  # 256 completions at a time
+        inputs = tokenizer(texts[i:i + 16], padding=True, padding_side="left", return_tensors="pt")
+        out = model.generate(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, do_sample=True, top_k=0,
+                             num_return_sequences=16, max_new_tokens=LONGEST, eos_token_id=ENDS, pad_token_id=0)
+        total += int((out[:, inputs["input_ids"].shape[1]:] != 0).sum())
+    return total, time.perf_counter() - began
+
+
+def score_ours(folder):
+    import models
+    import score
+    loaded = load(folder / "reward_model", transformers.AutoModelForSequenceClassification)
+    models.load_tokenizer, models.load_reward_model = lambda *_: loaded[0], lambda *_: loaded[1]  # not in its time
+    sys.argv = ["score.py", "--data=refs", "--out=out", "--reward=model:reward_model", "--dtype=float32"]
+    args, todo = score.arguments(), read(folder, "refs")
+    began = time.perf_counter()
+    return sum(len(rewards) for _, rewards in score.model_reward(todo, args)), time.perf_counter() - began
+
+
+@torch.no_grad()
+def score_peer(folder):
+    tokenizer, model = load(folder / "reward_model", transformers.AutoModelForSequenceClassification)
+    total, began = 0, time.perf_counter()
+    for row in read(folder, "refs"):
+        texts = [row["prompt"] + completion["text"] for completion in row["ref_completions"]]
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
+        total += len(model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.tolist())
+    return total, time.perf_counter() - began
+
+
+def train_ours(folder):
+    import train
+    seconds, reference_logps = [], train.reference_logps
+
+    def timed(*args):
+        began = time.perf_counter()
+        logps = reference_logps(*args)
+        seconds.append(time.perf_counter() - began)
+        return logps
+    train.reference_logps = timed
+    sys.argv = ["train.py", f"--model={folder / 'model'}", f"--data={folder / 'pairs.jsonl'}",
+                f"--out={folder / 'run'}", "--loss=dpo", "--train_on=chosen_rejected", "--batch_size=8",
+                "--learning_rate=1e-6", "--dtype=float32"]
+    train.main()
+    seconds += [row["seconds"] for row in read(folder / "run", "metrics") if "seconds" in row]
+    return len(read(folder, "pairs")), sum(seconds)
+
+
+def train_peer(folder):
+    import datasets
+    import trl
+    tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    config = trl.DPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=8, num_train_epochs=1, learning_rate=1e-6,
+        max_length=None, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True)
+    trainer = trl.DPOTrainer(model, args=config, processing_class=tokenizer,
+                             train_dataset=datasets.Dataset.from_list(read(folder, "pairs")))
+    began = time.perf_counter()
+    trainer.train()
+    return len(read(folder, "pairs")), time.perf_counter() - began
+
+
+def load(path, kind):
+    return transformers.AutoTokenizer.from_pretrained(path), kind.from_pretrained(path, dtype=torch.float32).eval()
+
+
+SIDES = {"sample": (sample_ours, sample_peer, "tokens", 16, "generate()"),  # and the default of --n
+         "score": (score_ours, score_peer, "completions", 64, "prompt by prompt"),
+         "train": (train_ours, train_peer, "pairs", 64, "TRL's DPOTrainer")}
+
+
+# ---- running them ----
+
+def run(args, name, folder, side):
+    """One side in a process and a folder of its own: {"rate", "work", "seconds", "gigabytes"}."""
+    python = args.trl_python if (name, side) == ("train", 1) else sys.executable
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        for made in folder.iterdir():
+            (scratch / made.name).symlink_to(made)
+        done = subprocess.run([python, __file__, name, f"--side={side}", f"--folder={scratch}"], check=False,
+                              capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=SIDES)
+    parser.add_argument("--n", type=int, help="prompts (of 16 completions each) or pairs; default 16, 64, 64")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of a side, the best counts (default %(default)s)")
+    parser.add_argument("--trl_python", help="train: the interpreter of an environment with trl and torch")
+    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)  # what `run` calls
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    ours, peer, unit, n, peer_name = SIDES[args.what]
+    if args.side is not None:
+        work, seconds = (ours, peer)[args.side](args.folder)
+        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        return print(json.dumps({"rate": work / seconds, "work": work, "seconds": seconds, "gigabytes": gigabytes}))
+    with tempfile.TemporaryDirectory() as folder:
+        make_work(Path(folder), args.n or n)
+        best = {}
+        for _ in range(args.repeat):
+            for side in (0, 1) if args.what != "train" or args.trl_python else (0,):
+                result = run(args, args.what, Path(folder), side)
+                best[side] = max(result, best.get(side, result), key=lambda r: r["rate"])
+    print(f"{'':20}{unit + '/s':>16}{'peak GB':>10}{'seconds':>10}{unit:>14}")
+    for side, r in best.items():
+        print(f"{('ours', peer_name)[side]:20}{r['rate']:16,.2f}{r['gigabytes']:10.2f}{r['seconds']:10.1f}"
+              f"{r['work']:14,}")
+    if len(best) == 2:
+        print(f"{best[0]['rate'] / best[1]['rate']:.2f} times the speed, "
+              f"{best[0]['gigabytes'] / best[1]['gigabytes']:.2f} of the memory, on {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
