@@ -104,7 +104,10 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
                               f"{context}; drop the row, or give --max_length={context} to drop all such")
                 drop("too long", group)
                 continue
-            sides = (1, -1) if len(group) == 2 else [int(np.sign(np.nan_to_num(rewards[0] - known.mean()))) if len(known) else 0]
+            if len(group) == 2:
+                sides = 1, -1
+            else:
+                sides = [int(np.sign(np.nan_to_num(rewards[0] - known.mean()))) if len(known) else 0]
             for (tokens, reward, among, truncated), which in zip(group, sides):
                 if len(group) == 2 and side != "both" and which != (1 if side == "chosen" else -1):
                     continue

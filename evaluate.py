@@ -37,14 +37,14 @@ def arguments():
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     args = flags.parse(parser)
-    run = [folder / "run.json" for folder in (Path(args.model), Path(args.model).parent.parent)]  # a run or a checkpoint
-    config = next((rows.load_json(path)["config"] for path in run if path.exists()), {})
+    model = Path(args.model)  # a run, or a checkpoint in one
+    records = [path for path in (model / "run.json", model.parent.parent / "run.json") if path.exists()]
+    config = rows.load_json(records[0])["config"] if records else {}
     if config.get("loss") == "qrpo" and not config["length_normalize"]:
         args.beta = args.beta or config["beta"]
         args.transform = args.transform or config["transform"]
     args.transform = args.transform or "identity"
-    name = Path(args.model).name
-    args.step = int(name.removeprefix("step_")) if name.startswith("step_") else config.get("steps")
+    args.step = int(model.name[5:]) if model.name.startswith("step_") else config.get("steps")
     return args
 
 

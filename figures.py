@@ -32,8 +32,8 @@ def spread_histogram(lo, hi, bins=20, weights=None):
 def curves(out):
     """curves.png: the metrics over the steps; lines from training, points from held-out rows."""
     log = rows.load_lines(out / "metrics.jsonl")
-    groups = [names for names in (("loss",), ("log_ratio", "log_ratio_chosen", "log_ratio_rejected"),
-                                  ("loss_down",), ("grad_norm",), ("learning_rate",)) if any(names[0] in r for r in log)]
+    groups = ("loss",), ("log_ratio", "log_ratio_chosen", "log_ratio_rejected"), ("loss_down",), ("grad_norm",)
+    groups = [names for names in groups if any(names[0] in row for row in log)]
     figure, axes = panels(len(groups))
     titles = {"log_ratio": "log-ratio to the reference, nats", "loss_down": "share of the loss that pushes down"}
     for axis, names in zip(axes[0], groups):
@@ -56,7 +56,8 @@ def data(out, lo, hi, targets):
                    title="training completions\n(dotted: the reference model's)")
     axes[0][1].hist(targets, 50, alpha=0.6)
     axes[0][1].axvline(0, color="k", linestyle=":")
-    axes[0][1].set(xlabel="target log-ratio, nats", ylabel="completions", title="what the loss asks\nof the training completions")
+    axes[0][1].set(xlabel="target log-ratio, nats", ylabel="completions",
+                   title="what the loss asks\nof the training completions")
     save(figure, out / "data.png")
 
 
@@ -96,7 +97,8 @@ def optimum(path, lo, hi, ref_lo, ref_hi, weights, curve, checkpoints):
     density, gap = axes[0]
     edges = np.linspace(0, 1, 21)
     density.stairs(spread_histogram(lo, hi), edges, fill=True, alpha=0.5, label="policy")
-    density.stairs(spread_histogram(ref_lo, ref_hi, weights=weights), edges, color="C3", label="optimum, with these ties")
+    best = spread_histogram(ref_lo, ref_hi, weights=weights)
+    density.stairs(best, edges, color="C3", label="optimum, with these ties")
     density.plot(*curve, "k--", linewidth=1.2, label="optimum, continuous reward")
     density.axhline(1, color="k", linestyle=":", linewidth=1, label="reference model")
     density.set(xlabel="quantile among the reference rewards", ylabel="density", title="quantiles of held-out samples")

@@ -193,9 +193,28 @@ def completion_logps(hidden, tokens, prompt_lens, lens, output_layer, chunk_size
     states, labels = hidden[:, :-1][supervised], tokens[:, 1:][supervised]  # (n, dim), (n,)
 
     def chunk_logps(states, labels):
-        return -F.cross_entropy(output_layer(states).float(), labels, reduction="none")
+        return TokenLogps.apply(output_layer(states), labels)
 
     *chunks, last = zip(states.split(chunk_size), labels.split(chunk_size))
     chunks = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks] + [chunk_logps(*last)]
     token_logps = torch.zeros(supervised.shape, device=tokens.device).masked_scatter(supervised, torch.cat(chunks))
     return token_logps.sum(1)
+
+
+class TokenLogps(torch.autograd.Function):
+    """logits (n, vocab), labels (n,) -> log-probabilities of the labels, float32 (n,). As -cross_entropy, but the
+    backward writes the gradient where the log-probabilities stood: one (n, vocab) tensor less, of the largest there are.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        logps = logits.float().log_softmax(1)
+        ctx.save_for_backward(logps, labels)
+        ctx.dtype = logits.dtype
+        return logps.gather(1, labels[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logps, labels = ctx.saved_tensors
+        out = logps.exp_().mul_(-gradient[:, None])  # d logp_y / d logit_v = [v = y] - p_v
+        return out.scatter_add_(1, labels[:, None], gradient[:, None]).to(ctx.dtype), None

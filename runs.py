@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 import rows
 
-FREE = ("resume", "save_every", "eval_every", "keep", "micro_batch_tokens", "data", "eval_data", "out", "cache", "compile",
-        "gradient_checkpointing", "shard", "track", "dry_run")  # what a run may change when it continues
+FREE = ("resume", "save_every", "eval_every", "keep", "micro_batch_tokens", "data", "eval_data", "out", "cache",
+        "compile", "gradient_checkpointing", "shard", "track", "dry_run")  # what a run may change when it continues
 
 
 def find_checkpoint(out, config, resume):

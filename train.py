@@ -401,11 +401,12 @@ def dry_run(args, tokenizer, policy, data, steps, rank, world, device, autocast)
     lo, hi = cells(data) if args.loss == "qrpo" else (None, None)
     for i in (first[:4, None] * unit + np.arange(unit)).reshape(-1) if rank == 0 else ():
         start, prompt_end, end = data["starts"][i] + (0, data["prompt_lens"][i], data["lens"][i])
-        prompt, completion = (tokenizer.decode(data["tokens"][a:b]) for a, b in ((start, prompt_end), (prompt_end, end)))
-        print(f"---- row {data['ids'][data['row'][i]]}, reward {data['rewards'][i]:.4g}, {data['prompt_lens'][i]} tokens of "
-              f"prompt, {end - prompt_end} trained, marked by >>> and <<<" + (
-                  f"; quantiles {lo[i]:.3f} to {hi[i]:.3f}, target log-ratio {data['targets'][i]:.3f} nats"
-                  if args.loss == "qrpo" else "") + f"\n{prompt}>>>{completion}<<<")
+        prompt, completion = (tokenizer.decode(data["tokens"][a:b])
+                              for a, b in ((start, prompt_end), (prompt_end, end)))
+        asked = "" if lo is None else (f"; quantiles {lo[i]:.3f} to {hi[i]:.3f}, target log-ratio "
+                                       f"{data['targets'][i]:.3f} nats")
+        print(f"---- row {data['ids'][data['row'][i]]}, reward {data['rewards'][i]:.4g}, {data['prompt_lens'][i]} "
+              f"tokens of prompt, {end - prompt_end} trained, marked by >>> and <<<{asked}\n{prompt}>>>{completion}<<<")
     times = []
     for _ in range(2):  # the first warms up
         began = time.time()
@@ -416,8 +417,8 @@ def dry_run(args, tokenizer, policy, data, steps, rank, world, device, autocast)
             resource.RUSAGE_SELF).ru_maxrss
         adam = 8 * sum(p.numel() for p in policy.parameters()) / (world if args.shard else 1)
         seconds = times[1] * steps * (1 + 1 / (3 * args.epochs))  # a reference pass is a third of an epoch
-        print(f"---- a step: {times[1]:.2f} s, {total['tokens']:,} tokens, {total['padding']:.0%} padding; {steps} steps "
-              f"and the reference pass: {seconds / 60:.1f} minutes; {(peak + adam) / 1e9:.2f} GB a process")
+        print(f"---- a step: {times[1]:.2f} s, {total['tokens']:,} tokens, {total['padding']:.0%} padding; {steps} "
+              f"steps and the reference pass: {seconds / 60:.1f} minutes; {(peak + adam) / 1e9:.2f} GB a process")
         shutil.rmtree(args.cache)
 
 
