@@ -31,9 +31,10 @@ def load(path, cache, main_rank, barrier, model_path, tokenizer, model, **choice
     if main_rank and not folder.exists():
         data = build(path, tokenizer, model, **choices)
         new = folder.with_name(f".new_{folder.name}_{os.getpid()}")
-        new.mkdir(parents=True)
-        for name, array in data.items():
-            np.save(new / f"{name}.npy", array)
+        with rows.writing(new):
+            new.mkdir(parents=True)
+            for name, array in data.items():
+                np.save(new / f"{name}.npy", array)
         rows.write_json(new / "about.json", {"fingerprint": fingerprint(data), "summary": summary(data)})
         try:
             os.replace(new, folder)
@@ -69,13 +70,13 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
         dropped[why] = dropped.get(why, 0) + len(group)
 
     for r, row in enumerate(tqdm(rows.stream(path, require=("prompt",)), desc="read", unit="row", delay=5)):
-        at, prompt = row["__at__"], models.prompt_ids(tokenizer, models.check_prompt(row))
+        at, prompt = row["__at__"], models.row_prompt_ids(tokenizer, row)
         listed = row.get("ref_rewards") or []
         if not isinstance(listed, list):
             rows.fail(f"{at}: ref_rewards must be a list of numbers; run score.py")
         if len(listed) < max(num_ref_rewards, loss == "qrpo"):
-            rows.fail(f"{at}: has {len(listed)} ref_rewards, fewer than the {num_ref_rewards or 1} needed; sample and "
-                      "score more references, or lower --num_ref_rewards")
+            rows.fail(f"{at}: has {len(listed)} ref_rewards, fewer than --num_ref_rewards={num_ref_rewards or 1}; "
+                      "sample and score more references, or lower it")
         refs.append(np.array([number(x, at, "ref_rewards") for x in listed[:num_ref_rewards or None]], np.float32))
         ids.append(row["id"])
         known = refs[-1][~np.isnan(refs[-1])]
@@ -85,7 +86,7 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
             groups = [[text_completion(row, "chosen", "chosen_reward", tokenizer, ends),
                        text_completion(row, "rejected", "rejected_reward", tokenizer, ends)]]
         else:
-            groups = sampled_groups(row, train_on, num_candidates, len(refs[-1]), tokenizer if r < 100 else None)
+            groups = sampled_groups(row, train_on, num_candidates, len(refs[-1]), vocab, tokenizer if r < 100 else None)
         for group in groups:
             rewards = [reward for _, reward, _, _ in group]
             if judged and any(map(math.isnan, rewards)):
@@ -114,9 +115,6 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
                 if min_reward is not None and reward < min_reward:
                     drop(f"of reward below {min_reward}", [0])
                     continue
-                if not tokens or max(tokens) >= vocab or min(tokens) < 0:
-                    rows.fail(f"{at}: a completion is empty, or holds token ids beyond the model's vocabulary of "
-                              f"{vocab}; sample again with this model")
                 sequences.append(np.array(prompt + tokens, np.int32))
                 for values, value in zip(out.values(), (len(prompt), reward, r, which, among, truncated)):
                     values.append(value)
@@ -169,7 +167,8 @@ def number(value, at, field):
     """A reward as a float; null is NaN."""
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # beyond float32 a reward would be infinite
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -3e38 < value < 3e38:
         rows.fail(f"{at}: {field} must be finite numbers or null, not {value!r}; score the row again")
     return float(value)
 
@@ -177,16 +176,16 @@ def number(value, at, field):
 def text_completion(row, field, reward, tokenizer, ends):
     """(token ids, reward, False, False) of a dataset's own completion."""
     at = row["__at__"]
-    if not row.get(field):
+    if not row.get(field) or not isinstance(row[field], (str, list)):
         rows.fail(f"{at}: has no {field!r}; give it, or train on something else (--train_on)")
     try:
         ids = models.completion_ids(tokenizer, row["prompt"], row[field], ends)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever a template raises
         rows.fail(f"{at}: {field} cannot be turned into tokens ({error})")
     return ids, number(row.get(reward), at, reward), False, False
 
 
-def sampled_groups(row, train_on, num_candidates, width, tokenizer):
+def sampled_groups(row, train_on, num_candidates, width, vocab, tokenizer):
     """The sampled completions that a regime takes, as groups of one or two (token ids, reward, is among the quantile's
     references, ran out of tokens).
     """
@@ -199,6 +198,10 @@ def sampled_groups(row, train_on, num_candidates, width, tokenizer):
     for k, (completion, reward) in enumerate(zip(completions[:num_candidates or None], rewards)):
         if not isinstance(completion, dict) or not isinstance(completion.get("token_ids"), list):
             rows.fail(f"{at}: {names[0]} {k} has no list of token_ids; sample with generate_refs.py")
+        ids = np.array(completion["token_ids"])
+        if ids.dtype.kind != "i" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= vocab:
+            rows.fail(f"{at}: the token_ids of {names[0]} {k} are empty, or not all of the model's vocabulary of "
+                      f"{vocab}; sample again with this model")
         if tokenizer and completion.get("text") != tokenizer.decode(
                 completion["token_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False):
             rows.fail(f"{at}: the token_ids of {names[0]} {k} are not its text in this model's tokenizer; "

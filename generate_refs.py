@@ -157,7 +157,7 @@ def sample(model, requests, args, ends):
     ended makes place for the next. Each prompt is read once, by one forward pass with its neighbours.
     """
     logits_of, requests, ready = models.output_layer(model), collections.deque(requests), collections.deque()
-    cache, flying, hidden = Cache(args.batch_size), [], []
+    cache, flying, hidden = Cache(min(args.batch_size, len(requests) * args.num_refs)), [], []
     while True:
         while len(flying) < args.batch_size and (ready or requests):
             if not ready:  # a quarter of the batch at a time: prompts enough to fill the machine
@@ -254,7 +254,7 @@ def main():
     for row in todo:
         if row.get(args.field) is not None:
             rows.fail(f"{row['__at__']}: has {args.field} already; remove them, or give --field=samples")
-        ids = models.prompt_ids(tokenizer, models.check_prompt(row))
+        ids = models.row_prompt_ids(tokenizer, row)
         if len(ids) >= context:
             rows.fail(f"{row['__at__']}: the prompt has {len(ids)} tokens and the model's context holds {context}; "
                       "drop the row or shorten it")

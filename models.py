@@ -77,12 +77,15 @@ def end_ids(model, tokenizer):
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def check_prompt(row):
-    """Refuse a prompt that is neither text nor chat messages; returns it."""
+def row_prompt_ids(tokenizer, row):
+    """Token ids of a row's prompt (`prompt_ids`); refuses what is neither text nor chat messages."""
     prompt = row["prompt"]
-    if isinstance(prompt, str) and prompt or _is_chat(prompt) and prompt:
-        return prompt
-    rows.fail(f"{row['__at__']}: prompt must be a string or a list of {{role, content}} messages, and not empty")
+    if not (prompt and (isinstance(prompt, str) or _is_chat(prompt))):
+        rows.fail(f"{row['__at__']}: prompt must be a string or a list of {{role, content}} messages, and not empty")
+    try:
+        return prompt_ids(tokenizer, prompt)
+    except Exception as error:  # whatever a template raises
+        rows.fail(f"{row['__at__']}: the prompt cannot be turned into tokens ({error}); mend the row")
 
 
 def _is_chat(value):

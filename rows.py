@@ -6,6 +6,7 @@ made with.
 
     python -c 'import rows; print(rows.read("data/minicode/test.jsonl")[0])'
 """
+import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -59,7 +60,7 @@ def check(line, at, require, where):
     """The row of a line. `where` collects the ids so far."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"{at}: not JSON in UTF-8 ({error}); mend or delete the line")
     if not isinstance(row, dict):
         fail(f"{at}: a row must be a JSON object, this is a {type(row).__name__}")
@@ -101,10 +102,21 @@ def share():
     return task * env["WORLD_SIZE"] + env["RANK"], env["SLURM_ARRAY_TASK_COUNT"] * env["WORLD_SIZE"]
 
 
+@contextlib.contextmanager
+def writing(path):
+    """What a disk refuses ends in one line."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror or error}); what stands there is whole: make room or give "
+             "another --out, and start again")
+
+
 def open_part(path):
     """Open an output for appending: its torn last line cut off, locked against others until this process ends."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+b")
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -117,8 +129,10 @@ def open_part(path):
 def append(file, row):
     """Append one whole row, but for where it stood before."""
     row = {key: value for key, value in row.items() if key != "__at__"}
-    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-    file.flush()
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with writing(file.name):
+        file.write(line)
+        file.flush()
 
 
 def continue_stage(data, out, settings, require=()):
@@ -153,10 +167,11 @@ def continue_stage(data, out, settings, require=()):
 def write_json(path, value):
     """Write a JSON file whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
-    os.replace(new, path)
+    new, text = path.with_name(f".{path.name}.{os.getpid()}"), json.dumps(value, indent=1, allow_nan=False, default=str)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text + "\n")
+        os.replace(new, path)
 
 
 def load_json(path):

@@ -105,10 +105,15 @@ def save_checkpoint(args, out, step, model, tokenizer, optimizer, main_rank):
     if not main_rank or folder.exists():
         return
     new = folder.with_name(f".new_{folder.name}")
-    save_model(new, model, weights, tokenizer)
-    # nothing in a step is random but the order of the data, which the step number gives: there is no RNG state to keep
-    torch.save({"model": weights, "optimizer": states}, new / "resume.pt")
-    os.replace(new, folder)
+    try:
+        save_model(new, model, weights, tokenizer)
+        # nothing in a step is random but the data's order, which the step number gives: there is no RNG state to keep
+        torch.save({"model": weights, "optimizer": states}, new / "resume.pt")
+        os.replace(new, folder)
+    except Exception as error:  # libraries say in many ways that a disk is full
+        shutil.rmtree(new, ignore_errors=True)
+        rows.fail(f"{folder}: cannot be written ({error}); the last checkpoint stands: make room, and start again with "
+                  "--resume")
     for old in sorted(out.glob("checkpoints/step_*/resume.pt"))[:-args.keep]:
         if args.save_every and int(old.parent.name.removeprefix("step_")) % args.save_every == 0:
             old.unlink()

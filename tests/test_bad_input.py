@@ -1,4 +1,5 @@
 """A user's mistake ends in one line that names the place and the remedy, with exit code 2, and leaves nothing behind."""
+import copy
 import json
 import sys
 
@@ -43,6 +44,11 @@ def refused(call, capsys, *says):
     (b'{"prompt": "\xff"}\n', (".jsonl:1", "UTF-8")),
     (b'{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', (".jsonl:2", ".jsonl:1", "unique")),
     (b'{"prompt": "a", "id": [1]}\n', (".jsonl:1", "id must be")),
+    (b'{"prompt": "a", "id": "1"}\n{"prompt": "b", "id": 1}\n', (".jsonl:2", "unique")),  # they would be one in a file
+    (b'{"prompt": "a", "id": 1.5}\n', (".jsonl:1", "id must be")),
+    ('{"prompt": "a"}\n'.encode("utf-16"), (".jsonl:1", "not JSON")),
+    (b'{"prompt": "a"} {"prompt": "b"}\n', (".jsonl:1", "not JSON")),
+    (b'{"prompt": ' + b"[" * 100_000 + b"\n", (".jsonl:1", "not JSON")),  # nested deeper than a parser can follow
     (b"", ("holds no rows",)), (b"\n\n", ("holds no rows",)), (None, ("no such JSONL file",))))
 def test_rows(tmp_path, capsys, content, says):
     path = tmp_path / "data.jsonl"
@@ -67,9 +73,19 @@ def test_truncated_gzip(tmp_path, capsys):
     ({"ref_rewards": [0.5, float("nan")]}, {}, ("finite numbers", "nan")),
     ({"ref_rewards": [0.5, float("inf")]}, {}, ("finite numbers", "inf")),
     ({"ref_rewards": [0.5, "1"]}, {}, ("finite numbers",)),
+    ({"ref_rewards": [0.5, 10 ** 400]}, {}, ("finite numbers",)), ({"ref_rewards": [0.5, [None]]}, {}, ("finite numbers",)),
+    ({"ref_rewards": [0.5, True]}, {}, ("finite numbers", "True")), ({"ref_rewards": "high"}, {}, ("must be a list",)),
+    ({"prompt": 7}, {}, ("prompt must be",)), ({"prompt": []}, {}, ("prompt must be",)),
+    ({"prompt": [{"role": "user", "content": None}]}, {}, ("prompt must be",)),
+    ({"ref_completions": {"text": "a"}}, {}, ("ref_completions",)),
+    ({"ref_completions": [{"text": "", "token_ids": [-1]}] * 2}, {}, ("vocabulary",)),
+    ({"ref_completions": [{"text": "", "token_ids": ["a"]}] * 2}, {}, ("token_ids",)),
+    ({"completion": 7, "reward": 1}, {"train_on": "completion"}, ("completion",)),
+    ({"completion": "a", "reward": [1]}, {"train_on": "completion"}, ("finite numbers",)),
+    ({}, {"train_on": "samples"}, ("samples", "generate_refs.py")),
     ({}, {"num_ref_rewards": 3}, ("has 2 ref_rewards", "--num_ref_rewards=3")),
     ({"ref_completions": ["a", "b"]}, {}, ("token_ids",)),
-    ({"ref_completions": [{"text": "", "token_ids": []}] * 2}, {}, ("is empty",)),
+    ({"ref_completions": [{"text": "", "token_ids": []}] * 2}, {}, ("are empty",)),
     ({"ref_completions": [{"text": "", "token_ids": [5000]}] * 2}, {}, ("vocabulary",)),
     ({"ref_completions": [{"text": "z", "token_ids": [66]}] * 2}, {}, ("tokenizer", "sample again")),
     ({"prompt": "p" * 80}, {}, ("context holds 64", "--max_length")),
@@ -99,6 +115,29 @@ def test_generate_flags(tiny, tmp_path, capsys, monkeypatch, flags, says):
     refused(call(generate_refs, monkeypatch, f"--model={tiny}", f"--data={data}", f"--out={tmp_path / 'out'}", *flags),
             capsys, *says)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("messages", ([{"role": "wizard", "content": "a"}], [{"role": "user", "content": "a"}] * 2))
+def test_a_chat_template_that_refuses_the_messages(loaded, tmp_path, capsys, messages):
+    tokenizer, model = loaded
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role not in ['user', 'assistant'] or (m.role == 'user') != (loop.index0 % 2 == 0) "
+        "%}{{ raise_exception('roles must alternate user and assistant') }}{% endif %}{{ m.content }}{% endfor %}")
+    data = write_rows(tmp_path / "data.jsonl", [{**GOOD, "prompt": messages}])
+    refused(lambda: dataset.build(data, tokenizer, model, "refs"), capsys, "data.jsonl:1", "roles must alternate")
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written(tiny, rewarded, tmp_path, capsys, monkeypatch):
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "a"}])
+    (tmp_path / "file").write_text("mine")
+    for script, more in ((generate_refs, [f"--model={tiny}"]), (score, ["--reward=tests"])):
+        source = data if script is generate_refs else rewarded
+        for out, says in (("/proc/nowhere", ("/proc/nowhere",)), (tmp_path / "file" / "out", ("file",)),
+                          (tmp_path / "file", ("is a file",))):
+            refused(call(script, monkeypatch, *more, f"--data={source}", f"--out={out}"), capsys, *says)
+    refused(call(train, monkeypatch, f"--model={tiny}", f"--data={rewarded}", "--out=/proc/nowhere"), capsys, "/proc/nowhere")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_generate_prompt_over_the_context(tiny, tmp_path, capsys, monkeypatch):

@@ -267,3 +267,38 @@ def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path):
     assert read_rows(tmp_path / "sent.jsonl") == read_rows(tmp_path / "run" / "metrics.jsonl")
     missing = run("train.py", *flags(tiny, rewarded, tmp_path / "other", "--track=wandb"), check=False)
     assert missing.returncode == 2 and "install it" in missing.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_leaves_the_last_checkpoint_and_room_lets_it_continue(tiny, rewarded, undisturbed, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", disk], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        command = flags(tiny, rewarded, disk / "run", f"--eval_data={rewarded}", "--save_every=1", "--keep=9", "--resume")
+        full = run("train.py", *command, check=False)
+        assert full.returncode == 2 and "make room" in full.stderr
+        last = max(disk.glob("run/checkpoints/step_*"))
+        assert torch.load(last / "resume.pt", weights_only=True) and not list(disk.glob("run/checkpoints/.new*"))
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        again = run("train.py", *command)
+        assert f"continuing after step {int(last.name[5:])}" in again.stdout
+        assert weights(disk / "run") == weights(undisturbed) and steps(disk / "run") == steps(undisturbed)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny, rewarded, tmp_path):
+    done = run("train.py", *flags(tiny, rewarded, tmp_path / "run", "--save_every=1", "--learning_rate=1e30",
+                                  "--max_grad_norm=1", "--weight_decay=0.1", "--norm=mae"), check=False)
+    assert done.returncode == 2 and "gradient norm" in done.stderr and "ids " in done.stderr
+    kept = torch.load(max(tmp_path.glob("run/checkpoints/step_*/resume.pt")), weights_only=True)  # the last good one
+    assert kept["model"]
+
+
+@pytest.mark.parametrize("beta", (3e-4, 10.0))
+def test_betas_from_tiny_to_large_train_without_overflow(tiny, rewarded, tmp_path, beta):
+    for i, more in enumerate((["--quantile=exact"], ["--transform=log", "--norm=mae", "--max_grad_norm=1"])):
+        run("train.py", *flags(tiny, rewarded, tmp_path / f"run{i}", f"--beta={beta}", *more))
+        assert np.isfinite(steps(tmp_path / f"run{i}")).all() and np.isfinite(steps(tmp_path / f"run{i}", "grad_norm")).all()
