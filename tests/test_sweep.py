@@ -278,6 +278,7 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     assert (out / "cancelled/job.json").stat().st_mtime > (out / "node/job.json").stat().st_mtime
 
 
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 runs it")
 @pytest.mark.parametrize("cluster", (2,), indirect=True)
 def test_two_nodes_share_a_run(cluster, tmp_path, tiny):
     prompts = write_rows(tmp_path / "train.jsonl", [{"prompt": "row " + "x" * (i % 7)} for i in range(24)])
