@@ -4,13 +4,15 @@
 """
 import argparse
 import difflib
+import textwrap
 
 import rows
 
 
 def parser(description):
-    """An argparse parser that shows `description`, a script's docstring, as it stands."""
-    return argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=lambda prog: (
+    """An argparse parser that shows `description`, a script's docstring: its paragraphs wrapped, the indented as is."""
+    parts = [part if "\n  " in f"\n{part}" else textwrap.fill(part, 98) for part in description.strip().split("\n\n")]
+    return argparse.ArgumentParser(description="\n\n".join(parts), allow_abbrev=False, formatter_class=lambda prog: (
         argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100)))
 
 

@@ -8,7 +8,6 @@ where that is installed.
 
     python generate_refs.py --model=data/minicode/model --data=data/minicode/test.jsonl --out=out/try --num_refs=4
 """
-import argparse
 import collections
 import hashlib
 import importlib.util
@@ -21,12 +20,13 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import flags
 import models
 import rows
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder or hub name of the causal LM")
     add("--data", required=True, help="JSONL file or folder of prompts")
@@ -43,7 +43,7 @@ def arguments():
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
     add("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
-    args = parser.parse_args()
+    args = flags.parse(parser)
     for name in ("num_refs", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             rows.fail(f"--{name} must be at least 1")

@@ -54,7 +54,7 @@ import time
 import types
 
 if not sys.argv[-1].startswith("--worker="):  # the host's own: a worker stays small, for it is cloned for every program
-    import argparse, hashlib, importlib.util, shutil, subprocess, tempfile, textwrap
+    import hashlib, importlib.util, shutil, subprocess, tempfile, textwrap
     from multiprocessing.connection import wait
     from pathlib import Path
 
@@ -1027,7 +1027,7 @@ def cores():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__)
     parser.add_argument("--data", required=True, help="JSONL of programs")
     parser.add_argument("--out", required=True, help="JSONL of verdicts; what stands there already is not run again")
     parser.add_argument("--workers", type=int, default=0, help="workers; 0: one for each core given (default 0)")
@@ -1038,7 +1038,7 @@ def main():
     parser.add_argument("--unsafe", action="store_true", help="no isolation, only limits: not for programs of a model")
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default %(default)s)")
-    args = vars(parser.parse_args())
+    args = vars(flags.parse(parser))
     data, out = args.pop("data"), args.pop("out")
     for name in LIMITS:
         if not args[name] > 0 and name != "threads":
@@ -1071,6 +1071,6 @@ def main():
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].startswith("--worker="):
         supervise(json.loads(sys.argv[1][9:]))
-    import rows
+    import flags, rows
     from tqdm import tqdm
     main()

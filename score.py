@@ -13,7 +13,6 @@ in a SLURM array the processes share the rows.
 
     python score.py --data=out/try --out=out/try_scored --reward=tests
 """
-import argparse
 import importlib.util
 import itertools
 import math
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import flags
 import rows
 import sandbox
 
@@ -31,7 +31,7 @@ SAMPLED = "ref_completions", "samples"  # these hold lists of {"text", ...}
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, help="JSONL file or folder of rows with completions")
     add("--out", required=True, help="folder for the rewarded rows")
@@ -47,7 +47,7 @@ def arguments():
     add("--max_length", type=int, default=2048, help="model: cut its input at so many tokens (default %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="model: auto is bfloat16 on a GPU")
     add("--trust_remote_code", action="store_true", help="model: run the code that comes with it (ArmoRM needs this)")
-    return parser.parse_args()
+    return flags.parse(parser)
 
 
 def unrewarded(row):
