@@ -266,7 +266,8 @@ def main():
             raise SystemExit(75)
     if args.loss == "qrpo":  # how near the log-ratios came to what was asked of them
         data = eval_data or train_data
-        logps = reference_logps(args, None, policy, data, rank, world, device)
+        with autocast:
+            logps = reference_logps(args, None, policy, data, rank, world, device)
         if main_rank:
             figures.calibration(out, data["targets"], logps - data["ref_logps"], bool(eval_data))
     if main_rank:
