@@ -270,7 +270,8 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     wait_for(lambda: now("trains")[0] == now("node")[0] == "done")
     assert "continuing after step" in log("trains")
     assert [row["step"] for row in read_rows(out / "trains/metrics.jsonl")] == list(range(1, 101))
-    assert log("node") == "up\nup\n1\n"  # started again once, and the array is none of its business
+    lines = [line for line in log("node").splitlines() if line and "Killed" not in line]  # bash may say what died
+    assert lines == ["up", "up", "1"]  # started again once, and the array is none of its business
 
     assert log("fails").count("ValueError") == 1  # the requeue of one task is not the others'
     assert "2 failed" in sweep("submit", grid, "--rerun", env=cluster.env)
