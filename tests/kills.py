@@ -88,7 +88,7 @@ def main():
                                                        start_new_session=True)
                             starts += 1
                             try:  # after enough kills it is left alone
-                                process.wait(rng.uniform(1, 1.2 * seconds[stage, min(ranks, 1)])
+                                process.wait(rng.uniform(1, 1.2 * seconds[stage, 1])
                                              if kills < args.times else None)
                             except subprocess.TimeoutExpired:
                                 kills += 1
