@@ -7,9 +7,11 @@ chosen before rejected. Sampled completions keep the ids that were sampled; only
     python -c 'import dataset; help(dataset.build)'
 """
 import hashlib
+import itertools
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +71,9 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
     def drop(why, group):
         dropped[why] = dropped.get(why, 0) + len(group)
 
-    for r, row in enumerate(tqdm(rows.stream(path, require=("prompt",)), desc="read", unit="row", delay=5)):
+    def read(item):
+        """(r, row) -> its id, its place in the file, its prompt's tokens, its reference rewards, its groups."""
+        r, row = item
         at, prompt = row["__at__"], models.row_prompt_ids(tokenizer, row)
         listed = row.get("ref_rewards") or []
         if not isinstance(listed, list):
@@ -77,16 +81,21 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
         if len(listed) < max(num_ref_rewards, loss == "qrpo"):
             rows.fail(f"{at}: has {len(listed)} ref_rewards, fewer than --num_ref_rewards={num_ref_rewards or 1}; "
                       "sample and score more references, or lower it")
-        refs.append(np.array([number(x, at, "ref_rewards") for x in listed[:num_ref_rewards or None]], np.float32))
-        ids.append(row["id"])
-        known = refs[-1][~np.isnan(refs[-1])]
+        ref = np.array([number(x, at, "ref_rewards") for x in listed[:num_ref_rewards or None]], np.float32)
         if train_on == "completion":
-            groups = [[text_completion(row, "completion", "reward", tokenizer, ends)]]
+            groups = [[text_completion(row, "completion", "reward", tokenizer, prompt, ends)]]
         elif train_on == "chosen_rejected":
-            groups = [[text_completion(row, "chosen", "chosen_reward", tokenizer, ends),
-                       text_completion(row, "rejected", "rejected_reward", tokenizer, ends)]]
+            groups = [[text_completion(row, "chosen", "chosen_reward", tokenizer, prompt, ends),
+                       text_completion(row, "rejected", "rejected_reward", tokenizer, prompt, ends)]]
         else:
-            groups = sampled_groups(row, train_on, num_candidates, len(refs[-1]), vocab, tokenizer if r < 100 else None)
+            groups = sampled_groups(row, train_on, num_candidates, len(ref), vocab, tokenizer if r < 100 else None)
+        return row["id"], at, prompt, ref, groups
+
+    found = in_threads(read, enumerate(rows.stream(path, require=("prompt",))))
+    for r, (name, at, prompt, ref, groups) in enumerate(tqdm(found, desc="read", unit="row", delay=5)):
+        ids.append(name)
+        refs.append(ref)
+        known = ref[~np.isnan(ref)]
         for group in groups:
             rewards = [reward for _, reward, _, _ in group]
             if judged and any(map(math.isnan, rewards)):
@@ -143,6 +152,14 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
     return data
 
 
+def in_threads(function, items):
+    """function(item) for all items, in order, on all cores: tokenizers work outside Python's lock."""
+    items = iter(items)
+    with ThreadPoolExecutor() as pool:
+        while block := list(itertools.islice(items, 256)):
+            yield from pool.map(function, block)
+
+
 def summary(data):
     """One line on a dataset: its size, and what QRPO should know of its rewards."""
     refs, row = data["ref_rewards"], data["row"]
@@ -173,13 +190,13 @@ def number(value, at, field):
     return float(value)
 
 
-def text_completion(row, field, reward, tokenizer, ends):
+def text_completion(row, field, reward, tokenizer, start, ends):
     """(token ids, reward, False, False) of a dataset's own completion."""
     at = row["__at__"]
     if not row.get(field) or not isinstance(row[field], (str, list)):
         rows.fail(f"{at}: has no {field!r}; give it, or train on something else (--train_on)")
     try:
-        ids = models.completion_ids(tokenizer, row["prompt"], row[field], ends)
+        ids = models.completion_ids(tokenizer, row["prompt"], start, row[field], ends)
     except Exception as error:  # whatever a template raises
         rows.fail(f"{at}: {field} cannot be turned into tokens ({error})")
     return ids, number(row.get(reward), at, reward), False, False

@@ -4,7 +4,9 @@ The same functions serve sampling, the reference pass, training and evaluation, 
 
     python -c 'import models; print(models.prompt_ids(models.load_tokenizer("data/minicode/model"), "hello"))'
 """
+import ctypes
 import os
+import platform
 
 import numpy as np
 import torch
@@ -22,6 +24,10 @@ def device():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
+    if platform.libc_ver()[0] == "glibc":  # keep what is freed: every step wants the same large tensors, page by page
+        libc, M_MMAP_MAX, M_TRIM_THRESHOLD = ctypes.CDLL(None), -4, -1
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
     return torch.device("cpu")
 
 
@@ -117,8 +123,9 @@ def prompt_ids(tokenizer, prompt):
     return tokenizer(_render(tokenizer, prompt, add_generation_prompt=True), add_special_tokens=False).input_ids
 
 
-def completion_ids(tokenizer, prompt, completion, ends):
-    """Token ids of a dataset's own completion. It is a whole answer, so it ends in an end token (one of `ends`).
+def completion_ids(tokenizer, prompt, start, completion, ends):
+    """Token ids of a dataset's own completion; start is its prompt's (`prompt_ids`). It is a whole answer, so it ends
+    in an end token (one of `ends`).
 
     Sampled completions never come here: they keep the ids that were sampled.
     """
@@ -130,7 +137,6 @@ def completion_ids(tokenizer, prompt, completion, ends):
         if not whole.startswith(before):
             raise ValueError("the chat template does not render the answer right after the generation prompt")
         ids = tokenizer(whole, add_special_tokens=False).input_ids
-    start = prompt_ids(tokenizer, prompt)
     if ids[:len(start)] == start:
         ids = ids[len(start):]
     else:  # a token would straddle the border; the model never samples one that does

@@ -128,14 +128,15 @@ def test_prompts_never_begin_with_two_bos_and_chat_goes_through_the_template(tin
     prompt = models.prompt_ids(tokenizer, chat)
     assert prompt[0] == bos and prompt.count(bos) == 1
     assert tokenizer.decode(prompt) == "<bos>[user]hi<eos>\n[assistant]"
-    answer = models.completion_ids(tokenizer, chat, "yes", [eos])  # the newline after the turn's end is not learned
+    answer = models.completion_ids(tokenizer, chat, prompt, "yes", [eos])  # not the newline after the turn's end
     assert tokenizer.decode(answer) == "yes<eos>"
-    assert models.completion_ids(tokenizer, chat, [{"role": "assistant", "content": "yes"}], [eos]) == answer
+    assert models.completion_ids(tokenizer, chat, prompt, [{"role": "assistant", "content": "yes"}], [eos]) == answer
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # a tokenizer that puts BOS before, EOS behind a text
         single="<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)])
     for text in ("hi", "<bos>hi"):
-        assert tokenizer.decode(models.prompt_ids(tokenizer, text)) == "<bos>hi"
-    assert tokenizer.decode(models.completion_ids(tokenizer, "hi", " there", [eos])) == " there<eos>"
+        start = models.prompt_ids(tokenizer, text)
+        assert tokenizer.decode(start) == "<bos>hi"
+    assert tokenizer.decode(models.completion_ids(tokenizer, text, start, " there", [eos])) == " there<eos>"
 
 
 def test_processes_share_the_rows_and_a_killed_run_continues(tiny, tmp_path):
