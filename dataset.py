@@ -157,7 +157,13 @@ def in_threads(function, items):
     items = iter(items)
     with ThreadPoolExecutor() as pool:
         while block := list(itertools.islice(items, 256)):
-            yield from pool.map(function, block)
+            for future in [pool.submit(function, item) for item in block]:
+                try:
+                    result = future.result()
+                except SystemExit as error:  # rows.fail of the first item, in order, that fails
+                    pool.shutdown(cancel_futures=True)
+                    rows.fail(error.code)
+                yield result
 
 
 def summary(data):

@@ -163,15 +163,21 @@ class Policy(torch.nn.Module):
     """The model with log pi(completion | prompt), float32 (batch,), as its forward: what DDP wraps.
 
     tokens: (batch, time), right-padded with anything; no attention mask, as the padding comes after everything that a
-    causal model can look at. prompt_lens, lens: (batch,).
+    causal model can look at. prompt_lens, lens: (batch,). parts: in so many groups of similar length do they go through
+    the model; with 2, pairs waste less on padding (a quarter of all positions where the lengths within them differ).
     """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, prompt_lens, lens):
-        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # (batch, time, dim)
+    def forward(self, tokens, prompt_lens, lens, parts=1):
+        order, states = lens.argsort(descending=True, stable=True), []
+        for part in order.chunk(parts):
+            x = tokens[part, :lens[part[0]]]
+            hidden = self.model.base_model(input_ids=x, use_cache=False).last_hidden_state  # (part, its time, dim)
+            states.append(torch.nn.functional.pad(hidden, (0, 0, 0, tokens.shape[1] - x.shape[1])))
+        hidden = torch.cat(states)[order.argsort()]  # (batch, time, dim)
         return qrpo.completion_logps(hidden, tokens, prompt_lens, lens, output_layer(self.model))
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 def fail(message):
     """A user's mistake: one line on stderr, exit code 2."""
+    if threading.current_thread() is not threading.main_thread():
+        raise SystemExit(message)  # who waits for this thread fails for it
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # else the message would stand behind a progress bar
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -309,7 +309,7 @@ def totals(args, policy, data, units, rank, world, device, autocast, backward=Fa
         ddp_waits = isinstance(policy, DistributedDataParallel) and i + 1 < len(blocks)
         with policy.no_sync() if ddp_waits else contextlib.nullcontext(), torch.set_grad_enabled(backward):
             with autocast:
-                logps = policy(batch["tokens"], batch["prompt_lens"], batch["lens"])
+                logps = policy(batch["tokens"], batch["prompt_lens"], batch["lens"], unit)
             each = losses(args, batch, logps)
             if backward:  # ranks average their gradients: times world makes it a sum
                 (each.sum() * (works * world / len(units))).backward()
@@ -327,7 +327,8 @@ def totals(args, policy, data, units, rank, world, device, autocast, backward=Fa
                 sums["quantile_reward"] += q.sum().item()
             sums["completions"] += len(index)
             sums["tokens"] += batch["lens"].sum().item()
-            sums["positions"] += batch["tokens"].numel()
+            for part in batch["lens"].sort(descending=True)[0].chunk(unit):
+                sums["positions"] += len(part) * part[0].item()
             sums["drift"] += (log_ratio.abs() / (batch["lens"] - batch["prompt_lens"])).sum().item()
     sums["stop"] = float(stop)
     if world > 1:

@@ -3,11 +3,11 @@
     python tests/bench.py sample    generate_refs.py          transformers' generate()
     python tests/bench.py score     score.py --reward=model   prompt by prompt, padded to the longest
     python tests/bench.py train     train.py --loss=dpo       TRL's DPOTrainer; --trl_python names a Python with trl
+    python tests/bench.py growth    time and memory by sequence length, vocabulary, references, prompts: growth.png
 
 A 21M-parameter Llama of random weights with 32,000 words, float32; prompts of about 60 tokens, completions of about 140
 with a long tail. Every run is a process of its own, and the best of --repeat counts. Times leave out imports and
-loading, and take in everything else: for training the reference pass, too. Use a quiet machine, and
-OMP_WAIT_POLICY=passive.
+loading, and take in everything else: for training the reference pass, too. Use a quiet machine.
 """
 import argparse
 import json
@@ -32,23 +32,27 @@ ENDS = list(range(3, 3 + WORDS // MEAN))  # random weights sample nearly uniform
 
 # ---- the work ----
 
-def make_work(folder, n):
-    """FOLDER/{model, reward_model, prompts.jsonl, pairs.jsonl, refs.jsonl}: n prompts, n pairs, n prompts with 16
-    completions."""
+def make_model(folder, words=WORDS):
+    """FOLDER/{model, reward_model}, with a tokenizer of so many words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, "<pad>"))
+    ids = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
                                                      pad_token="<pad>")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=WORDS, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4,
-        max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1)
+        vocab_size=words, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4,
+        max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1)
     for name, kind in (("model", transformers.LlamaForCausalLM),
                        ("reward_model", transformers.LlamaForSequenceClassification)):
         kind(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def make_work(folder, n):
+    """`make_model`, and FOLDER/{prompts, pairs, refs}.jsonl: n prompts, n pairs, n prompts with 16 completions."""
+    make_model(folder)
     rng = np.random.default_rng(0)
 
     def text(length):
@@ -156,7 +160,113 @@ SIDES = {"sample": (sample_ours, sample_peer, "tokens", 16, "generate()"),  # an
          "train": (train_ours, train_peer, "pairs", 64, "TRL's DPOTrainer")}
 
 
+# ---- growth: each gives {line: (seconds, GB beyond what loading took)} of one point ----
+
+def grow_step(length, words, folder):
+    """A forward and a backward pass on one completion of `length` tokens."""
+    import models
+    make_model(folder, words)
+    _, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    policy, tokens = models.Policy(model), torch.randint(3, words, (1, length))
+
+    def ours():
+        policy(tokens, torch.tensor([1]), torch.tensor([length])).sum().backward()
+
+    def plain():
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        logits.log_softmax(2).gather(2, tokens[:, 1:, None]).sum().backward()
+    return {"this": ours, "all logits at once": plain}
+
+
+def grow_references(n, folder):
+    """Sampling n completions of 64 tokens to one prompt of 512."""
+    import generate_refs
+    make_model(folder)
+    _, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    sys.argv = ["generate_refs.py", "--model=model", "--data=prompts", "--out=out", f"--num_refs={n}"]
+    args, prompt = generate_refs.arguments(), torch.randint(3, WORDS, (1, 512))
+
+    def ours():
+        list(generate_refs.sample(model, [{"row": {"id": 0}, "prompt": prompt[0].tolist(), "limit": 64}], args, set()))
+
+    def plain():
+        model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0,
+                       num_return_sequences=n, min_new_tokens=64, max_new_tokens=64, pad_token_id=0)
+    return {"this": ours, "generate()": plain}
+
+
+def grow_prompts(n, folder):
+    """From n rows of 2 sampled completions of 500 tokens and 50 reference rewards to arrays that train."""
+    import dataset
+    make_model(folder)
+    tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    ids = np.random.default_rng(0).integers(3, WORDS, 500)
+    sampled = {"text": tokenizer.decode(ids), "token_ids": ids.tolist(), "finish_reason": "length"}
+    row = {"prompt": "w5 w6", "samples": [sampled] * 2, "sample_rewards": [0.1, 0.9],
+           "ref_rewards": [k / 50 for k in range(50)]}
+    with open(folder / "rows.jsonl", "w") as file:
+        file.writelines(json.dumps({"id": i} | row) + "\n" for i in range(n))
+
+    def ours():
+        dataset.load(folder / "rows.jsonl", folder / "cache", True, lambda: None, folder / "model", tokenizer, model,
+                     train_on="samples")
+    return {"this": ours}
+
+
+ALL_LOGITS = ("this", "all logits at once")
+GROWTH = {"tokens of a sequence": ((256, 512, 1024, 2048, 4096), ALL_LOGITS, lambda x, f: grow_step(x, WORDS, f)),
+          "words of the vocabulary": ((8000, 32000, 64000, 128000), ALL_LOGITS, lambda x, f: grow_step(512, x, f)),
+          "reference completions": ((1, 4, 16, 64), ("this", "generate()"), grow_references),
+          "prompts": ((1000, 3000, 10000, 30000), ("this",), grow_prompts)}
+
+
+def grow(title, x, line, folder):
+    """(seconds, GB beyond what loading took) of one point."""
+    run = GROWTH[title][2](x, folder)[line]
+    before = gigabytes()
+    if title != "prompts":  # which would find its cache
+        run()
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began, gigabytes() - before
+
+
+def growth(out):
+    """OUT, a picture: seconds above, peak memory below, against each of GROWTH; each point in a process of its own."""
+    import figures
+    figure, axes = figures.plt.subplots(2, len(GROWTH), figsize=(14, 6), layout="constrained")
+    for (title, (points, lines, _)), (top, bottom) in zip(GROWTH.items(), axes.T):
+        for line in lines:
+            values = []
+            for x in points:
+                with tempfile.TemporaryDirectory() as folder:
+                    values.append(child("growth", f"--point={title}:{x}:{line}", f"--folder={folder}"))
+                print(f"{title} {x:,}, {line}: {values[-1][0]:.3f} s, {values[-1][1]:.3f} GB", flush=True)
+            top.plot(points, [v[0] for v in values], "o-", label=line)
+            bottom.plot(points, [v[1] for v in values], "o-", label=line)
+        top.set(title=title, ylim=(0, None))
+        bottom.set(xlabel=title, ylim=(0, None))
+        top.legend()
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("peak GB, loading apart")
+    figures.save(figure, out)
+
+
 # ---- running them ----
+
+def gigabytes():
+    """The most memory that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def child(*flags, python=sys.executable):
+    """What this script with these flags prints last, from JSON."""
+    done = subprocess.run([python, __file__, *flags], check=False, capture_output=True, text=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
 
 def run(args, name, folder, side):
     """One side in a process and a folder of its own: {"rate", "work", "seconds", "gigabytes"}."""
@@ -165,27 +275,29 @@ def run(args, name, folder, side):
         scratch = Path(scratch)
         for made in folder.iterdir():
             (scratch / made.name).symlink_to(made)
-        done = subprocess.run([python, __file__, name, f"--side={side}", f"--folder={scratch}"], check=False,
-                              capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+        return child(name, f"--side={side}", f"--folder={scratch}", python=python)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=SIDES)
+    parser.add_argument("what", choices=(*SIDES, "growth"))
     parser.add_argument("--n", type=int, help="prompts (of 16 completions each) or pairs; default 16, 64, 64")
     parser.add_argument("--repeat", type=int, default=3, help="runs of a side, the best counts (default %(default)s)")
     parser.add_argument("--trl_python", help="train: the interpreter of an environment with trl and torch")
-    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)  # what `run` calls
+    parser.add_argument("--out", default="growth.png", help="growth: the picture (default %(default)s)")
+    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)  # these three are what `child` gives
+    parser.add_argument("--point", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.what == "growth":
+        if not args.point:
+            return growth(args.out)
+        title, x, line = args.point.split(":")
+        return print(json.dumps(grow(title, int(x), line, args.folder)))
     ours, peer, unit, n, peer_name = SIDES[args.what]
     if args.side is not None:
         work, seconds = (ours, peer)[args.side](args.folder)
-        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-        return print(json.dumps({"rate": work / seconds, "work": work, "seconds": seconds, "gigabytes": gigabytes}))
+        return print(json.dumps({"rate": work / seconds, "work": work, "seconds": seconds, "gigabytes": gigabytes()}))
     with tempfile.TemporaryDirectory() as folder:
         make_work(Path(folder), args.n or n)
         best = {}

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 import dataset
 import generate_refs
@@ -102,6 +103,12 @@ def test_training_rows(loaded, tmp_path, capsys, change, options, says):
     refused(lambda: dataset.build(data, tokenizer, model, **{"train_on": "refs"} | options), capsys, *place, *says)
 
 
+def test_of_many_bad_rows_the_first_is_named(loaded, tmp_path, capsys):
+    good, bad = {"prompt": "p", "completion": "a", "reward": 1, "ref_rewards": [0.5]}, {"prompt": "p", "ref_rewards": [1]}
+    data = write_rows(tmp_path / "data.jsonl", [good] * 300 + [bad] * 40)
+    refused(lambda: dataset.build(data, *loaded, "completion"), capsys, "data.jsonl:301", "no 'completion'")
+
+
 def call(script, monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
     return script.main
@@ -114,6 +121,16 @@ def test_generate_flags(tiny, tmp_path, capsys, monkeypatch, flags, says):
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": "a"}])
     refused(call(generate_refs, monkeypatch, f"--model={tiny}", f"--data={data}", f"--out={tmp_path / 'out'}", *flags),
             capsys, *says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_a_recurrent_state_cannot_be_sampled(tiny, tmp_path, capsys, monkeypatch):
+    transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(tmp_path / "mamba")
+    models.load_tokenizer(tiny).save_pretrained(tmp_path / "mamba")
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "a"}])
+    refused(call(generate_refs, monkeypatch, f"--model={tmp_path / 'mamba'}", f"--data={data}", f"--out={tmp_path / 'out'}"),
+            capsys, "mamba", "recurrent state", "--engine=vllm")
     assert not (tmp_path / "out").exists()
 
 

@@ -54,6 +54,7 @@ def test_log_probabilities_are_the_models_own_and_the_samplers(family, tmp_path)
     tokens = models.pad([p + c for p, c in zip(prompts, completions)], "cpu")
     policy = models.Policy(model)
     logps = policy(tokens, prompt_lens, lens)
+    torch.testing.assert_close(policy(tokens, prompt_lens, lens, parts=2), logps, rtol=1e-5, atol=1e-4)
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         with torch.no_grad():
             each = torch.log_softmax(model(torch.tensor([prompt + completion])).logits[0].float(), -1)

@@ -1,7 +1,11 @@
 """score.py: its three kinds of reward."""
+import sys
+
 import pytest
 import torch
 import transformers
+
+import score as score_script
 
 from conftest import make_tokenizer, read_rows, run, write_rows
 
@@ -54,6 +58,22 @@ def reward_model(tmp_path_factory):
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_batches_stay_within_batch_tokens_and_fill_it(reward_model, tmp_path, monkeypatch, capsys):
+    sizes, forward = [], transformers.LlamaForSequenceClassification.forward
+
+    def recorded(self, input_ids, **kwargs):
+        sizes.append(input_ids.shape)
+        return forward(self, input_ids=input_ids, **kwargs)
+    monkeypatch.setattr(transformers.LlamaForSequenceClassification, "forward", recorded)
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "p", "ref_completions": [
+        {"text": "a" * n} for n in (1, 30, 2, 40, 3, 50)]} for _ in range(8)])
+    monkeypatch.setattr(sys, "argv", ["score.py", f"--data={data}", f"--out={tmp_path / 'out'}",
+                                      f"--reward=model:{reward_model}", "--batch_tokens=400"])
+    score_script.main()
+    assert sum(n for n, _ in sizes) == 48 and all(n * width <= 400 for n, width in sizes)
+    assert len(sizes) <= 6  # of similar lengths; the 2,000 tokens or so would fill 5
 
 
 def test_reward_model_gives_the_same_at_every_batch_size(reward_model, tmp_path):
