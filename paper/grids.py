@@ -102,7 +102,8 @@ def refs():
 MINI_REGIMES = {  # train_on: (flags, epochs): 64 completions a step, and about 80 steps for every method
     "refs": ("--train_on=refs", 1),                                     # 5120 completions
     "best_worst": ("--train_on=best_worst", 8),                         # 640: one pair for each of 320 prompts
-    "random_pairs": ("--train_on=random_pairs --num_candidates=2", 8)}  # 640, of whatever reward
+    "random_pairs": ("--train_on=random_pairs --num_candidates=2", 8),  # 640, of whatever reward
+    "offline": ("--train_on=chosen_rejected", 8)}                       # 640, the dataset's: right ones and mistaken
 MINI_PAIRS = {"dpo": ("0.03", "0.1", "0.3"), "rebel": ("0.03", "0.1", "0.3"), "simpo": ("2", "5", "10")}
 
 
@@ -117,9 +118,10 @@ def mini():
             regime_flags, epochs = MINI_REGIMES[regime]
             flags = f"--loss=qrpo --quantile={quantile} --beta={beta} --learning_rate={lr} {regime_flags}"
             yield one(f"qrpo-{quantile}-{regime}-beta{beta}-lr{lr}", flags, epochs)
-            if regime == "refs" and lr == "3e-4":  # fewer reference rewards; all 16 are the run above
-                for n in (1, 3, 8):
-                    yield one(f"qrpo-{quantile}-refs-n{n}-beta{beta}-lr{lr}", f"{flags} --num_ref_rewards={n}", epochs)
+            if regime in ("refs", "offline") and lr == ("1e-4" if beta == "0.03" else "3e-4"):
+                for n in (1, 3, 8):  # fewer reference rewards; all 16 are the run above
+                    yield one(f"qrpo-{quantile}-{regime}-n{n}-beta{beta}-lr{lr}", f"{flags} --num_ref_rewards={n}",
+                              epochs)
         for lr in ("3e-5", "1e-4", "3e-4"):
             for loss, betas in MINI_PAIRS.items():
                 regime_flags, epochs = MINI_REGIMES["best_worst"]

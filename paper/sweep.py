@@ -43,7 +43,7 @@ def arguments():
     add = parser.add_argument
     add("what", choices=("list", "run", "submit", "status", "task"), help="task: for SLURM itself, with a run's folder")
     add("grid", help="a name in paper/grids.py, or FILE.py:NAME")
-    add("--only", default="*", help="runs whose name holds this, or matches this pattern of * and ?")
+    add("--only", default="*", help="runs whose name holds this, or matches this pattern of * and ?; several by commas")
     add("--rerun", action="store_true", help="run, submit: just what failed (default: also what never started)")
     add("--jobs", type=int, default=1, help="run: so many side by side, each with its share of the cores (default 1)")
     add("--stalled", type=float, default=30, help="minutes of silence after which a run has stalled (default 30)")
@@ -71,7 +71,8 @@ def load_grid(name, only="*"):
     if not callable(getattr(module, function, None)):
         rows.fail(f"{path}: defines no grid {function!r}")
     runs = list(getattr(module, function)())
-    found = [run for run in runs if only in run["name"] or fnmatch.fnmatchcase(run["name"], only)]
+    found = [run for run in runs if any(
+        part in run["name"] or fnmatch.fnmatchcase(run["name"], part) for part in only.split(","))]
     if not found:
         rows.fail(f"--only={only}: none of the grid's {len(runs)} runs is called so; see sweep.py list {name}")
     return found

@@ -85,7 +85,7 @@ def test_rows_are_complete_and_disjoint(folder):
         assert row["prompt"].endswith("\n") and row["entry_point"] == "f" and row["fenced"] is False
         assert row["test"].startswith("def check(candidate):\n    assert candidate(")
         assert row["test"].count("\n    assert candidate(") >= 10
-    for field in "id", "prompt", "solution":
+    for field in "id", "prompt", "chosen":
         assert len({row[field] for row in train + test}) == len(train + test), field
 
 
@@ -93,7 +93,7 @@ def test_corpus_holds_no_specification_of_the_rows(module):
     rng = random.Random(3)
     train, test, taken = module.make_rows(rng, 40, 20, 12)
     corpus = module.make_corpus(rng, 3000, 0.0, taken)  # without mistakes, so that programs can be compared
-    assert not {row["solution"] for row in train + test} & {code for _, code in corpus}
+    assert not {row["chosen"] for row in train + test} & {code for _, code in corpus}
     assert not {row["prompt"] for row in train + test} & {text for text, _ in corpus}
 
 
@@ -102,15 +102,18 @@ def test_tests_accept_the_solution_and_tell_it_from_others(module):
     train, test, _ = module.make_rows(rng, 100, 50, 12)
     scores = collections.defaultdict(list)
     for row in train + test:
-        assert share_passed(row, row["solution"]) == 1
-        head = row["solution"].split("return")[0]
+        assert share_passed(row, row["chosen"]) == 1
+        head = row["chosen"].split("return")[0]
         for answer in "None", "0", "True", "[]", "''":
             assert share_passed(row, f"{head}return {answer}") < 1, (row, answer)
         scores[row["difficulty"]].append(row)
         # a program for another specification with the same arguments fails somewhere
-        other = next(r for r in train + test if r is not row and r["solution"].split("return")[0] == head)
-        assert share_passed(row, other["solution"]) < 1, (row["solution"], other["solution"])
+        other = next(r for r in train + test if r is not row and r["chosen"].split("return")[0] == head)
+        assert share_passed(row, other["chosen"]) < 1, (row["chosen"], other["chosen"])
     assert set(scores) == {"easy", "medium", "hard"}
+    rejected = [share_passed(row, row["rejected"]) for row in train + test]
+    assert all(row["rejected"] != row["chosen"] for row in train + test)
+    assert sum(r < 1 for r in rejected) > 0.9 * len(rejected) and len(set(rejected)) > 3
 
 
 def test_weak_programs_are_right_sometimes_and_partly_right_often(module):
@@ -134,7 +137,7 @@ def test_fast_tokenizer_equals_tiktoken(folder, module):
     assert [hf.bos_token_id, hf.eos_token_id, hf.pad_token_id] == list(special.values()) and len(hf) == encoding.n_vocab
     rng = random.Random(0)
     corpus = module.make_corpus(rng, 2000, 0.3, set())
-    texts = [row[k] for part in ("train", "test") for row in rows(folder, part) for k in ("prompt", "solution", "test")]
+    texts = [row[k] for part in ("train", "test") for row in rows(folder, part) for k in ("prompt", "chosen", "test")]
     texts += [prompt + code for prompt, code in corpus] + ["", "\n\n  x\t1234", "na\u00efve \u65e5\u672c \U0001f600"]
     for text in texts:
         ids = hf(text, add_special_tokens=False)["input_ids"]

@@ -67,7 +67,8 @@ def test_train_takes_the_flags_of_every_run_and_names_tell_runs_apart(monkeypatc
 def test_only_names_runs():
     assert len(sweep("list", "mini", "--only=sft-correct-lr1e-4").splitlines()) == 3
     assert len(sweep("list", "mini", "--only=sft*seed1").splitlines()) == 3
-    assert "none of the grid's 252 runs" in sweep("list", "mini", "--only=nothing", code=2)
+    assert len(sweep("list", "mini", "--only=sft*seed1,sft*lr1e-4*").splitlines()) == 5
+    assert "none of the grid's 342 runs" in sweep("list", "mini", "--only=nothing", code=2)
     assert "no grid 'maxi'" in sweep("list", "maxi", code=2)
 
 

@@ -7,8 +7,8 @@ those of test.jsonl are not in train.jsonl, and those of neither are in the corp
 trained on a corpus of such functions with everyday mistakes (< for <=, range(n) for range(n + 1), min for max, a
 forgotten filter, a missing parenthesis), so it writes a right program only some of the time.
 
-Input: none. Output, in --out: train.jsonl and test.jsonl (rows: id, prompt, entry_point, preamble, test, solution,
-fenced, difficulty) and model/ (a Hugging Face folder, with the vocabulary in tiktoken's format too).
+Input: none. Output, in --out: train.jsonl and test.jsonl (rows: id, prompt, entry_point, preamble, test, chosen: the
+right program, rejected: one with mistakes, fenced, difficulty) and model/ (a Hugging Face folder, with the vocabulary in tiktoken's format too).
 
     python data/minicode/prepare.py
 """
@@ -219,6 +219,12 @@ def weak_program(spec, rng, rate):
     return code
 
 
+def mistaken(spec):
+    """A program of the weak programmer that is not the right one; the same for the same specification."""
+    rng = random.Random(program(spec))
+    return next(code for code in iter(lambda: weak_program(spec, rng, 0.5), None) if code != program(spec))
+
+
 def draw_input(rng, args, constants):
     """One call's arguments, {name: value}; values near the specification's own constants come up often."""
     numbers, letters = zip(*constants)
@@ -266,8 +272,8 @@ def make_row(spec, rng, num_tests):
     call = lambda arguments: ", ".join(f"{name} = {value!r}" for name, value in arguments.items())
     tests = "".join(f"    assert candidate({call(pool[n])}) == {right[n]!r}\n" for n in sorted(picked))
     return {"prompt": prompt(spec, rng), "entry_point": "f", "preamble": PREAMBLE,
-            "test": "def check(candidate):\n" + tests, "solution": program(spec), "fenced": False,
-            "difficulty": spec["difficulty"]}
+            "test": "def check(candidate):\n" + tests, "chosen": program(spec), "rejected": mistaken(spec),
+            "fenced": False, "difficulty": spec["difficulty"]}
 
 
 def make_rows(rng, num_train, num_test, num_tests):
