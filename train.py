@@ -300,8 +300,7 @@ def totals(args, policy, data, units, rank, world, device, autocast, backward=Fa
     members = units[:, None] * unit + np.arange(unit)  # (units, unit) completions
     mean_length = float((data["lens"][members] - data["prompt_lens"][members]).mean())
     blocks = list(dataset.micro_batches(data["lens"][members].max(1), unit, args.micro_batch_tokens, world))
-    sums = dict.fromkeys(("loss", "log_ratio", "log_ratio_chosen", "log_ratio_rejected", "chosen", "rejected", "down",
-                          "quantile_reward", "completions", "tokens", "positions", "drift"), 0.0)
+    sums = 0
     for i, block in enumerate(blocks):
         works = rank < len(block)  # a rank without work still takes part in what all do together
         index = members[block[rank::world] if works else block[:1]].reshape(-1)
@@ -313,28 +312,12 @@ def totals(args, policy, data, units, rank, world, device, autocast, backward=Fa
             each = losses(args, batch, logps)
             if backward:  # ranks average their gradients: times world makes it a sum
                 (each.sum() * (works * world / len(units))).backward()
-        if works:
-            log_ratio, side, each = (logps.detach() - batch["ref_logps"]).double(), batch["side"], each.detach()
-            sums["loss"] += each.sum().item()
-            sums["log_ratio"] += log_ratio.sum().item()
-            sums["log_ratio_chosen"] += log_ratio[side > 0].sum().item()
-            sums["log_ratio_rejected"] += log_ratio[side < 0].sum().item()
-            sums["chosen"] += (side > 0).sum().item()
-            sums["rejected"] += (side < 0).sum().item()
-            if args.loss == "qrpo":
-                sums["down"] += each[batch["targets"] < log_ratio].sum().item()
-                q = qrpo.quantile_rewards(batch["rewards"], batch["ref_rewards"])
-                sums["quantile_reward"] += q.sum().item()
-            sums["completions"] += len(index)
-            sums["tokens"] += batch["lens"].sum().item()
-            for part in batch["lens"].sort(descending=True)[0].chunk(unit):
-                sums["positions"] += len(part) * part[0].item()
-            sums["drift"] += (log_ratio.abs() / (batch["lens"] - batch["prompt_lens"])).sum().item()
-    sums["stop"] = float(stop)
+        sums = sums + works * measures(args, batch, logps.detach(), each.detach())
+    sums = torch.cat([sums, sums.new_tensor([stop])])
     if world > 1:
-        vector = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
-        dist.all_reduce(vector)
-        sums = dict(zip(sums, vector.tolist()))
+        dist.all_reduce(sums)
+    *sums, stop = sums.tolist()
+    sums = dict(zip(MEASURES, sums))
     n = sums["completions"]
     means = {"loss": sums["loss"] / len(units), "log_ratio": sums["log_ratio"] / n,
              "log_ratio_chosen": sums["log_ratio_chosen"] / max(sums["chosen"], 1),
@@ -342,7 +325,26 @@ def totals(args, policy, data, units, rank, world, device, autocast, backward=Fa
              "tokens": int(sums["tokens"]), "padding": 1 - sums["tokens"] / sums["positions"]}
     if args.loss == "qrpo":
         means |= {"loss_down": sums["down"] / max(sums["loss"], 1e-30), "quantile_reward": sums["quantile_reward"] / n}
-    return means | ({"stop": sums["stop"] > 0} if backward else {})
+    return means | ({"stop": stop > 0} if backward else {})
+
+
+MEASURES = ("completions", "tokens", "positions", "loss", "down", "quantile_reward", "log_ratio", "drift",
+            "chosen", "rejected", "log_ratio_chosen", "log_ratio_rejected")
+
+
+def measures(args, batch, logps, each):
+    """The sums over a batch's completions of all MEASURES, (len(MEASURES),) float64. each: their losses."""
+    log_ratio, lens = (logps - batch["ref_logps"]).double(), batch["lens"]
+    chosen, rejected = batch["side"] > 0, batch["side"] < 0
+    parts = lens.sort(descending=True)[0].chunk(2 if args.loss in dataset.PAIRWISE else 1)  # as they went through
+    down = quantiles = each.new_zeros(1)
+    if args.loss == "qrpo":
+        down = each * (batch["targets"] < log_ratio)
+        quantiles = qrpo.quantile_rewards(batch["rewards"], batch["ref_rewards"])
+    values = (torch.ones_like(lens), lens, torch.stack([len(part) * part[0] for part in parts]), each, down, quantiles,
+              log_ratio, log_ratio.abs() / (lens - batch["prompt_lens"]), chosen, rejected, log_ratio * chosen,
+              log_ratio * rejected)
+    return torch.stack([value.sum(dtype=torch.float64) for value in values])
 
 
 def reference_logps(args, cache, policy, data, rank, world, device):
@@ -409,17 +411,16 @@ def dry_run(args, tokenizer, policy, data, steps, rank, world, device, autocast)
                                        f"{data['targets'][i]:.3f} nats")
         print(f"---- row {data['ids'][data['row'][i]]}, reward {data['rewards'][i]:.4g}, {data['prompt_lens'][i]} "
               f"tokens of prompt, {end - prompt_end} trained, marked by >>> and <<<{asked}\n{prompt}>>>{completion}<<<")
-    times = []
-    for _ in range(2):  # the first warms up
+    for units in (first[:8], first):  # the first few warm up
         began = time.time()
-        total = totals(args, policy, data, first, rank, world, device, autocast, backward=True)
-        times.append(time.time() - began)
+        total = totals(args, policy, data, units, rank, world, device, autocast, backward=True)
+        step = time.time() - began
     if rank == 0:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
             resource.RUSAGE_SELF).ru_maxrss
         adam = 8 * sum(p.numel() for p in policy.parameters()) / (world if args.shard else 1)
-        seconds = times[1] * steps * (1 + 1 / (3 * args.epochs))  # a reference pass is a third of an epoch
-        print(f"---- a step: {times[1]:.2f} s, {total['tokens']:,} tokens, {total['padding']:.0%} padding; {steps} "
+        seconds = step * steps * (1 + 1 / (3 * args.epochs))  # a reference pass is a third of an epoch
+        print(f"---- a step: {step:.2f} s, {total['tokens']:,} tokens, {total['padding']:.0%} padding; {steps} "
               f"steps and the reference pass: {seconds / 60:.1f} minutes; {(peak + adam) / 1e9:.2f} GB a process")
         shutil.rmtree(args.cache)
 
