@@ -115,7 +115,8 @@ def main():
         print(f"{name:24}" + "".join(f"{f'{m:.{digits}f} +- {se:.{digits}f}':>18}" for m, se in columns))
 
     for k, (name, digits) in enumerate((("mean reward", 4), ("full marks (reward 1)", 4), ("length, tokens", 1))):
-        line(name, digits, *(mean_and_se(v[:, k]) for v in (reference, policy, policy - reference)))
+        if k != 1 or max(np.nanmax(refs), data["rewards"].max()) <= 1:  # other rewards have no such mark
+            line(name, digits, *(mean_and_se(v[:, k]) for v in (reference, policy, policy - reference)))
     kl, ref_means, means = by_prompt(log_ratio, row), by_prompt(ref_reward, ref_row), by_prompt(reward, row)
     line("quantile reward", 4, mean_and_se(ref_means), mean_and_se(means))
     line("KL to reference, nats", 4, (0.0, 0.0), mean_and_se(kl))
@@ -127,6 +128,8 @@ def main():
         print(f"objective {results['optimality']['objective'][0]:.4f} of a possible {best:.4f} (beta log Z)")
     if unknown + ref_unknown:
         print(f"left out: unknown rewards of {ref_unknown} reference and {unknown} policy samples")
+    for name, field in ("reference", "ref_completions"), ("policy", "samples"):
+        print(f"{name}'s first sample to row {table[0]['id']}: {table[0][field][0]['text'][:200]!r}")
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

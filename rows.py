@@ -11,6 +11,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import marshal
 import os
 import signal
 import sys
@@ -149,7 +150,10 @@ def continue_stage(data, out, settings, require=()):
     rows, out = read(data, require), Path(out)
     if out.exists() and not out.is_dir():
         fail(f"{out}: is a file; --out must name a folder")
-    settings = {key: str(value) for key, value in settings.items()} | {"rows": fingerprint([r["id"] for r in rows])}
+    digest = hashlib.sha256()
+    for row in rows:  # marshal is ten times as fast as JSON; its version 2 writes equal rows as equal bytes
+        digest.update(marshal.dumps({key: row[key] for key in row if key != "__at__"}, 2))
+    settings = {key: str(value) for key, value in settings.items()} | {"rows": digest.hexdigest()[:16]}
     record = out / "run.json"
     # whole lines only: another process may be in the middle of one
     done = {str(row["id"]) for file in out.glob("part-*.jsonl") for row in load_lines(file)}

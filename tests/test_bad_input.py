@@ -170,8 +170,9 @@ def test_changed_settings_are_refused(tiny, tmp_path, capsys, monkeypatch):
     call(generate_refs, monkeypatch, *flags)()
     before = (out / "part-00000.jsonl").read_bytes()
     refused(call(generate_refs, monkeypatch, *flags, "--seed=1"), capsys, "seed (0, now 1)", "another --out")
-    write_rows(data, [{"prompt": "b"}, {"prompt": "a"}])
-    refused(call(generate_refs, monkeypatch, *flags), capsys, "rows (")
+    for changed in ([{"prompt": "b"}, {"prompt": "a"}], [{"prompt": "b"}]):
+        write_rows(data, changed)
+        refused(call(generate_refs, monkeypatch, *flags), capsys, "rows (")
     assert (out / "part-00000.jsonl").read_bytes() == before
 
 

@@ -149,6 +149,9 @@ def test_processes_share_the_rows_and_a_killed_run_continues(tiny, tmp_path):
         run("generate_refs.py", *flags, f"--out={tmp_path / 'array'}", env={
             "SLURM_ARRAY_TASK_ID": str(task + 4), "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_MAX": "6",
             "SLURM_ARRAY_TASK_COUNT": "3"})
+    run("generate_refs.py", *flags, f"--out={tmp_path / 'fewer'}", env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert len(read_rows(tmp_path / "fewer")) == 20
+    run("generate_refs.py", *flags, f"--out={tmp_path / 'fewer'}")  # one of two processes began, one alone goes on
     process = subprocess.Popen([sys.executable, str(ROOT / "generate_refs.py"), *flags, f"--out={tmp_path / 'killed'}"],
                                stderr=subprocess.DEVNULL)
     part = tmp_path / "killed" / "part-00000.jsonl"
@@ -161,7 +164,7 @@ def test_processes_share_the_rows_and_a_killed_run_continues(tiny, tmp_path):
     run("generate_refs.py", *flags, f"--out={tmp_path / 'killed'}")
     whole = sorted(read_rows(tmp_path / "whole"), key=lambda row: row["tag"])
     assert [row["tag"] for row in whole] == list(range(40)) and all(len(row["ref_completions"]) == 3 for row in whole)
-    for other in ("shared", "array", "killed"):
+    for other in ("shared", "array", "fewer", "killed"):
         assert sorted(read_rows(tmp_path / other), key=lambda row: row["tag"]) == whole, other
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["num_refs"] == "3"
 
