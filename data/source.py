@@ -5,7 +5,6 @@ hub is read with `datasets` and .parquet with pyarrow (`pip install datasets` br
 
     python data/leetcode/prepare.py -h
 """
-import argparse
 import collections
 import gzip
 import json
@@ -16,20 +15,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import flags  # noqa: E402
 import models  # noqa: E402
 import rows  # noqa: E402
 
 
 def arguments(doc, folder, tokenizer=None):
     """--source and --out; and --tokenizer, where there is a limit on tokens."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(doc)
     add = parser.add_argument
     add("--source", help="local file or folder of the hub's columns, instead of a download")
     add("--out", type=Path, default=folder, help="folder for train.jsonl and test.jsonl (default: the script's own)")
     if tokenizer:
         add("--tokenizer", default=tokenizer, help="folder or hub name of the one that counts tokens; empty: "
             "keep every length (default %(default)s)")
-    return parser.parse_args()
+    return flags.parse(parser)
 
 
 def load(hub, name, split, source, columns, config=None):

@@ -16,7 +16,6 @@ what --by tells apart: the table of every cell is `table --by=loss,quantile,trai
 
     python paper/results.py table --runs=out/mini --out=out/paper
 """
-import argparse
 import csv
 import itertools
 import math
@@ -28,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import figures  # noqa: E402
+import flags  # noqa: E402
 import models  # noqa: E402
 import protocol  # noqa: E402
 import qrpo  # noqa: E402
@@ -37,7 +37,7 @@ PUBLISHED = rows.load_json(Path(__file__).with_name("published.json"))  # by los
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__)
     add = parser.add_argument
     add("what", choices=COMMANDS)
     add("--runs", nargs="+", default=[], help="folders that hold the runs of one data set, however deep")
@@ -49,7 +49,7 @@ def arguments():
         help="which of the paper's results to show beside (default %(default)s)")
     add("--tokenizer", help="count lengths in tokens of this one, as the paper does with the reward model's (default: "
         "the sampled tokens)")
-    args = parser.parse_args()
+    args = flags.parse(parser)
     if args.what != "figure5" and not args.runs:
         rows.fail("--runs names no folder; give those that hold the runs")
     args.by = (args.by or ("loss,quantile,train_on" if args.what == "table" else "loss")).split(",")

@@ -10,7 +10,6 @@ needs besides squeue. A run that SLURM's time limit would stop saves, is queued 
     python paper/sweep.py submit chat --max_running=8 --gpus=8 --time=12:00:00 --account=mine
     python paper/sweep.py status chat
 """
-import argparse
 import concurrent.futures
 import contextlib
 import fcntl
@@ -33,13 +32,14 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
+import flags  # noqa: E402
 import rows  # noqa: E402
 
 SAVED = 75  # train.py's exit code for "saved, start me again"
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__)
     add = parser.add_argument
     add("what", choices=("list", "run", "submit", "status", "task"), help="task: for SLURM itself, with a run's folder")
     add("grid", help="a name in paper/grids.py, or FILE.py:NAME")
@@ -56,7 +56,7 @@ def arguments():
     add("--partition", help="submit: as sbatch's")
     add("--save_time", type=int, default=300, help="submit: seconds before the limit to save at (default %(default)s)")
     add("--sbatch", default="", help="submit: more flags for sbatch, such as '--cpus-per-task=32 --mem=0'")
-    return parser.parse_args()
+    return flags.parse(parser)
 
 
 def load_grid(name, only="*"):
@@ -183,15 +183,16 @@ def submit(args, runs):
     """These runs as one job array, held until every folder's job.json names its task."""
     slurm = Path(os.path.commonpath([(ROOT / run["folder"]).parent for run in runs])) / "slurm"
     slurm.mkdir(parents=True, exist_ok=True)
-    flags = {"array": f"0-{len(runs) - 1}%{args.max_running}", "job-name": args.grid.rpartition(":")[2], "chdir": ROOT,
-             "output": f"{slurm}/%A_%a.txt", "open-mode": "append", "signal": f"B:USR1@{args.save_time}",
-             "nodes": args.nodes, "ntasks-per-node": 1, "gpus-per-node": args.gpus, "time": args.time,
-             "account": args.account, "partition": args.partition}
+    options = {
+        "array": f"0-{len(runs) - 1}%{args.max_running}", "job-name": args.grid.rpartition(":")[2], "chdir": ROOT,
+        "output": f"{slurm}/%A_%a.txt", "open-mode": "append", "signal": f"B:USR1@{args.save_time}",
+        "nodes": args.nodes, "ntasks-per-node": 1, "gpus-per-node": args.gpus, "time": args.time,
+        "account": args.account, "partition": args.partition}
     folders = "\n".join(shlex.quote(run["folder"]) for run in runs)
     script = (f"#!/bin/bash\nfolders=(\n{folders}\n)\nexec {shlex.quote(sys.executable)} "
               f"{shlex.quote(str(Path(__file__).resolve()))} task \"${{folders[$SLURM_ARRAY_TASK_ID]}}\"\n")
     done = subprocess.run(
-        ["sbatch", "--parsable", "--hold", "--requeue", *(f"--{k}={v}" for k, v in flags.items() if v),
+        ["sbatch", "--parsable", "--hold", "--requeue", *(f"--{k}={v}" for k, v in options.items() if v),
          *shlex.split(args.sbatch)], text=True, capture_output=True, input=script)
     if done.returncode:
         rows.fail(f"sbatch refused the job: {done.stderr.strip()}")
