@@ -246,8 +246,8 @@ def main():
         device = models.device()
         model = models.load_model(args.model, models.pick_dtype(args.dtype, device), device, args.trust_remote_code)
         if getattr(model, "_is_stateful", False):
-            rows.fail(f"{args.model}: a {model.config.model_type} model keeps a recurrent state, which this sampler does "
-                      "not carry; give --engine=vllm")
+            rows.fail(f"{args.model}: a {model.config.model_type} model keeps a recurrent state, which this sampler "
+                      "does not carry; give --engine=vllm")
     ends, context = models.end_ids(model, tokenizer), models.context_length(model)
     if not ends:
         rows.fail(f"{args.model}: neither its generation_config nor its tokenizer names an end token; set eos_token_id")

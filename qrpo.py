@@ -203,7 +203,7 @@ def completion_logps(hidden, tokens, prompt_lens, lens, output_layer, chunk_size
 
 class TokenLogps(torch.autograd.Function):
     """logits (n, vocab), labels (n,) -> log-probabilities of the labels, float32 (n,). As -cross_entropy, but the
-    backward writes the gradient where the log-probabilities stood: one (n, vocab) tensor less, of the largest there are.
+    backward writes the gradient where the log-probabilities stood: one (n, vocab) tensor less, of the largest of all.
     """
 
     @staticmethod

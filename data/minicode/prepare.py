@@ -8,7 +8,8 @@ trained on a corpus of such functions with everyday mistakes (< for <=, range(n)
 forgotten filter, a missing parenthesis), so it writes a right program only some of the time.
 
 Input: none. Output, in --out: train.jsonl and test.jsonl (rows: id, prompt, entry_point, preamble, test, chosen: the
-right program, rejected: one with mistakes, fenced, difficulty) and model/ (a Hugging Face folder, with the vocabulary in tiktoken's format too).
+right program, rejected: one with mistakes, fenced, difficulty) and model/ (a Hugging Face folder, with the vocabulary
+in tiktoken's format too).
 
     python data/minicode/prepare.py
 """
