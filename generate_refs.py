@@ -249,8 +249,6 @@ def main():
             rows.fail(f"{args.model}: a {model.config.model_type} model keeps a recurrent state, which this sampler "
                       "does not carry; give --engine=vllm")
     ends, context = models.end_ids(model, tokenizer), models.context_length(model)
-    if not ends:
-        rows.fail(f"{args.model}: neither its generation_config nor its tokenizer names an end token; set eos_token_id")
 
     todo, part = rows.continue_stage(args.data, args.out, settings, require=("prompt",))
     requests = []

@@ -80,7 +80,8 @@ def end_ids(model, tokenizer):
     """Token ids that end a completion: the generation config's (one or a list) and the tokenizer's eos."""
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None}) or rows.fail(
+        f"{tokenizer.name_or_path}: neither generation_config nor tokenizer name an end token; set eos_token_id")
 
 
 def row_prompt_ids(tokenizer, row):

@@ -124,6 +124,16 @@ def test_generate_flags(tiny, tmp_path, capsys, monkeypatch, flags, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_an_end_token(loaded, tmp_path, capsys):
+    tokenizer, model = map(copy.deepcopy, loaded)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "p", "completion": "a", "reward": 1, "ref_rewards": [0.5]}])
+    built = dataset.build(data, tokenizer, model, "completion")  # the model's own end token serves, and no padding token
+    assert built["tokens"][-1] == model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = None
+    refused(lambda: dataset.build(data, tokenizer, model, "completion"), capsys, "end token", "eos_token_id")
+
+
 def test_a_model_with_a_recurrent_state_cannot_be_sampled(tiny, tmp_path, capsys, monkeypatch):
     transformers.MambaForCausalLM(transformers.MambaConfig(
         vocab_size=100, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(tmp_path / "mamba")
