@@ -151,7 +151,7 @@ def figure3(args):
     points.sort(key=lambda p: (p["beta"], p["line"], p["num_ref_rewards"]))
     lines = {key: list(line) for key, line in itertools.groupby(points, lambda p: (p["beta"], p["line"]))}
     lines = {key: line for key, line in lines.items() if len(line) > 1}
-    betas = sorted({beta for beta, _ in lines})
+    betas, names = (sorted({key[k] for key in lines}) for k in (0, 1))
     if not betas:
         rows.fail(f"{', '.join(args.runs)}: no beta was run with two numbers of reference rewards")
     figure, axes = figures.panels(len(betas))
@@ -159,7 +159,7 @@ def figure3(args):
         axis = axes[0][betas.index(beta)]
         axis.errorbar([p["num_ref_rewards"] for p in line], [p["reward"] for p in line],
                       [p["reward_se_seeds"] if p["seeds"] > 1 else p["reward_std"] for p in line],
-                      fmt="o-", capsize=3, label=name)
+                      fmt="o-", color=f"C{names.index(name)}", capsize=3, label=name)
         axis.set(xscale="log", xlabel="reference rewards", ylabel="reward", title=f"beta {beta}")
         ticks = sorted({p["num_ref_rewards"] for key, points in lines.items() if key[0] == beta for p in points})
         axis.set_xticks(ticks, ticks)
