@@ -18,7 +18,7 @@ def test_the_derivation_prints_the_numbers_that_it_states():
 
 
 def test_every_flag_that_the_readme_names_exists_and_help_fits_100_columns():
-    scripts = [path for pattern in ("*.py", "data/*/prepare.py", "paper/*.py", "tests/bench*.py")
+    scripts = [path for pattern in ("*.py", "data/*/prepare.py", "paper/*.py", "tests/bench*.py", "tests/kills.py")
                for path in ROOT.glob(pattern) if "__main__" in path.read_text() or path.name == "prepare.py"]
     known = {"--nproc_per_node", "--standalone", "--gpus"}  # torchrun's and sbatch's
     for path in scripts:
