@@ -29,7 +29,10 @@ def rows(folder, part):
 def share_passed(row, program):
     """Share of the row's asserts that hold for a program, run in this process."""
     scope, passed = {}, 0
-    exec(row["preamble"] + program, scope)
+    try:
+        exec(row["preamble"] + program, scope)
+    except SyntaxError:
+        return 0.0
     head, *asserts = row["test"].splitlines()
     for line in asserts:
         exec(f"{head}\n{line}\n", scope)
