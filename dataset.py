@@ -91,7 +91,8 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
             groups = sampled_groups(row, train_on, num_candidates, len(ref), vocab, tokenizer if r < 100 else None)
         return row["id"], at, prompt, ref, groups
 
-    found = in_threads(read, enumerate(rows.stream(path, require=("prompt",))))
+    each = in_threads if train_on in ("chosen_rejected", "completion") else map  # sampled ids are not tokenised again
+    found = each(read, enumerate(rows.stream(path, require=("prompt",))))
     for r, (name, at, prompt, ref, groups) in enumerate(tqdm(found, desc="read", unit="row", delay=5)):
         ids.append(name)
         refs.append(ref)

@@ -312,7 +312,7 @@ def totals(args, policy, data, units, rank, world, device, autocast, backward=Fa
             each = losses(args, batch, logps)
             if backward:  # ranks average their gradients: times world makes it a sum
                 (each.sum() * (works * world / len(units))).backward()
-        sums = sums + works * measures(args, batch, logps.detach(), each.detach())
+        sums = sums + works * measures(args, batch, logps.detach(), each.detach(), unit)
     sums = torch.cat([sums, sums.new_tensor([stop])])
     if world > 1:
         dist.all_reduce(sums)
@@ -332,11 +332,11 @@ MEASURES = ("completions", "tokens", "positions", "loss", "down", "quantile_rewa
             "chosen", "rejected", "log_ratio_chosen", "log_ratio_rejected")
 
 
-def measures(args, batch, logps, each):
-    """The sums over a batch's completions of all MEASURES, (len(MEASURES),) float64. each: their losses."""
+def measures(args, batch, logps, each, unit):
+    """The sums over a batch's completions of all MEASURES, (len(MEASURES),) float64. each: the losses of its units."""
     log_ratio, lens = (logps - batch["ref_logps"]).double(), batch["lens"]
     chosen, rejected = batch["side"] > 0, batch["side"] < 0
-    parts = lens.sort(descending=True)[0].chunk(2 if args.loss in dataset.PAIRWISE else 1)  # as they went through
+    parts = lens.sort(descending=True)[0].chunk(unit)  # as they went through
     down = quantiles = each.new_zeros(1)
     if args.loss == "qrpo":
         down = each * (batch["targets"] < log_ratio)

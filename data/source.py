@@ -20,11 +20,12 @@ import models  # noqa: E402
 import rows  # noqa: E402
 
 
-def arguments(doc, folder, tokenizer=None):
-    """--source and --out; and --tokenizer, where there is a limit on tokens."""
+def arguments(doc, folder, tokenizer=None, hub=True):
+    """--out; --source, where rows come from the hub; and --tokenizer, where there is a limit on tokens."""
     parser = flags.parser(doc)
     add = parser.add_argument
-    add("--source", help="local file or folder of the hub's columns, instead of a download")
+    if hub:
+        add("--source", help="local file or folder of the hub's columns, instead of a download")
     add("--out", type=Path, default=folder, help="folder for train.jsonl and test.jsonl (default: the script's own)")
     if tokenizer:
         add("--tokenizer", default=tokenizer, help="folder or hub name of the one that counts tokens; empty: "

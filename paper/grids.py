@@ -111,7 +111,8 @@ def mini():
     for seed in (0, 1, 2):
         def one(name, flags, epochs, batch_size=64):
             return run(f"{name}-seed{seed}", f"out/mini/seed{seed}",
-                       f"train {flags} --epochs={epochs} --batch_size={batch_size}", SEED=seed, EVALUATE="--num_refs=8")
+                       f"train {flags} --epochs={epochs} --batch_size={batch_size} --eval_every=20", SEED=seed,
+                       EVALUATE="--num_refs=8")
 
         for quantile, beta, lr, regime in product(("paper", "exact"), ("0.03", "0.1", "0.3"), ("1e-4", "3e-4"),
                                                   MINI_REGIMES):
@@ -128,10 +129,35 @@ def mini():
                 for beta in betas:  # 32 pairs are 64 completions
                     yield one(f"{loss}-best_worst-beta{beta}-lr{lr}",
                               f"--loss={loss} --beta={beta} --learning_rate={lr} {regime_flags}", epochs, batch_size=32)
-            # a quarter of the references are right
+        for lr in ("1e-4", "3e-4", "1e-3"):  # a quarter of the references are right
             yield one(f"sft-correct-lr{lr}", f"--loss=sft --learning_rate={lr} --train_on=refs --min_reward=1", 4)
 
 
 def mini_refs():
     for seed in (0, 1, 2):
         yield run(f"refs-seed{seed}", f"out/mini/seed{seed}", "refs", SEED=seed)
+
+
+# ---- length (figure 4): stories260K, whose stories end after 100 to 400 tokens, in data/stories/model ----
+
+STORIES_BETAS = {"qrpo": ("0.03", "0.1"), "dpo": ("0.1", "0.3"), "rebel": ("1", "3"), "simpo": ("2", "10")}
+
+
+def stories_run(name, seed, arguments):
+    return run(f"{name}-seed{seed}", f"out/stories/seed{seed}", arguments, SEED=seed, MODEL="data/stories/model",
+               DATA="data/stories", REWARD="data/stories/reward.py:happy",
+               GENERATE="--num_refs=8 --max_new_tokens=400", EVALUATE="--num_refs=4")
+
+
+def stories():
+    """Every method on the same 320 pairs, best and worst of 8, for 40 steps of 64 completions."""
+    for seed, lr, loss in product((0, 1, 2), ("3e-5", "1e-4"), STORIES_BETAS):
+        for beta in STORIES_BETAS[loss]:
+            yield stories_run(f"{loss}-beta{beta}-lr{lr}", seed, f"train --loss={loss} --beta={beta} "
+                              f"--learning_rate={lr} --train_on=best_worst --epochs=4 "
+                              f"--batch_size={64 if loss == 'qrpo' else 32}")
+
+
+def stories_refs():
+    for seed in (0, 1, 2):
+        yield stories_run("refs", seed, "refs")

@@ -12,9 +12,9 @@ checkpoint, the other half is reported. Writes to --out, and prints:
     alpaca     each method's completions as AlpacaEval's JSON
 
 Figures are PNGs with the CSV behind them; what the paper found (published.json) is printed or drawn beside. A method is
-what --by tells apart: the table of every cell is `table --by=loss,quantile,train_on,beta`.
+what --by tells apart: a row for every beta is `table --by=loss,quantile,train_on,beta,num_ref_rewards`.
 
-    python paper/results.py table --runs=out/mini --out=out/paper
+    python paper/results.py table --runs=out/mini --out=out/results
 """
 import csv
 import itertools
@@ -41,7 +41,7 @@ def arguments():
     add = parser.add_argument
     add("what", choices=COMMANDS)
     add("--runs", nargs="+", default=[], help="folders that hold the runs of one data set, however deep")
-    add("--out", type=Path, default=Path("out/paper"), help="folder to write to (default %(default)s)")
+    add("--out", type=Path, default=Path("out/results"), help="folder to write to (default %(default)s)")
     add("--by", help="flags of train.py that make a method (default: loss,quantile,train_on for the table, else loss)")
     add("--select", default="paper", choices=("paper", "reward"),
         help="choose a method's setting by the paper's rule, or by mean reward alone (default %(default)s)")
