@@ -79,8 +79,8 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
         if not isinstance(listed, list):
             rows.fail(f"{at}: ref_rewards must be a list of numbers; run score.py")
         if len(listed) < max(num_ref_rewards, loss == "qrpo"):
-            rows.fail(f"{at}: has {len(listed)} ref_rewards, fewer than --num_ref_rewards={num_ref_rewards or 1}; "
-                      "sample and score more references, or lower it")
+            rows.fail(f"{at}: has {len(listed)} ref_rewards; sample and score references" + (
+                f", or lower --num_ref_rewards={num_ref_rewards}" if num_ref_rewards else ""))
         ref = np.array([number(x, at, "ref_rewards") for x in listed[:num_ref_rewards or None]], np.float32)
         if train_on == "completion":
             groups = [[text_completion(row, "completion", "reward", tokenizer, prompt, ends)]]
@@ -118,7 +118,8 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
             if len(group) == 2:
                 sides = 1, -1
             else:
-                sides = [int(np.sign(np.nan_to_num(rewards[0] - known.mean()))) if len(known) else 0]
+                mean = np.float32(known.mean(dtype=float)) if len(known) else np.nan
+                sides = [int(np.sign(np.nan_to_num(np.float32(rewards[0]) - mean)))]
             for (tokens, reward, among, truncated), which in zip(group, sides):
                 if len(group) == 2 and side != "both" and which != (1 if side == "chosen" else -1):
                     continue
@@ -179,8 +180,9 @@ def summary(data):
         known = ~np.isnan(refs)
         with np.errstate(invalid="ignore"):
             equal = np.nanmax(np.where(known, refs, -np.inf), 1) == np.nanmin(np.where(known, refs, np.inf), 1)
+        hint = " (--quantile=exact is for ties)" if tied.mean() > 0.5 else ""
         text += (f"; mean reward {np.nanmean(data['rewards']):.4g}, of references {np.nanmean(refs):.4g}"
-                 f"; {tied.mean():.1%} of the completions tie with a reference; all references are equal in "
+                 f"; {tied.mean():.1%} of the completions tie with a reference{hint}; all references are equal in "
                  f"{equal.mean():.1%} of the rows")
         if not known.all():
             text += f"; {1 - known.mean():.1%} of the reference rewards are unknown"
@@ -236,7 +238,8 @@ def sampled_groups(row, train_on, num_candidates, width, vocab, tokenizer):
         return [[c] for c in pool]
     if train_on == "best_worst":
         known = [c for c in pool if not math.isnan(c[1])]
-        pairs = [(max(known, key=lambda c: c[1]), min(known, key=lambda c: c[1]))] if len(known) > 1 else []
+        best = max(known, key=lambda c: c[1], default=None)
+        pairs = [(best, min((c for c in known if c is not best), key=lambda c: c[1]))] if len(known) > 1 else []
     else:
         pairs = zip(pool[0::2], pool[1::2])
     return [sorted(pair, key=lambda c: -c[1]) for pair in pairs]

@@ -10,6 +10,7 @@ Standard errors are over prompts. The KL is the mean log-ratio of the policy's o
 sampled at temperature 1 and top_p 1. The objective that QRPO maximises is E[R] - beta KL, R the transformed quantile of
 the reward (its `exact` cell among the reference rewards); no policy can have more than beta log Z of it.
 """
+import json
 import math
 from pathlib import Path
 
@@ -24,6 +25,9 @@ import qrpo
 import rows
 
 
+TRANSFORMS = [name for name in qrpo.TRANSFORMS if name != "scaled-normal-icdf"]  # whose optimum differs by prompt
+
+
 def arguments():
     parser = flags.parser(__doc__)
     add = parser.add_argument
@@ -32,7 +36,7 @@ def arguments():
     add("--data", required=True, help="rewarded rows with the completions of both")
     add("--out", required=True, help="folder for results and pictures")
     add("--beta", type=float, help="of the objective (default: that of the QRPO run in --model, else no objective)")
-    add("--transform", choices=qrpo.TRANSFORMS, help="of the quantile (default: that of the run, or identity)")
+    add("--transform", choices=TRANSFORMS, help="of the quantile (default: that of the run, or identity)")
     add("--tokens", type=int, default=8192, help="padded tokens in a forward pass (default %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
@@ -40,7 +44,7 @@ def arguments():
     model = Path(args.model)  # a run, or a checkpoint in one
     records = [path for path in (model / "run.json", model.parent.parent / "run.json") if path.exists()]
     config = rows.load_json(records[0])["config"] if records else {}
-    if config.get("loss") == "qrpo" and not config["length_normalize"]:
+    if config.get("loss") == "qrpo" and not config["length_normalize"] and config["transform"] in TRANSFORMS:
         args.beta = args.beta or config["beta"]
         args.transform = args.transform or config["transform"]
     args.transform = args.transform or "identity"
@@ -135,7 +139,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "samples.npz", log_ratio=log_ratio, length=data["lens"] - data["prompt_lens"], row=row,
              reward=data["rewards"], lo=lo, hi=hi, row_ids=data["ids"])
-    rows.write_json(out / "results.json", results)
+    rows.write_json(out / "results.json", json.loads(json.dumps(results), parse_constant=lambda nan: None))
     figures.results(out / "results.png", reference[:, 0], policy[:, 0], results["mean reward"])
     pictures = f"the picture {out / 'results.png'}"
     if args.beta is not None:

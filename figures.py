@@ -105,7 +105,7 @@ def optimum(path, lo, hi, ref_lo, ref_hi, weights, curve, checkpoints):
     density.legend(fontsize=8)
     steps = [c["step"] for c in checkpoints]
     for name in ("quantile_reward", "objective"):
-        value = np.array([c["optimality"][name] for c in checkpoints])  # (checkpoints, 2): mean, standard error
+        value = np.array([c["optimality"][name] for c in checkpoints], float)  # (checkpoints, 2): mean, standard error
         gap.errorbar(steps, value[:, 0], yerr=value[:, 1], fmt="o-", capsize=3, label=name.replace("_", " "))
     gap.axhline(checkpoints[-1]["optimality"]["best_possible"], color="k", linestyle=":", label="best possible")
     gap.set(xlabel="step", title="objective: quantile reward - beta KL")

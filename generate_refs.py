@@ -86,7 +86,11 @@ class Cache(transformers.Cache):
     """Keys and values of the sequences in flight, written in place: a DynamicCache copies all of them at every step.
 
     Each buffer is (batch_size, heads, columns, dim). Sequence i is row i; its tokens end at column `end`, the same for
-    all, so that a step writes one column, and begin at starts[i]. The rows in use are the first len(starts).
+    all, so that a step writes one column, and begin at starts[i]. The rows in use are the first len(starts):
+
+        . . a a a a a a _ _     starts = [2, 4, 5], end = 8: `join` puts a new sequence below, its end at `end` as well;
+        . . . . b b b b _ _     `leave` moves the last one into the place of one that ended; with no column left,
+        . . . . . c c c _ _     `make_room` copies all of them to the left of a wider buffer
     """
 
     def __init__(self, batch_size):
@@ -239,6 +243,7 @@ def describe(path, trust_remote_code):
 def main():
     args = arguments()
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "batch_size")}
+    settings["files"] = rows.fingerprint(models.identity(args.model))
     tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
     if args.engine == "vllm":
         model = describe(args.model, args.trust_remote_code)

@@ -5,6 +5,7 @@ The same functions serve sampling, the reference pass, training and evaluation, 
     python -c 'import models; print(models.prompt_ids(models.load_tokenizer("data/minicode/model"), "hello"))'
 """
 import ctypes
+import hashlib
 import os
 import platform
 
@@ -57,12 +58,25 @@ def load_model(path, dtype, device, trust_remote_code=False):
     return model.to(device).eval()
 
 
+MODEL_FILES = ("model", "pytorch_model", "config", "generation_config", "tokenizer", "special_tokens", "added_tokens",
+               "vocab", "merges", "chat_template")  # how the names of a model's files begin
+
+
 def identity(path):
-    """What tells one model's weights from another's without reading them: its files' names, sizes and times."""
+    """What tells one model and tokenizer from another, copied or not: names, sizes, and the first and last MiB of its
+    files (training changes all of the weights). A hub name is its own.
+    """
     if not os.path.isdir(path):
         return path
-    return sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path)
-                  if ".safetensors" in e.name or e.name.endswith((".bin", ".json")))
+    found = []
+    for entry in os.scandir(path):
+        if entry.is_file() and entry.name.startswith(MODEL_FILES):
+            with open(entry.path, "rb") as file:
+                digest, size = hashlib.sha256(file.read(1 << 20)), entry.stat().st_size
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read())
+            found.append((entry.name, size, digest.hexdigest()))
+    return sorted(found)
 
 
 def load_reward_model(path, dtype, device, trust_remote_code=False):
@@ -73,7 +87,7 @@ def load_reward_model(path, dtype, device, trust_remote_code=False):
 
 def context_length(model):
     """Tokens that the model can attend to, prompt and completion together."""
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def end_ids(model, tokenizer):
@@ -208,7 +222,7 @@ def flops_per_token(model, length):
 def peak_flops(device):
     """bfloat16 operations a second that the GPU's maker states (dense), or None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in (("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("GH200", 989e12),
+    return next((peak for part, peak in (("A100", 312e12), ("H100", 989e12), ("H200", 989e12),
                                          ("B200", 2250e12)) if part in name), None)
 
 

@@ -12,8 +12,8 @@ known: q is uniform on [0,1] under pi_ref, so Z = integral_0^1 exp(f(t)/beta) dt
     python -c 'import torch, qrpo; print(qrpo.log_partition(torch.tensor([0.1])))'
 
 Shapes: batch completions, each with num_ref_rewards rewards of reference completions to the same prompt. beta is (1,)
-or (batch,), > 0; logps are natural logs summed over the completion's tokens. Everything is float32 unless you pass
-float64.
+or (batch,), > 0; logps are natural logs summed over the completion's tokens, in float32. The rest is float32 unless you
+pass float64.
 """
 import math
 
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-TRANSFORMS = ("identity", "log", "square", "sqrt", "normal-icdf", "scaled-normal-icdf")
+TRANSFORMS = {"identity": lambda t: t, "log": torch.log, "square": torch.square, "sqrt": torch.sqrt,
+              "normal-icdf": torch.special.ndtri, "scaled-normal-icdf": torch.special.ndtri}
 
 
 # ---- the loss ----
@@ -31,12 +32,14 @@ def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards,
     """QRPO, eq. 11 of the paper: ( R - beta log Z - beta log(pi_theta/pi_ref) )^2 for each completion.
 
     beta: (1,) or (batch,); beta/|y| per completion gives the length-normalised form.
-    logps, ref_logps, rewards: (batch,). ref_rewards: (batch, num_ref_rewards), NaN where one is unknown.
+    logps, ref_logps, rewards: (batch,), all known. ref_rewards: (batch, num_ref_rewards), NaN where one is unknown.
     transform, quantile, among_refs, std: see `transformed_rewards`. norm: "mse" (squared) or "mae" (absolute).
     Returns (batch,); its gradient reaches logps alone.
     """
     reward = transformed_rewards(beta, rewards, ref_rewards, transform, quantile, among_refs, std)
     log_Z = log_partition(beta, transform, std)
+    if norm not in ("mse", "mae"):
+        raise ValueError(f"unknown norm {norm!r}; choose from mse, mae")
     residual = reward - beta * log_Z - beta * (logps - ref_logps)
     return residual.square() if norm == "mse" else residual.abs()
 
@@ -54,7 +57,7 @@ def quantile_rewards(rewards, ref_rewards):
 
     NaN reference rewards (unknown) are left out of the count.
     """
-    return (ref_rewards <= rewards[:, None]).sum(1) / (~ref_rewards.isnan()).sum(1)
+    return (ref_rewards <= rewards[:, None]).to(rewards.dtype).sum(1) / (~ref_rewards.isnan()).sum(1)
 
 
 def quantile_cells(rewards, ref_rewards, among_refs=None):
@@ -87,11 +90,13 @@ def transformed_rewards(beta, rewards, ref_rewards, transform="identity", quanti
     if quantile == "exact":
         lo, hi = quantile_cells(rewards, ref_rewards, among_refs)
         return beta * log_mean_exp(beta, transform, lo, hi, std)
+    if quantile != "paper":
+        raise ValueError(f"unknown quantile {quantile!r}; choose from paper, exact")
     q, n = quantile_rewards(rewards, ref_rewards), (~ref_rewards.isnan()).sum(1)
     if transform == "log":
         q = q.maximum(1 / n)
     elif transform in ("normal-icdf", "scaled-normal-icdf"):
-        if ref_rewards.shape[1] < 2:
+        if (n < 2).any():
             raise ValueError(f"{transform} with quantile='paper' needs 2 reference rewards or more; use 'exact'")
         q = q.clamp(1 / n, (n - 1) / n)
     return apply_transform(q, transform, std)
@@ -99,19 +104,10 @@ def transformed_rewards(beta, rewards, ref_rewards, transform="identity", quanti
 
 def apply_transform(t, transform="identity", std=1.0):
     """f(t) for t in [0,1], elementwise. Raises ValueError for an unknown name."""
-    if callable(transform):
-        return transform(t)
-    if transform not in TRANSFORMS:
+    if not callable(transform) and transform not in TRANSFORMS:
         raise ValueError(f"unknown transform {transform!r}; choose from {', '.join(TRANSFORMS)}, or pass a function")
-    if transform == "identity":
-        return t
-    if transform == "log":
-        return t.log()
-    if transform == "square":
-        return t.square()
-    if transform == "sqrt":
-        return t.sqrt()
-    return torch.special.ndtri(t) * (std if transform == "scaled-normal-icdf" else 1.0)
+    out = transform(t) if callable(transform) else TRANSFORMS[transform](t)
+    return out * std if transform == "scaled-normal-icdf" else out
 
 
 # ---- partition functions ----
@@ -122,7 +118,7 @@ def log_partition(beta, transform="identity", std=1.0):
     The paper's scaled-normal-icdf also adds a mean to f: it adds mean/beta here and mean to R, and cancels in the loss.
     """
     a = 1 / beta
-    if transform == "identity":  # Z = beta (e^{1/beta} - 1); the last term matters from beta = 0.06 up
+    if transform == "identity":  # Z = beta (e^{1/beta} - 1); the last term matters from about beta = 0.1 up
         return beta.log() + a + torch.log1p(-torch.exp(-a))
     if transform == "log":  # Z = beta / (1 + beta)
         return beta.log() - beta.log1p()

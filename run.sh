@@ -2,9 +2,9 @@
 # The whole pipeline in one command: prepare, generate, score, train, evaluate. What is done already is reused.
 #
 #   bash run.sh                        a tiny model learns to write better one-line Python functions; no GPU, no download
-#   bash run.sh --beta=0.05            flags go to train.py
-#   bash run.sh refs                   only the reference data
-#   bash run.sh train --beta=0.05      only training and evaluation, on references that are there
+#   RUN=low_beta bash run.sh --beta=0.05    flags go to train.py
+#   bash run.sh refs                   only the reference data; with EVALUATE, the model's own evaluation, too
+#   bash run.sh train                  only training and evaluation, on references that are there
 #   bash run.sh test                   set up and run the tests
 #   sbatch --gpus=8 run.sh             the same on SLURM
 #
@@ -14,14 +14,17 @@
 #   MODEL= DATA=       a Hugging Face model, and a folder with train.jsonl and test.jsonl (default: the minicode example)
 #   REWARD=tests       or FILE.py:NAME, or model:PATH
 #   SEED=0             of sampling and training
-#   ROUNDS=1           2: samples of the trained policy are rewarded and trained on, too, in $OUT/${RUN}_round2
+#   ROUNDS=1           2: samples of the trained policy are rewarded and trained on, too, in $OUT/${RUN}_round2 (QRPO)
 #   NPROC=             processes of every stage, on each node (default: one a GPU, or one)
 #   GENERATE= SCORE=   more flags for generate_refs.py and score.py
 #   EVALUATE=          flags of generate_refs.py after those where it samples the policy, as --temperature=0.6
 #   PYTHON=            an interpreter with the requirements installed (default: a virtual environment made in .venv)
 set -euo pipefail
+trap 'exit $(($? ? $? : 143))' TERM  # when the stage in hand has saved, with its exit code
 [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "${BASH_SOURCE[0]}")/train.py" ] && cd "$SLURM_SUBMIT_DIR" \
     || cd "$(dirname "${BASH_SOURCE[0]}")"  # SLURM runs a copy of this file from its spool folder
+# shellcheck disable=SC2086
+unset ${!SLURM_ARRAY_@}  # a task of an array is a whole run here, not a share of one run's rows
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # idle threads sleep: on a busy machine, spinning costs 20 times
 
 if [ -z "${PYTHON:-}" ]; then
@@ -50,7 +53,10 @@ if [ -z "${MODEL:-}" ] && [ -z "${DATA:-}" ]; then
 fi
 : "${MODEL:?set MODEL as well as DATA}" "${DATA:?set DATA as well as MODEL}"
 
-NPROC=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c . || true)}
+if [ -z "${NPROC:-}" ]; then
+    NPROC=1
+    ! command -v nvidia-smi >/dev/null || NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
 NODES=${SLURM_JOB_NUM_NODES:-1}
 launch() {  # run a script in one process, or under torchrun in NPROC, or in NPROC on each node of a SLURM job
     if [ "$NODES" -gt 1 ]; then  # SIGUSR1 (save and stop) is for train.py alone, not for what starts it
@@ -82,13 +88,19 @@ if [ "$STAGE" != train ]; then
     generate_and_score "$MODEL" "$DATA/train.jsonl" "$OUT/train"
     generate_and_score "$MODEL" "$DATA/test.jsonl" "$OUT/test"
 fi
-[ "$STAGE" != refs ] || exit 0
+if [ "$STAGE" = refs ]; then
+    if [ -n "${EVALUATE:-}" ]; then  # the reference model as trained ones are evaluated: not at temperature 1
+        # shellcheck disable=SC2086
+        generate_and_score "$MODEL" "$OUT/test/rewarded" "$OUT/base" --field=samples $EVALUATE
+    fi
+    exit 0
+fi
 
 run=$OUT/$RUN
 launch train.py --model="$MODEL" --data="$OUT/train/rewarded" --eval_data="$OUT/test/rewarded" --out="$run" \
     --cache="$OUT/cache" --seed="$SEED" --resume "$@"
 for step in "$run"/checkpoints/step_*; do  # the last one is the run's model itself
-    cmp -s "$step/model.safetensors" "$run/model.safetensors" || evaluate "$step" "$step"
+    [ ! -d "$step" ] || cmp -s "$step/model.safetensors" "$run/model.safetensors" || evaluate "$step" "$step"
 done
 evaluate "$run" "$run"
 for ((round = 2; round <= ROUNDS; round++)); do  # the reference stays: quantiles and log-ratios are against $MODEL

@@ -965,11 +965,14 @@ def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, u
     """Judge an iterable of rows; yield a verdict (a dict with the row's id) for each as they finish, in any order.
 
     workers: 0 is one for each core given to this process. limits: see FLAGS. Rows of the same program and tests are run
-    once. RuntimeError where no isolation works and `unsafe` is not set.
+    once. RuntimeError where a limit is not above 0, or no isolation works and `unsafe` is not set.
     """
     if unknown := set(limits) - set(LIMITS):
         raise TypeError(f"no such limit: {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
     limits = LIMITS | limits
+    for name in LIMITS:
+        if not limits[name] > 0 and name != "threads":
+            raise RuntimeError(f"--{name} must be above 0")
     line = command(None if unsafe else choose(runtime, image, packages), image, packages, limits)
     programs, workers, idle, busy = iter(programs), workers or cores(), [], []
     verdicts = {None: NO_VERDICT | {"reward": 0.0, "verdict": "no_code"}}  # by key
@@ -1021,9 +1024,10 @@ def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, u
 
 
 def cores():
-    """CPU cores given to this process, by its affinity and by SLURM."""
+    """CPU cores given to this process, by its affinity, by SLURM, and as one of several under torchrun."""
     have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(have, int(os.environ.get("SLURM_CPUS_PER_TASK", have))))
+    have = min(have, int(os.environ.get("SLURM_CPUS_PER_TASK", have)))
+    return max(1, have // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def main():
@@ -1040,9 +1044,6 @@ def main():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default %(default)s)")
     args = vars(flags.parse(parser))
     data, out = args.pop("data"), args.pop("out")
-    for name in LIMITS:
-        if not args[name] > 0 and name != "threads":
-            rows.fail(f"--{name} must be above 0")
     programs = rows.read(data, require=("completion", "test", "entry_point"))
     for row in programs:
         for name in ("completion", "preamble", "test", "entry_point"):

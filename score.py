@@ -50,6 +50,17 @@ def arguments():
     return flags.parse(parser)
 
 
+def settings(args):
+    """What the rewards depend on, for rows.continue_stage: a reward that was changed is no longer the same."""
+    kind, _, name = args.reward.rpartition(":")
+    if args.reward == "tests":
+        return {"reward": "tests"} | {name: getattr(args, name) for name in sandbox.FLAGS}
+    if kind == "model":
+        import models
+        return {"reward": args.reward, "files": rows.fingerprint(models.identity(name)), "max_length": args.max_length}
+    return {"reward": args.reward, "code": rows.fingerprint(Path(kind).read_text()) if Path(kind).is_file() else ""}
+
+
 def unrewarded(row):
     """(column, completion) of everything in the row that has no reward yet; a completion is text or messages."""
     if not any(row.get(column) for column in REWARDS):
@@ -112,6 +123,7 @@ def function_reward(todo, args):
     spec = importlib.util.spec_from_file_location("reward_file", path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).resolve().parent))
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
@@ -137,14 +149,18 @@ def model_reward(todo, args):
     model = models.load_reward_model(path, models.pick_dtype(args.dtype, device), device, args.trust_remote_code)
 
     def ids_of(prompt, completion):
+        nonlocal cut
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
             text = tokenizer.apply_chat_template(chat + answer, tokenize=False)
-            return tokenizer(text, add_special_tokens=False).input_ids[:args.max_length]
-        if isinstance(prompt, str):
-            return tokenizer(prompt + text_of(completion)).input_ids[:args.max_length]
-        rows.fail(f"the prompts are chat messages but the tokenizer of {path} has no chat template")
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+        elif isinstance(prompt, str):
+            ids = tokenizer(prompt + text_of(completion)).input_ids
+        else:
+            rows.fail(f"the prompts are chat messages but the tokenizer of {path} has no chat template")
+        cut += len(ids) > args.max_length
+        return ids[:args.max_length]
 
     @torch.no_grad()
     def scores(batch):
@@ -162,7 +178,7 @@ def model_reward(todo, args):
         return score.float().flatten().tolist()
 
     budget = args.batch_tokens or (16384 if device.type == "cuda" else 1024)
-    group, held = [], 0
+    group, held, cut = [], 0, 0
     for n, row in enumerate(todo, 1):
         group.append((row, [ids_of(row["prompt"], completion) for _, completion in unrewarded(row)]))
         held += sum(map(len, group[-1][1]))
@@ -178,20 +194,23 @@ def model_reward(todo, args):
             jobs = jobs[size:]
         yield from zip((row for row, _ in group), rewards)
         group, held = [], 0
+    if cut:
+        print(f"{args.data}: the ends of {cut} completions were not seen, beyond --max_length={args.max_length} tokens")
 
 
 def main():
     args = arguments()
     reward = tests_reward if args.reward == "tests" else model_reward if args.reward.startswith("model:") \
         else function_reward if ":" in args.reward else rows.fail("--reward must be tests, FILE.py:NAME or model:PATH")
-    todo, part = rows.continue_stage(args.data, args.out, {"reward": args.reward}, require=("prompt",))
+    todo, part = rows.continue_stage(args.data, args.out, settings(args), require=("prompt",))
     count = total = unknown = 0
     bar = tqdm(total=len(todo), unit="row", desc="score", disable=rows.share()[0] != 0, smoothing=0)
-    has_none = [row for row in todo if not unrewarded(row)]  # what is rewarded already passes through
-    if has_none and rows.share()[0] == 0:
-        print(f"{args.data}: {len(has_none)} rows have all their rewards already; delete those columns to score again")
-    for row, rewards in itertools.chain(((row, []) for row in has_none),
-                                        reward([row for row in todo if unrewarded(row)], args)):
+    scored, unscored = [], []
+    for row in todo:
+        (unscored if unrewarded(row) else scored).append(row)
+    if scored and rows.share()[0] == 0:
+        print(f"{args.data}: {len(scored)} rows have all their rewards already; delete those columns to score again")
+    for row, rewards in itertools.chain(((row, []) for row in scored), reward(unscored, args)):
         for r in rewards:
             if r is not None and not math.isfinite(r):
                 rows.fail(f"{row['__at__']}: {args.reward} gave the reward {r}; return a finite number, or None "

@@ -47,13 +47,13 @@ def arguments():
     add("--cache", help="folder for tokens and ref_logps; runs on the same data can share it (default: OUT/cache)")
     add("--train_on", default="refs", choices=dataset.REGIMES,
         help="refs: all reference completions; best_worst: those two of them; random_pairs: references 0 and 1, "
-        "2 and 3, ...; chosen_rejected: the dataset's pairs; completion: its single completions; samples: those of "
-        "generate_refs.py --field=samples (default %(default)s)")
+        "2 and 3, ... (an odd one is left out); chosen_rejected: the dataset's pairs; completion: its single completions; "
+        "samples: those of generate_refs.py --field=samples (default %(default)s)")
     add("--side", default="both", choices=("both", "chosen", "rejected"),
         help="QRPO: which side of the pairs; SFT takes the chosen (default %(default)s)")
     add("--num_candidates", type=int, default=0, help="use the first so many references to train on; 0: all")
     add("--num_ref_rewards", type=int, default=0, help="use the first so many ref_rewards for quantiles; 0: all")
-    add("--min_reward", type=float, help="train only on completions of at least this reward")
+    add("--min_reward", type=float, help="train (and evaluate) only on completions of at least this reward")
     add("--max_length", type=int, default=0,
         help="drop and count what has more tokens, prompt + completion; 0: nothing may exceed the context")
 
@@ -100,6 +100,11 @@ def arguments():
         if not getattr(args, name) > 0:
             rows.fail(f"--{name} must be greater than 0")
     pairwise = args.loss in dataset.PAIRWISE
+    for name in ("num_candidates", "num_ref_rewards", "max_length", "micro_batch_tokens"):
+        if getattr(args, name) < 0:
+            rows.fail(f"--{name} must not be negative")
+    if pairwise and args.min_reward is not None:
+        rows.fail(f"--min_reward is for losses of single completions, and --loss={args.loss} is of pairs; drop it")
     if pairwise and args.train_on not in dataset.PAIRED:
         rows.fail(f"--loss={args.loss} needs pairs; give --train_on={', '.join(dataset.PAIRED)}, or --loss=qrpo")
     if args.side != "both" and (pairwise or args.train_on not in dataset.PAIRED):
@@ -154,6 +159,7 @@ def main():
     dtype, main_rank, out = models.pick_dtype(args.dtype, device), rank == 0, Path(args.out)
     if args.dry_run:  # a folder that the ranks of a node share
         args.cache = os.path.join(tempfile.gettempdir(), f"qrpo_dry_run_{os.getppid()}")
+        atexit.register(shutil.rmtree, args.cache, ignore_errors=True)
     args.cache = args.cache or str(out / "cache")
     args.micro_batch_tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 1024)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -166,9 +172,13 @@ def main():
     train_data, eval_data = (path and dataset.load(
         path, args.cache, main_rank, barrier, args.model, tokenizer, model, **{k: getattr(args, k) for k in names})
         for path in (args.data, args.eval_data))
+    if args.loss == "qrpo" and (np.ptp(cells(train_data), 0) == 1).all():
+        rows.fail(f"{args.data}: no completion's reward differs from its references', so there is nothing to learn; "
+                  "look at the reward, or sample more references")
     unit = 2 if args.loss in dataset.PAIRWISE else 1  # completions in a unit of the loss
     units = len(train_data["lens"]) // unit
-    steps = args.epochs * math.ceil(units / args.batch_size)
+    steps_per_epoch = math.ceil(units / args.batch_size)
+    steps = args.epochs * steps_per_epoch
     config = vars(args) | {"data_fingerprint": train_data["fingerprint"], "steps": steps}
     start = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
 
@@ -210,7 +220,7 @@ def main():
         count = sum(p.numel() for p in model.parameters())
         print(f"{count / 1e6:,.2f}M parameters: {16e-9 * count / (world if args.shard else 1):.2f} GB a process for "
               f"weights, gradients and AdamW, activations apart; {units:,} {'pairs' if unit == 2 else 'completions'}, "
-              f"{steps - start} steps of {train_data['lens'].sum() / units * args.batch_size:,.0f} tokens on "
+              f"{steps - start} steps of {train_data['lens'].sum() / steps_per_epoch:,.0f} tokens on "
               f"{world} x {device.type}, {dtype}", flush=True)
 
     def log(row):
@@ -252,7 +262,7 @@ def main():
             speed = {"tokens_per_second": total["tokens"] / seconds}
             if models.peak_flops(device):
                 speed["share_of_peak"] = flops * speed["tokens_per_second"] / models.peak_flops(device) / world
-            log({"step": step + 1, "epoch": (step + 1) * args.batch_size / units, **total, "grad_norm": grad_norm,
+            log({"step": step + 1, "epoch": (step + 1) / steps_per_epoch, **total, "grad_norm": grad_norm,
                  "learning_rate": group["lr"], "seconds": seconds, **speed})
             bar.set_postfix(loss=f"{total['loss']:.4g}", log_ratio=f"{total['log_ratio']:.3g}",
                             tokens_s=f"{speed['tokens_per_second']:,.0f}")
@@ -294,7 +304,9 @@ def step_units(args, units, step):
 def totals(args, policy, data, units, rank, world, device, autocast, backward=False, stop=False):
     """Means over these units on all ranks of the loss and what else is logged; with backward=True also the gradient.
 
-    The gradient is that of the mean loss over all units: independent of micro-batches and ranks, up to rounding.
+    units: of the loss, completions or pairs. The gradient is that of the mean loss over all of them: independent of
+    micro-batches and ranks, up to rounding. All ranks walk through the same blocks, of which rank r takes every
+    world-th unit, as DDP and FSDP wait for every rank; one without work repeats a unit with weight 0.
     """
     unit = 2 if args.loss in dataset.PAIRWISE else 1
     members = units[:, None] * unit + np.arange(unit)  # (units, unit) completions
@@ -302,7 +314,7 @@ def totals(args, policy, data, units, rank, world, device, autocast, backward=Fa
     blocks = list(dataset.micro_batches(data["lens"][members].max(1), unit, args.micro_batch_tokens, world))
     sums = 0
     for i, block in enumerate(blocks):
-        works = rank < len(block)  # a rank without work still takes part in what all do together
+        works = rank < len(block)
         index = members[block[rank::world] if works else block[:1]].reshape(-1)
         batch = dataset.batch(data, index, device) | {"mean_length": mean_length}
         ddp_waits = isinstance(policy, DistributedDataParallel) and i + 1 < len(blocks)
@@ -355,7 +367,10 @@ def reference_logps(args, cache, policy, data, rank, world, device):
     source = models.identity(args.ref_model or args.model)
     key = rows.fingerprint([source, data["fingerprint"], args.dtype, str(device.type), args.shard])
     path = cache and Path(cache) / f"ref_logps-{key}.npy"
-    if path and path.exists():
+    cached = torch.tensor(bool(path and path.exists()), device=device)
+    if world > 1:  # all ranks do as the main one: another run may write this file while they look
+        dist.broadcast(cached, 0)
+    if cached:
         return np.load(path)
     # no gradients are kept: four times the tokens fit
     logps = dataset.logps(policy, data, 4 * args.micro_batch_tokens, device, rank, world)
@@ -422,7 +437,8 @@ def dry_run(args, tokenizer, policy, data, steps, rank, world, device, autocast)
         seconds = step * steps * (1 + 1 / (3 * args.epochs))  # a reference pass is a third of an epoch
         print(f"---- a step: {step:.2f} s, {total['tokens']:,} tokens, {total['padding']:.0%} padding; {steps} "
               f"steps and the reference pass: {seconds / 60:.1f} minutes; {(peak + adam) / 1e9:.2f} GB a process")
-        shutil.rmtree(args.cache)
+    if world > 1:
+        dist.barrier()  # nobody goes, and deletes the data, before all have read them
 
 
 def gate(args, drift, dtype):

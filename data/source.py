@@ -9,6 +9,7 @@ import collections
 import gzip
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -49,11 +50,18 @@ def load(hub, name, split, source, columns, config=None):
         files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else \
             rows.fail(f"{source}: no such file or folder")
         files = [f for f in files if f.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet"))]
-        files = [f for f in files if split in f.name] or [f for f in files if name in f.name]
+        def of(split):  # whole words: "latest" holds no test
+            return [f for f in files if set(filter(None, split.split("_"))) <= set(re.split("[^a-z]", f.name.lower()))]
+
+        if not (files and of(name) + of("train") + of("test")):
+            rows.fail(f"{source}: no .jsonl, .json, .jsonl.gz or .parquet whose name says train or test; rename them")
+        files = of(split) or of(name)
         if not files:
             print(f"{source}: no file of the {split} split, so no {name}.jsonl")
         table = (row for file in files for row in read(file))
     for at, row in table:
+        if not isinstance(row, dict):
+            rows.fail(f"{at}: must be a JSON object with {', '.join(columns)}")
         missing = [column for column in columns if row.get(column) is None]
         if missing:
             rows.fail(f"{at}: has no {missing[0]!r}; its columns are {', '.join(row)}")
@@ -70,13 +78,16 @@ def read(file):
         groups = pyarrow.parquet.ParquetFile(file).iter_batches()
         yield from ((f"{file}, row {i}", row) for i, row in enumerate(row for g in groups for row in g.to_pylist()))
         return
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
-        for number, text in enumerate([f.read()] if file.suffix == ".json" else f, 1):
-            try:
-                values = json.loads(text) if text.strip() else []
-            except ValueError as error:
-                rows.fail(f"{file}:{number}: not JSON ({error}); mend the file")
-            yield from ((f"{file}:{number}", row) for row in (values if isinstance(values, list) else [values]))
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
+        number = 0
+        try:
+            for number, text in enumerate([f.read()] if file.suffix == ".json" else f, 1):
+                if text.strip():
+                    value = json.loads(text)
+                    table = value if file.suffix == ".json" and isinstance(value, list) else [value]
+                    yield from ((f"{file}:{number}", row) for row in table)
+        except (ValueError, OSError, EOFError) as error:
+            rows.fail(f"{file}:{max(number, 1)}: not JSON ({error}); mend the file")
 
 
 def counter(tokenizer):
@@ -92,6 +103,10 @@ def pairs(table, tokens, limit=2048):
     """
     for i, row in enumerate(table):
         chosen, rejected = row["chosen"], row["rejected"]
+        for name in "chosen", "rejected":
+            if not (isinstance(row[name], list) and row[name] and all(
+                    isinstance(m, dict) and isinstance(m.get("content"), str) for m in row[name])):
+                rows.fail(f"row {i} of the dataset: {name} must be a conversation, a list of {{role, content}} messages")
         if max(tokens(chosen[-1]["content"]), tokens(rejected[-1]["content"])) > limit:
             yield f"a response over {limit} tokens"
         else:
@@ -103,7 +118,8 @@ def write(path, table):
     of a row, is the reason why one was. Nothing is written where there are no rows at all.
     """
     counts, new = collections.Counter(), path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with rows.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(new, "w", encoding="utf-8") as f:
             for row in tqdm(table, desc=path.name, unit="row"):

@@ -2,7 +2,7 @@
 
 A grid is a function that yields runs; a run is {"name", "folder", "command"}: a stable name that holds all that tells
 it from the others, the folder it writes, and the shell command that makes it (run.sh). A run that stands in two grids
-has one name, and is trained once. The grids refs and mini_refs make the reference data of the others. To see one:
+has one name, and is trained once. The grids refs, mini_refs and stories_refs make the reference data of the others:
 
     python paper/sweep.py list chat
 """
@@ -81,9 +81,9 @@ def sft():
     for model, data in STARTS:
         _, out, env = start(model, data, "nosft")
         flags = "--train_on=completion --epochs=3" if data == "leetcode" else "--train_on=chosen_rejected"
+        yield refs_of(model, data, "nosft")
         yield run(f"{model}-{data}-sft", out, f"train --loss=sft {flags} --learning_rate=5e-7 --batch_size=128 "
                   f"--max_grad_norm=10 {LARGE}", **env)
-        yield refs_of(model, data, "nosft")
 
 
 def refs_of(*which):
@@ -160,4 +160,4 @@ def stories():
 
 def stories_refs():
     for seed in (0, 1, 2):
-        yield stories_run("refs", seed, "refs")
+        yield stories_run("stories-refs", seed, "refs")

@@ -3,7 +3,8 @@ their errors, and the rule that selects a setting.
 
 A run is train.py's folder with run.json, and evaluate.py's results.json once it is evaluated; rows with `samples` and
 `sample_rewards` beside `ref_completions` and `ref_rewards` lie in its test/rewarded. Its checkpoints, where they were
-evaluated, have the same. Runs that differ only in their seed are one setting. results.py makes tables of this:
+evaluated, have the same. The reference model's own samples lie in base/rewarded beside the run, where it was sampled as
+its policies are; else its reference completions stand for it. Runs that differ only in their seed are one setting:
 
     python paper/results.py table --runs=out/mini
 """
@@ -42,6 +43,7 @@ def evaluation(folder, tokenizer=None):
         return math.nan if value is None else value
 
     return {"folder": Path(folder), "ids": [str(row["id"]) for row in table],
+            "prompts": rows.fingerprint([row["prompt"] for row in table]), "field": "samples",
             "difficulty": [str(row.get("difficulty")) for row in table],
             "reward": matrix("sample_rewards", number), "length": matrix("samples", length),
             "ref_reward": matrix("ref_rewards", number), "ref_length": matrix("ref_completions", length)}
@@ -49,6 +51,9 @@ def evaluation(folder, tokenizer=None):
 
 def load(folders, tokenizer=None):
     """Every setting and checkpoint, as {config, step, evaluations: {seed: evaluation}}; first the reference models."""
+    for top in folders:
+        if not Path(top).is_dir():
+            rows.fail(f"{top}: no such folder; --runs names folders of runs")
     records = [(path.parent, rows.load_json(path)) for top in folders for path in sorted(Path(top).rglob("run.json"))]
     records = [(folder, record) for folder, record in records if "config" in record]  # sampling leaves a run.json, too
     found, base, left_out, first = {}, {}, [], None
@@ -67,15 +72,18 @@ def load(folders, tokenizer=None):
         for step, path in evaluated.items():
             e = evaluation(path / "test" / "rewarded", tokenizer)
             first = first or e
-            if e["ids"] != first["ids"]:
+            if e["prompts"] != first["prompts"]:
                 rows.fail(f"{path}: its test prompts are not those of {first['folder']}; give --runs of one data set")
             seeds = found.setdefault(rows.fingerprint([setting, step]), {
                 "config": setting, "step": step, "evaluations": {}})["evaluations"]
             if config["seed"] in seeds:
                 rows.fail(f"{path}: has the settings and the seed of {seeds[config['seed']]['folder']}; move one away")
             seeds[config["seed"]] = e
-            base.setdefault(setting.get("ref_model") or setting["model"], {})[config["seed"]] = e | {
-                "reward": e["ref_reward"], "length": e["ref_length"]}
+            own, of_model = folder.parent / "base" / "rewarded", base.setdefault(
+                setting.get("ref_model") or setting["model"], {})
+            if config["seed"] not in of_model:
+                of_model[config["seed"]] = evaluation(own, tokenizer) if own.exists() else e | {
+                    "reward": e["ref_reward"], "length": e["ref_length"], "field": "ref_completions"}
     if left_out:
         print(f"{len(left_out)} runs left out:", *left_out, sep="\n  ")
     if not found:
@@ -122,27 +130,29 @@ def win_rate(reward, ref_reward):
     return np.where(np.isnan(reward), np.nan, wins)
 
 
-def measure(candidate, half):
-    """The metrics of a setting on half of the prompts: NAME, its mean over prompts, generation and training seeds;
-    NAME_std, its standard deviation over generation seeds (the paper's; with several training seeds, their root mean
-    square); NAME_se_prompts and NAME_se_seeds, standard errors over prompts and over training seeds.
+def measure(candidate, half, only=()):
+    """The metrics of a setting on half of the prompts (and on `only` these training seeds, if any): NAME, its mean over
+    prompts, generation and training seeds; NAME_std, its standard deviation over generation seeds (the paper's; with
+    several training seeds, their root mean square); NAME_se_prompts and NAME_se_seeds, standard errors over prompts and
+    over training seeds.
     """
     values = {name: [] for name in METRICS}
-    for e in candidate["evaluations"].values():
+    evaluations = [e for seed, e in candidate["evaluations"].items() if not only or seed in only]
+    for e in evaluations:
         reward, length, ref_reward, ref_length = (e[k][half] for k in ("reward", "length", "ref_reward", "ref_length"))
         values["reward"].append(reward)
         values["gain"].append(reward - np.nanmean(ref_reward, 1, keepdims=True))  # paired: its errors are smaller
         values["lc_reward"].append(length_controlled(reward, length, ref_reward, ref_length))
         values["length"].append(length)
         values["win_rate"].append(win_rate(reward, ref_reward))
-    out = {"seeds": len(candidate["evaluations"])}
+    out = {"seeds": len(evaluations)}
     for name, arrays in values.items():
         generations = [np.nanmean(a, 0) for a in arrays]  # for each training seed: (samples,)
-        seeds = np.array([g.mean() for g in generations])
+        seeds = np.array([np.nanmean(g) for g in generations])
         prompts = np.nanmean([np.nanmean(a, 1) for a in arrays], 0)
         prompts = prompts[~np.isnan(prompts)]
         out |= {name: seeds.mean(), f"{name}_std": math.sqrt(np.mean([variance(g) for g in generations])),
-                f"{name}_se_prompts": math.sqrt(variance(prompts) / len(prompts)),
+                f"{name}_se_prompts": math.sqrt(variance(prompts) / max(len(prompts), 1)),
                 f"{name}_se_seeds": math.sqrt(variance(seeds) / len(seeds))}
     return out
 

@@ -6,7 +6,7 @@ checkpoint, the other half is reported. Writes to --out, and prints:
     table      one row a method: table.md, table.csv (tables 2 and 3)
     figure1    the methods' rewards as bars
     figure3    reward against the number of reference rewards, for each beta
-    figure4    log-ratio against normalised completion length
+    figure4    log-ratio against normalised completion length, over all test prompts
     figure5    density of the reward under pi_ref and under pi*; needs no runs
     figure6    held-out log-ratio of chosen and rejected over the steps
     alpaca     each method's completions as AlpacaEval's JSON
@@ -52,7 +52,12 @@ def arguments():
     args = flags.parse(parser)
     if args.what != "figure5" and not args.runs:
         rows.fail("--runs names no folder; give those that hold the runs")
-    args.by = (args.by or ("loss,quantile,train_on" if args.what == "table" else "loss")).split(",")
+    if args.what == "figure4" and args.tokenizer:
+        rows.fail("--tokenizer: figure4 has the lengths of samples in the model's own tokens; leave it away")
+    if args.out.exists() and not args.out.is_dir():
+        rows.fail(f"{args.out}: is a file; --out must name a folder")
+    by = (args.by or ("loss,quantile,train_on" if args.what == "table" else "loss")).split(",")
+    args.by = [field.strip() for field in by]
     return args
 
 
@@ -65,15 +70,26 @@ def chosen(args, by=None, only=lambda config: True):
     candidates = [c for c in protocol.load(args.runs, tokenizer) if only(c["config"])]
     if not candidates:
         rows.fail(f"{', '.join(args.runs)}: holds no run for this figure")
+    for field in by:
+        if not any(field in c["config"] for c in candidates):
+            rows.fail(f"--by: no run has a flag {field!r}; they have {', '.join(candidates[-1]['config'])}")
     selection, report = protocol.halves(next(iter(candidates[0]["evaluations"].values()))["difficulty"])
+    bases = sum(c["config"]["loss"] == "base" for c in candidates)
     for c in candidates:
-        groups.setdefault(tuple(c["config"].get(field) for field in ("loss", *by)), []).append(c)
+        fields = ["model"] if c["config"]["loss"] == "base" else by  # nobody selects among reference models
+        groups.setdefault(tuple(c["config"].get(field) for field in ("loss", *fields)), []).append(c)
     for (loss, *values), group in groups.items():
-        on_selection = [protocol.measure(c, selection) for c in group]
-        best = protocol.select(on_selection, args.select)
+        common = set.intersection(*(set(c["evaluations"]) for c in group))  # training seeds that all settings have
+        on_selection = [protocol.measure(c, selection, common) for c in group]
+        known = [i for i, m in enumerate(on_selection) if not math.isnan(m["reward"])]
+        if not known:
+            print(f"{' '.join(map(str, (loss, *values)))}: left out, no reward is known")
+            continue
+        best = known[protocol.select([on_selection[i] for i in known], args.select)]
         words = [v if isinstance(v, str) else f"{field} {v}" for field, v in zip(by, values) if v is not None]
-        out.append({"method": " ".join(words) if loss != "base" else "reference model",
-                    "selected": differing(group, group[best]), "loss": loss, **group[best],
+        if loss == "base":
+            words = ["reference model", *values[:bases > 1]]
+        out.append({"method": " ".join(words), "selected": differing(group, group[best]), "loss": loss, **group[best],
                     "on_selection": on_selection[best], **protocol.measure(group[best], report)})
     print(f"selected on {len(selection)} prompts, reported on the other {len(report)}")
     order = list(PUBLISHED["leetcode"])
@@ -111,7 +127,7 @@ def table(args):
         cells = [f"**{m['method']}**" if i == winner else m["method"], m["selected"], str(m["seeds"])]
         for name in protocol.METRICS:
             digits = 1 if name == "length" else 4
-            mean, *errors = (f"{m[name + s]:.{digits}f}" for s in ("", "_se_prompts", "_se_seeds"))
+            mean, *errors = (f"{round(m[name + s], digits) + 0:.{digits}f}" for s in ("", "_se_prompts", "_se_seeds"))
             best = name != "length" and m[name] == max(other[name] for other in methods)
             cells.append(" ± ".join([f"**{mean}**" if best else mean, *errors[:1 + (m["seeds"] > 1)]]))
         cells += [f"{m['reward_std']:.4f}", " / ".join(map(str, published.get(m["loss"], ())))]
@@ -146,7 +162,7 @@ def figure3(args):
     points = []
     for m in chosen(args, ["quantile", "train_on", "beta", "num_ref_rewards"], lambda c: c["loss"] == "qrpo"):
         config, pool = m["config"], next(iter(m["evaluations"].values()))["ref_reward"].shape[1]
-        points.append({"beta": config["beta"], "line": f"{config['quantile']}, {config['train_on']}",
+        points.append({"beta": config["beta"], "line": f"{config['quantile']} quantile, {config['train_on']}",
                        "num_ref_rewards": config["num_ref_rewards"] or pool, **flat(m)})  # 0: all
     points.sort(key=lambda p: (p["beta"], p["line"], p["num_ref_rewards"]))
     lines = {key: list(line) for key, line in itertools.groupby(points, lambda p: (p["beta"], p["line"]))}
@@ -199,8 +215,8 @@ def figure4(args):
             xs.append((samples["length"] - mean)[on] / std[on])
             ys.append(samples["log_ratio"][on])
         x, y = np.concatenate(xs), np.concatenate(ys)
-        if len(x) < 2:
-            rows.fail(f"{m['method']}: no prompt's references differ in length, so there is nothing to normalise by")
+        if len(x) < 2 or np.ptp(x) == 0:
+            rows.fail(f"{m['method']}: lengths do not differ, so there is no line to fit")
         slope, intercept = np.polyfit(x, y, 1)
         rho, paper = spearman(x, y), PUBLISHED["figure4"].get(m["loss"], "")
         axis.scatter(x, y, s=3, alpha=0.2)
@@ -274,11 +290,10 @@ def figure6(args):
 def alpaca(args):
     """The first sample of the first training seed, for every prompt."""
     for m in chosen(args):
-        e = next(iter(m["evaluations"].values()))
-        field, out = "ref_completions" if m["loss"] == "base" else "samples", []
+        e, out = next(iter(m["evaluations"].values())), []
         for row in rows.read(e["folder"]):
             prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            out.append({"instruction": prompt, "output": row[field][0]["text"], "generator": m["method"]})
+            out.append({"instruction": prompt, "output": row[e["field"]][0]["text"], "generator": m["method"]})
         path = args.out / f"alpaca-{m['method'].replace(' ', '-')}.json"
         rows.write_json(path, out)
         print(path)

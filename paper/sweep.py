@@ -1,9 +1,10 @@
 """Run a sweep on this machine or as a SLURM job array, say what became of each of its runs, and run again what failed.
 
-A grid is a name in paper/grids.py (chat, scaling, code, sft, refs, mini, mini_refs), or FILE.py:NAME, a function of
-your own that yields runs in the same way. Input: the grid. Output: what the runs write into their folders, and beside
-it log.txt (what a run printed) and job.json (where it runs or ran, and its exit code), which are all that `status`
-needs besides squeue. A run that SLURM's time limit would stop saves, is queued again and continues.
+A grid is a name in paper/grids.py (chat, scaling, code, sft, refs; mini, mini_refs; stories, stories_refs), or
+FILE.py:NAME, a function of your own that yields runs in the same way. Input: the grid. Output: what the runs write into
+their folders, and beside it log.txt (what a run printed) and job.json (where it runs or ran, and its exit code), which
+are all that `status` needs besides squeue. A run that SLURM's time limit would stop saves, is queued again and
+continues.
 
     python paper/sweep.py list mini --only='qrpo*seed0'
     python paper/sweep.py run mini --jobs=2
@@ -15,6 +16,7 @@ import contextlib
 import fcntl
 import fnmatch
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -54,9 +56,15 @@ def arguments():
     add("--time", help="submit: time limit, as sbatch's; longer runs continue in the next (default: the partition's)")
     add("--account", help="submit: as sbatch's")
     add("--partition", help="submit: as sbatch's")
-    add("--save_time", type=int, default=300, help="submit: seconds before the limit to save at (default %(default)s)")
+    add("--save_time", type=int, default=300, help="submit: seconds before --time to save at (default 300)")
     add("--sbatch", default="", help="submit: more flags for sbatch, such as '--cpus-per-task=32 --mem=0'")
-    return flags.parse(parser)
+    args = flags.parse(parser)
+    if args.jobs < 1:
+        rows.fail("--jobs must be at least 1")
+    for tool in {"submit": ("sbatch", "squeue")}.get(args.what, ()):
+        if not shutil.which(tool):
+            rows.fail(f"{tool}: not found; submit where SLURM is, or take `run`")
+    return args
 
 
 def load_grid(name, only="*"):
@@ -68,11 +76,19 @@ def load_grid(name, only="*"):
     spec = importlib.util.spec_from_file_location("grid_file", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        rows.fail(f"{path}: defines no grid {function!r}")
+    grids = [name for name, value in vars(module).items() if inspect.isfunction(value)
+             and value.__module__ == "grid_file" and not inspect.signature(value).parameters]
+    if function not in grids:
+        rows.fail(f"{path}: defines no grid {function!r}, a function without arguments; it has {', '.join(grids)}")
     runs = list(getattr(module, function)())
+    for key in "name", "folder":
+        values = [run.get(key) for run in runs]
+        for value, count in Counter(values).items():
+            if count > 1 or not value:
+                rows.fail(f"{path}: {count} runs of {function} have the {key} {value!r}; give each its own")
+    parts = [part.strip() for part in only.split(",") if part.strip()]
     found = [run for run in runs if any(
-        part in run["name"] or fnmatch.fnmatchcase(run["name"], part) for part in only.split(","))]
+        part in run["name"] or fnmatch.fnmatchcase(run["name"], part) for part in parts)]
     if not found:
         rows.fail(f"--only={only}: none of the grid's {len(runs)} runs is called so; see sweep.py list {name}")
     return found
@@ -88,10 +104,13 @@ def execute(folder, command, job, threads=None):
 
     The lock on log.txt lives as long as any process of the run, so it tells whether one still runs.
     """
-    (ROOT / folder).mkdir(parents=True, exist_ok=True)
-    log = open(ROOT / folder / "log.txt", "ab")
+    with rows.writing(ROOT / folder):
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        log = open(ROOT / folder / "log.txt", "ab")
     if STOPPED or not (lock(log) or time.sleep(1) or lock(log)):  # `status` holds it for an instant
         return None
+    if "job" not in job and record(folder).get("exit") == 0:
+        return 0  # another sweep.py was faster
     job = job | {"command": command, "host": socket.gethostname(), "started": time.time(), "log_from": log.tell()}
     rows.write_json(ROOT / folder / "job.json", job)
     # an array is of runs here, not of shares of one run's rows
@@ -99,10 +118,13 @@ def execute(folder, command, job, threads=None):
         key: value for key, value in os.environ.items() if not key.startswith("SLURM_ARRAY_")}
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
-    # SIGUSR1 means "save and stop": nobody dies of it, and train.py, which sets its own handler, obeys it
-    child = subprocess.Popen(["bash", "-c", f"trap '' USR1\n{command}"], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
-                             stdout=log, stderr=log, start_new_session=True)
+    # SIGUSR1 means "save and stop": nobody dies of it, and train.py, which sets its own handler, obeys it. The shell
+    # waits for what saves at a SIGTERM, too
+    child = subprocess.Popen(["bash", "-c", f"trap '' USR1; trap : TERM\n{command}"], cwd=ROOT, env=env,
+                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     RUNNING.add(child)
+    if STOPPED:  # meanwhile
+        os.killpg(child.pid, signal.SIGTERM)
     code = child.wait()
     RUNNING.discard(child)
     rows.write_json(ROOT / folder / "job.json", job | {"exit": code, "ended": time.time()})
@@ -134,13 +156,13 @@ def stop(signum, frame):
     near = signum == signal.SIGUSR1
     # what has not saved when the time is up will not
     sent = signal.SIGUSR1 if near else signal.SIGKILL if signal.SIGUSR1 in STOPPED else signal.SIGTERM
+    STOPPED.add(signum)
     for child in list(RUNNING):
         for pid in family(child.pid) if near else [-child.pid]:  # negative: its process group
             with contextlib.suppress(ProcessLookupError):  # it may just have ended
                 os.kill(pid, sent)
     if near:  # and what srun started, on all nodes
         subprocess.run(["scancel", "--signal=USR1", this_task()])
-    STOPPED.add(signum)
 
 
 def this_task():
@@ -150,16 +172,18 @@ def this_task():
 
 def run_here(runs, jobs):
     """These runs on this machine, `jobs` at a time."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, stop)
     threads, failed = max(1, len(os.sched_getaffinity(0)) // jobs), 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run", smoothing=0) as bar:
         futures = {pool.submit(execute, run["folder"], run["command"], {}, threads): run for run in runs}
         for future in concurrent.futures.as_completed(futures):
             code, run = future.result(), futures[future]
+            if code is None and not STOPPED:
+                bar.write(f"{run['name']}: runs already")
             if code and not STOPPED:
                 bar.write(f"{run['name']}: exit code {code}, see {run['folder']}/log.txt")
-            failed += code != 0
+            failed += bool(code)
             bar.update()
     raise SystemExit(130 if STOPPED else failed > 0)
 
@@ -181,6 +205,10 @@ def task(folder):
 
 def submit(args, runs):
     """These runs as one job array, held until every folder's job.json names its task."""
+    try:
+        more = shlex.split(args.sbatch)
+    except ValueError as error:
+        rows.fail(f"--sbatch={args.sbatch}: {error}")
     slurm = Path(os.path.commonpath([(ROOT / run["folder"]).parent for run in runs])) / "slurm"
     slurm.mkdir(parents=True, exist_ok=True)
     options = {
@@ -193,7 +221,7 @@ def submit(args, runs):
               f"{shlex.quote(str(Path(__file__).resolve()))} task \"${{folders[$SLURM_ARRAY_TASK_ID]}}\"\n")
     done = subprocess.run(
         ["sbatch", "--parsable", "--hold", "--requeue", *(f"--{k}={v}" for k, v in options.items() if v),
-         *shlex.split(args.sbatch)], text=True, capture_output=True, input=script)
+         *more], text=True, capture_output=True, input=script)
     if done.returncode:
         rows.fail(f"sbatch refused the job: {done.stderr.strip()}")
     array = done.stdout.strip().partition(";")[0]
@@ -210,6 +238,8 @@ def squeue(jobs):
     """State of this user's jobs in SLURM's queue, {"ARRAY_TASK": "PENDING (reason)"}; {} if none was ever submitted."""
     if not any("job" in job for job in jobs):
         return {}
+    if not shutil.which("squeue"):
+        rows.fail("squeue: not found, and only it knows of the runs that were submitted; ask where SLURM is")
     done = subprocess.run(["squeue", "--me", "--array", "--noheader", "--format=%i|%T (%r)"], text=True,
                           capture_output=True)
     if done.returncode:
@@ -217,9 +247,9 @@ def squeue(jobs):
     return dict(line.split("|", 1) for line in done.stdout.splitlines())
 
 
-def record(run):
+def record(folder):
     """What job.json says of a run; {} where it never started."""
-    path = ROOT / run["folder"] / "job.json"
+    path = ROOT / folder / "job.json"
     return rows.load_json(path) if path.exists() else {}
 
 
@@ -245,13 +275,13 @@ def state(run, job, queue, stalled):
 def why(job, log):
     """The line that says why a run has failed: the scheduler's where the run was killed, or its own last error."""
     code = job.get("exit")
-    killed = code in (None, SAVED) or code < 0 or code > 128
+    killed = code in (None, SAVED) or code < 0 or code - 128 in signal.valid_signals()
     # SLURM's log holds nothing but what SLURM says, and Python if it could not even start sweep.py
     said = last_line(job.get("slurm_log"), r".*\S.*" if killed else r".*oom.kill.*", job.get("slurm_log_from", 0))
     if said:
         return said
     if code is None:
-        return accounting(job.get("job")) or ("ended without a word: killed, or its machine went down"
+        return accounting(job.get("job")) or ("ended without a word: it, sweep.py or the machine was killed"
                                               if "started" in job else "cancelled before it started")
     if code == SAVED:
         return "stopped, with a checkpoint to continue from"
@@ -294,7 +324,7 @@ def main():
         for run in runs:
             print(f"{run['name']}  {run['command']}")
         return
-    jobs = [record(run) for run in runs]
+    jobs = [record(run["folder"]) for run in runs]
     queue = squeue(jobs)
     states = [state(run, job, queue, args.stalled) for run, job in zip(runs, jobs)]
     if args.what == "status":

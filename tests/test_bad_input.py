@@ -1,6 +1,7 @@
 """A user's mistake ends in one line that names the place and the remedy, with exit code 2, and leaves nothing behind."""
 import copy
 import json
+import shutil
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ import models
 import rows
 import score
 import train
-from conftest import write_rows
+from conftest import read_rows, write_rows
 
 GOOD = {"prompt": "p", "ref_rewards": [0.5, 1.0], "ref_completions": [
     {"text": "a", "token_ids": [66], "finish_reason": "length"}, {"text": "b", "token_ids": [67], "finish_reason": "length"}]}
@@ -180,31 +181,60 @@ def test_changed_settings_are_refused(tiny, tmp_path, capsys, monkeypatch):
     call(generate_refs, monkeypatch, *flags)()
     before = (out / "part-00000.jsonl").read_bytes()
     refused(call(generate_refs, monkeypatch, *flags, "--seed=1"), capsys, "seed (0, now 1)", "another --out")
+    other, copied = shutil.copytree(tiny, tmp_path / "other"), shutil.copytree(tiny, tmp_path / "copied", copy_function=shutil.copy)
+    assert models.identity(copied) == models.identity(tiny)
+    for name in "model.safetensors", "tokenizer.json":
+        text = (other / name).read_bytes()
+        (other / name).write_bytes(text[:-1] + bytes([text[-1] ^ 1]))
+        assert models.identity(other) != models.identity(tiny)
+        (other / name).write_bytes(text)
+    shutil.copytree(tiny, tmp_path / "model")
+    flags = f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'mine'}", "--num_refs=2"
+    call(generate_refs, monkeypatch, *flags)()
+    (tmp_path / "model/config.json").write_text((tmp_path / "model/config.json").read_text() + " ")
+    refused(call(generate_refs, monkeypatch, *flags), capsys, "another files (")
+    flags = f"--model={tiny}", *(f"--{name}" for name in (f"data={data}", f"out={out}", "num_refs=2", "max_new_tokens=4"))
     for changed in ([{"prompt": "b"}, {"prompt": "a"}], [{"prompt": "b"}]):
         write_rows(data, changed)
         refused(call(generate_refs, monkeypatch, *flags), capsys, "rows (")
     assert (out / "part-00000.jsonl").read_bytes() == before
 
 
+def test_a_reward_that_was_changed_is_refused(tmp_path, capsys, monkeypatch):
+    data = write_rows(tmp_path / "data.jsonl", [{**GOOD, "ref_rewards": None}])
+    flags = f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={tmp_path / 'r.py'}:f"
+    for value in "1", "1", "2":
+        (tmp_path / "r.py").write_text(f"def f(prompts, completions, **columns):\n    return [{value}.0] * len(prompts)\n")
+        if value == "1":
+            call(score, monkeypatch, *flags)()
+    refused(call(score, monkeypatch, *flags), capsys, "another code (", "another --out")
+
+
 @pytest.mark.parametrize("reward, row, says", (
     ("test", {}, ("--reward must be",)), ("nofile.py:f", {}, ("nofile.py",)),
+    ("tests --cpu=-1", {"test": "def check(c): pass", "entry_point": "f"}, ("--cpu must be above 0",)),
     ("tests", {}, ("data.jsonl:1", "'test'")), ("model:/no/model", {}, ("/no/model",)),
     ("tests", {"ref_completions": None}, ("data.jsonl:1", "no completions")),
     ("tests", {"ref_completions": "text", "test": "def check(c): pass", "entry_point": "f"}, ("data.jsonl:1", "must be a list"))))
 def test_score(tmp_path, capsys, monkeypatch, reward, row, says):
     data = write_rows(tmp_path / "data.jsonl", [{**GOOD, "ref_rewards": None, **row}])
-    refused(call(score, monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={reward}"), capsys, *says)
+    refused(call(score, monkeypatch, f"--data={data}", f"--out={tmp_path / 'out'}", *f"--reward={reward}".split()), capsys, *says)
 
 
 @pytest.mark.parametrize("flags, says", (
     (["--beta=0"], ("--beta",)), (["--learnig_rate=1"], ("did you mean --learning_rate",)),
     (["--side=chosen"], ("--side",)), (["--shard"], ("torchrun",)), (["--beta=x"], ("--beta", "float")), (["--loss=dpo"], ("--loss=dpo needs pairs", "best_worst")), (["--epochs=0"], ("--epochs",)),
+    (["--loss=dpo", "--train_on=best_worst", "--min_reward=1"], ("--min_reward", "drop it")),  # it would part the pairs
+    (["--num_candidates=-1"], ("--num_candidates must not be negative",)),
+    (["--data={tied}"], ("tied.jsonl: no completion's reward differs", "look at the reward")),
     (["--out={file}"], ("is a file",)), (["--data={empty}"], ("holds no rows",)), (["--model=/no/model"], ("/no/model",))))
 def test_train_flags(tiny, rewarded, tmp_path, capsys, monkeypatch, flags, says):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty.jsonl").write_text("")
-    flags = [flag.format(file=tmp_path / "file", empty=tmp_path / "empty.jsonl") for flag in flags]
-    refused(call(train, monkeypatch, f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'out'}", *flags), capsys, *says)
+    write_rows(tmp_path / "tied.jsonl", [row | {"ref_rewards": [0.3] * len(row["ref_rewards"])} for row in read_rows(rewarded)])
+    flags = [flag.format(file=tmp_path / "file", empty=tmp_path / "empty.jsonl", tied=tmp_path / "tied.jsonl") for flag in flags]
+    refused(call(train, monkeypatch, f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'out'}",
+                 f"--cache={tmp_path / 'cache'}", *flags), capsys, *says)
     assert not (tmp_path / "out").exists()
 
 

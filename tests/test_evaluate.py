@@ -32,3 +32,11 @@ def test_the_objective_of_the_reference_model_itself_and_its_bound(tiny, rewarde
     assert abs(results["quantile reward"]["reference"][0] - np.mean(before)) < 1e-5
     saved = np.load(tmp_path / "samples.npz")
     assert len(saved["log_ratio"]) == 60 and (saved["lo"] < saved["hi"]).all()
+
+
+def test_one_prompt_has_no_standard_error(tiny, rewarded, tmp_path):
+    row = read_rows(rewarded)[0]
+    row |= {"samples": row["ref_completions"], "sample_rewards": row["ref_rewards"]}
+    run("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={write_rows(tmp_path / 'one.jsonl', [row])}",
+        f"--out={tmp_path}", "--beta=0.2")
+    assert json.loads((tmp_path / "results.json").read_text())["mean reward"]["policy"] == [np.mean(row["ref_rewards"]), None]

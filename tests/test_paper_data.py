@@ -47,6 +47,27 @@ def test_a_source_with_other_columns_is_refused_by_name(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("name, content, says", (
+    ("train.jsonl", b'{"chosen": "text", "rejected": "text"}', "chosen must be a conversation"),
+    ("train.jsonl", b"[1, 2]", "train.jsonl:1: must be a JSON object"), ("train.jsonl", b"\xff", "train.jsonl:1: not JSON"),
+    ("train.jsonl.gz", b"{}", "train.jsonl.gz:1: not JSON"), ("latest.jsonl", b"{}", "whose name says train or test")))
+def test_a_source_that_is_broken_is_refused_by_place(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    done = run("data/magpie_air/prepare.py", f"--source={tmp_path}", f"--out={tmp_path}", "--tokenizer=", check=False)
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
+def test_stories_are_different_and_a_reward_counts_words(tmp_path):
+    run("data/stories/prepare.py", f"--out={tmp_path}")
+    train, test = (read_rows(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
+    assert len({row["prompt"] for row in train + test}) == len(train) + len(test) == 448
+    run("score.py", "--data=" + str(write_rows(tmp_path / "told.jsonl", [
+        {"prompt": "Tim", "completion": "was SAD. He smiled and was happy, happily!"},
+        {"prompt": "Tim", "completion": "was unhappy and glade"}])), f"--out={tmp_path / 'scored'}",
+        f"--reward={ROOT / 'data/stories/reward.py'}:happy")
+    assert [row["reward"] for row in read_rows(tmp_path / "scored")] == [2, 0]
+
+
 def problem(i, asserts, answer="return x"):
     return {"task_id": f"t{i}", "difficulty": "Easy", "problem_description": "Add.", "entry_point": "Solution().f",
             "starter_code": "class Solution:\n    def f(self, x):\n        ",
@@ -82,8 +103,9 @@ def test_gsm8k_final_number():
     spec = importlib.util.spec_from_file_location("reward", ROOT / "data/gsm8k/reward.py")
     reward = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reward)
-    texts = ["so 3 + 4 = 7\n#### 7", "#### 1,007.0 eggs, not 7", "It is -7, no, 7", "none", "#### none, 7"]
-    assert [reward.final_number(t) for t in texts] == [7, 1007, 7, None, 7]
+    texts = ["so 3 + 4 = 7\n#### 7", "#### 1,007.0 eggs, not 7", "It is -7, no, 7", "none", "#### none, 7", "10-3", "is -3"]
+    assert [reward.final_number(t) for t in texts] == [7, 1007, 7, None, 7, 3, -3]
+    assert reward.correct(["p"], ["none"], answer=[None]) == [0]
     assert reward.correct(["p"] * 2, ["7", [{"role": "assistant", "content": "#### 8"}]], answer=[7.0, 7.0]) == [1, 0]
 
 

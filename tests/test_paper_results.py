@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import math
+import shutil
 import sys
 from unittest import mock
 
@@ -212,6 +213,45 @@ def test_checkpoints_are_selected_too(tmp_path):
     command(tmp_path, "table")
     qrpo = read_csv(tmp_path / "out/table.csv")[1]
     assert (qrpo["selected"], float(qrpo["reward"])) == ("step 10", pytest.approx(0.6))
+
+
+def test_settings_are_compared_on_the_seeds_that_all_of_them_have(tmp_path):
+    for seed, reward in enumerate((0.9, 0.6, 0.6)):
+        write_run(tmp_path / f"runs/a{seed}", seed, lambda i, k: reward)
+    write_run(tmp_path / "runs/b", 0, lambda i, k: 0.8, beta=0.3)
+    command(tmp_path, "table")
+    qrpo = read_csv(tmp_path / "out/table.csv")[1]
+    assert (qrpo["selected"], qrpo["seeds"], float(qrpo["reward"])) == ("beta 0.1", "3", pytest.approx(0.7))
+
+
+def test_the_reference_model_is_what_was_sampled_as_its_policies_were(tmp_path):
+    """Two reference models: of one there are samples of its own, for the other its references stand."""
+    for name, model in ("x", "nosft"), ("y", "sft"):
+        write_run(tmp_path / f"runs/{name}/run", 0, lambda i, k: 0.6, model=model)
+    write_run(tmp_path / "runs/x/base", 0, lambda i, k: 0.25)
+    shutil.move(tmp_path / "runs/x/base/test/rewarded", tmp_path / "runs/x/base/rewarded")
+    (tmp_path / "runs/x/base/run.json").unlink()
+    command(tmp_path, "table")
+    table = [(m["method"], float(m["reward"])) for m in read_csv(tmp_path / "out/table.csv")]
+    assert table[:2] == [("reference model nosft", 0.25), ("reference model sft", 0.5)]
+
+
+def test_a_run_without_known_rewards_is_left_out(tmp_path):
+    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.6)
+    write_run(tmp_path / "runs/b", 0, lambda i, k: None, loss="dpo")
+    write_run(tmp_path / "runs/c", 0, lambda i, k: 0.5 if k else None, loss="rebel")  # one generation of two
+    assert "dpo None refs: left out" in command(tmp_path, "table")
+    assert [m["method"] for m in read_csv(tmp_path / "out/table.csv")] == ["reference model", "rebel refs", "qrpo paper refs"]
+
+
+@pytest.mark.parametrize("flags, says", (
+    (["table", "--by=loss,learning_rates"], "no run has a flag 'learning_rates'"),
+    (["figure4", "--tokenizer=x"], "--tokenizer"), (["table", "--runs=/no/runs"], "/no/runs: no such folder"),
+    (["table", "--out=/dev/null"], "is a file")))
+def test_flags_that_make_no_sense(sweep, capsys, flags, says):
+    with pytest.raises(SystemExit, match="2"):
+        command(sweep, *flags)
+    assert says in capsys.readouterr().err
 
 
 def test_alpaca_eval_takes_the_first_samples(sweep):

@@ -241,3 +241,12 @@ def test_per_sample_beta_is_a_tensor_and_nothing_overflows():
             alone = torch.cat([qrpo.qrpo_loss(betas[i:i + 1], logps[i:i + 1], ref_logps[i:i + 1], rewards[i:i + 1],
                                               refs[i:i + 1], transform, quantile) for i in range(n)])
             torch.testing.assert_close(together, alone)
+
+
+def test_a_name_that_is_not_known_is_refused():
+    one = torch.ones(1)
+    for wrong in {"norm": "MSE"}, {"quantile": "Exact"}, {"transform": "logs"}:
+        with pytest.raises(ValueError, match="choose from"):
+            qrpo.qrpo_loss(one, one, one, one, torch.ones(1, 3), **wrong)
+    with pytest.raises(ValueError, match="2 reference rewards"):  # known ones
+        qrpo.qrpo_loss(one, one, one, one, torch.tensor([[1, torch.nan, torch.nan]]), "normal-icdf")

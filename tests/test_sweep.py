@@ -52,7 +52,8 @@ def test_the_paper_has_so_many_runs(name, count):
 def test_train_takes_the_flags_of_every_run_and_names_tell_runs_apart(monkeypatch):
     monkeypatch.setenv("RANK", "0")  # as under torchrun: some are sharded
     named = {}
-    for grid in (grids.chat, grids.scaling, grids.code, grids.sft, grids.refs, grids.mini, grids.mini_refs):
+    for grid in (grids.chat, grids.scaling, grids.code, grids.sft, grids.refs, grids.mini, grids.mini_refs,
+                 grids.stories, grids.stories_refs):
         for run in grid():
             assert named.setdefault(run["name"], run) == run
             words = shlex.split(run["command"])
@@ -68,8 +69,15 @@ def test_only_names_runs():
     assert len(sweep("list", "mini", "--only=sft-correct-lr1e-4").splitlines()) == 3
     assert len(sweep("list", "mini", "--only=sft*seed1").splitlines()) == 3
     assert len(sweep("list", "mini", "--only=sft*seed1,sft*lr1e-4*").splitlines()) == 5
+    assert len(sweep("list", "mini", "--only=sft*seed1, ,").splitlines()) == 3
     assert "none of the grid's 342 runs" in sweep("list", "mini", "--only=nothing", code=2)
-    assert "no grid 'maxi'" in sweep("list", "maxi", code=2)
+    for name in "maxi", "run", "product":  # the last two are there, but no grids
+        assert f"no grid {name!r}, a function without arguments; it has chat, " in sweep("list", name, code=2)
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    (tmp_path / "grid.py").write_text("def two():\n    for name in 'ab':\n        yield {'name': name, 'folder': 'one'}\n")
+    assert "2 runs of two have the folder 'one'" in sweep("list", f"{tmp_path}/grid.py:two", code=2)
 
 
 def test_a_sweep_on_this_machine(tmp_path):
@@ -78,7 +86,7 @@ def test_a_sweep_on_this_machine(tmp_path):
     grid = write_grid(tmp_path, {
         "good": "echo $OMP_NUM_THREADS", "crashes": f"{python} 'import no_such_module'",
         "refuses": f"{python} 'import rows; rows.fail(\"lower it\")'",
-        "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?",
+        "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?", "odd": "exit 255",
         "ranks": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone {tmp_path}/rank.py",
         "second": "[ -e second ] || { touch second; exit 1; }".replace("second", str(tmp_path / "second"))})
     assert set(states(grid).values()) == {("never started", "")}
@@ -89,6 +97,7 @@ def test_a_sweep_on_this_machine(tmp_path):
     assert found["refuses"] == ("failed", "error: lower it")
     assert found["ranks"] == ("failed", "IndexError: of rank 1")
     assert found["killed"] == ("failed", "killed by SIGKILL (often: out of memory)")
+    assert found["odd"] == ("failed", "exit code 255, without a word")
     assert (tmp_path / "out/good/log.txt").read_text() == f"{max(1, len(os.sched_getaffinity(0)) // 2)}\n"
     before = (tmp_path / "out/good/job.json").read_text()
     sweep("run", grid, "--rerun", code=1)
@@ -96,9 +105,9 @@ def test_a_sweep_on_this_machine(tmp_path):
 
 
 def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
-    saves = ("import signal, sys, time; signal.signal(15, lambda *_: (print('saved'), sys.exit(75)));"
+    saves = ("import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)));"
              "print('up', flush=True); time.sleep(60)")
-    grid = write_grid(tmp_path, {"long": f"exec {sys.executable} -c {shlex.quote(saves)}", "waits": "true"})
+    grid = write_grid(tmp_path, {"long": f"{sys.executable} -c {shlex.quote(saves)}", "waits": "true"})
     process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     log = tmp_path / "out/long/log.txt"
@@ -108,7 +117,7 @@ def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
     os.utime(log, (silent, silent))
     assert states(grid)["long"] == ("stalled", f"on {socket.gethostname()}, silent for 60 min")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130 and "saved" in log.read_text()
+    assert process.wait(30) == 130 and "saved" in log.read_text()  # it waited for that
     assert states(grid) == {"long": ("failed", "stopped, with a checkpoint to continue from"),
                             "waits": ("never started", "")}
 

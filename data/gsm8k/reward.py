@@ -8,11 +8,11 @@ import re
 def final_number(text):
     """The number after the first "####", or else the last one; None where there is none."""
     _, mark, tail = text.partition("####")
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", tail if mark else text)
+    found = re.findall(r"(?<![\d)])-?\d[\d,]*(?:\.\d+)?", tail if mark else text)
     return float(found[0 if mark else -1].replace(",", "")) if found else None
 
 
 def correct(prompts, completions, answer, **columns):
     """1.0 where the final number of a completion (a text or chat messages) is its answer, else 0.0."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(final_number(text) == right) for text, right in zip(texts, answer)]
+    return [float(right is not None and final_number(text) == right) for text, right in zip(texts, answer)]

@@ -9,5 +9,5 @@ SAD = re.compile(r"\b(afraid|angry|cr(?:y|ied|ying)|hurt|lost|mad|sad|scared)\b"
 
 
 def happy(prompts, completions, **columns):
-    texts = [text.lower() for text in completions]
+    texts = [(c if isinstance(c, str) else c[-1]["content"]).lower() for c in completions]
     return [len(HAPPY.findall(text)) - len(SAD.findall(text)) for text in texts]
