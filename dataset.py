@@ -63,10 +63,9 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
     """
     ends, context = models.end_ids(model, tokenizer), models.context_length(model)
     vocab, limit = model.config.get_text_config().vocab_size, min(context, max_length or context)
-    ids, refs, sequences, dropped = [], [], [], {}
+    ids, refs, sequences, facts, dropped = [], [], [], [], {}  # of rows, of rows; of completions, of completions
     # only DPO, SimPO and SFT on the dataset's own text can do without rewards
-    judged = loss in ("qrpo", "rebel") or min_reward is not None or train_on not in ("chosen_rejected", "completion")
-    out = {key: [] for key in ("prompt_lens", "rewards", "row", "side", "among_refs", "truncated")}
+    needs_reward = loss in ("qrpo", "rebel") or min_reward is not None or train_on not in ("chosen_rejected", "completion")
 
     def drop(why, group):
         dropped[why] = dropped.get(why, 0) + len(group)
@@ -99,7 +98,7 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
         known = ref[~np.isnan(ref)]
         for group in groups:
             rewards = [reward for _, reward, _, _ in group]
-            if judged and any(map(math.isnan, rewards)):
+            if needs_reward and any(map(math.isnan, rewards)):
                 drop("of unknown reward", group)
                 continue
             if loss == "qrpo" and len(known) == 0:
@@ -127,15 +126,15 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
                     drop(f"of reward below {min_reward}", [0])
                     continue
                 sequences.append(np.array(prompt + tokens, np.int32))
-                for values, value in zip(out.values(), (len(prompt), reward, r, which, among, truncated)):
-                    values.append(value)
+                facts.append((len(prompt), reward, r, which, among, truncated))
     for reason, count in dropped.items():
         print(f"{path}: {count} completions dropped, {reason}", flush=True)
     if not sequences:
         rows.fail(f"{path}: nothing is left to train on")
 
-    types = (np.int64, np.float32, np.int64, np.int8, np.bool_, np.bool_)
-    data = {key: np.array(values, kind) for (key, values), kind in zip(out.items(), types)}
+    kinds = {"prompt_lens": np.int64, "rewards": np.float32, "row": np.int64, "side": np.int8, "among_refs": np.bool_,
+             "truncated": np.bool_}
+    data = {key: np.array(values, kinds[key]) for key, values in zip(kinds, zip(*facts))}
     order = rows.order(path, ids)  # rows, and with them completions, as if one process had written the folder
     place = np.argsort(order)
     by_row = np.argsort(place[data["row"]], kind="stable")

@@ -6,7 +6,7 @@ where the model sampled it ("stop"); a completion that ran out of tokens has fin
 continues; under torchrun or in a SLURM array the processes share the rows. --engine=vllm hands the sampling to vLLM,
 where that is installed.
 
-    python generate_refs.py --model=data/minicode/model --data=data/minicode/test.jsonl --out=out/try --num_refs=4
+    python generate_refs.py --model=data/minicode/model --data=data/minicode/train.jsonl --out=out/refs
 """
 import collections
 import hashlib

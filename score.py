@@ -11,7 +11,7 @@ Reads rows with completions, writes them to OUT with the rewards beside: `ref_re
 A reward that could not be computed is null; nulls are counted at the end. A killed run continues; under torchrun or
 in a SLURM array the processes share the rows.
 
-    python score.py --data=out/try --out=out/try_scored --reward=tests
+    python score.py --data=out/refs --out=out/rewarded --reward=tests
 """
 import importlib.util
 import itertools

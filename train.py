@@ -3,7 +3,7 @@
 Reads rewarded rows (score.py's output), writes OUT: a Hugging Face checkpoint, run.json (configuration, versions),
 metrics.jsonl, pictures, and checkpoints/ for --resume. One process, or several under torchrun:
 
-    python train.py --model=data/minicode/model --data=out/scored --out=out/qrpo --beta=0.1 --learning_rate=3e-4
+    python train.py --model=data/minicode/model --data=out/rewarded --out=out/run --beta=0.1 --learning_rate=3e-4
     torchrun --nproc_per_node=8 train.py --model=... --data=... --out=... --shard --gradient_checkpointing
 
 The policy starts as the reference model, so ref_logps are its own before step 0: no second model is ever in memory.
@@ -155,7 +155,7 @@ def main():
     device = models.device()
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    barrier = dist.barrier if world > 1 else lambda: None
+    barrier = dist.barrier if world > 1 else lambda: None  # of one process there is no group
     dtype, main_rank, out = models.pick_dtype(args.dtype, device), rank == 0, Path(args.out)
     if args.dry_run:  # a folder that the ranks of a node share
         args.cache = os.path.join(tempfile.gettempdir(), f"qrpo_dry_run_{os.getppid()}")

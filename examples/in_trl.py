@@ -1,12 +1,13 @@
 """`qrpo_loss` in somebody else's training loop: TRL's DPOTrainer with its loss exchanged, 20 lines that matter.
 
-Reads rewarded rows with `chosen`, `rejected`, their rewards and `ref_rewards` (score.py's output); saves a model. Run
-with TRL 1.16 (`pip install trl==1.16.0`; TRL is no requirement of this project):
+Reads rewarded rows with `chosen`, `rejected`, their rewards and `ref_rewards` (score.py's output, of one number in all
+rows and none null); saves a model. Run with TRL 1.16 (`pip install trl==1.16.0`; no requirement of this project):
 
-    python examples/in_trl.py --model=MODEL --data=rewarded.jsonl --out=out/in_trl --beta=0.1 --learning_rate=1e-6
+    python examples/in_trl.py --model=MODEL --data=out/rewarded/part-00000.jsonl --out=out/in_trl --beta=0.1
 
-What to know when you copy the loss elsewhere stands in the README. Here: TRL's log-probabilities (summed over completion
-tokens, float32) and reference log-probabilities (computed once, before training) are already what the loss needs.
+What to know when you copy the loss elsewhere stands in the README. Here: TRL's log-probabilities (summed over
+completion tokens, float32) and reference log-probabilities (computed once, before training) are already what the loss
+needs.
 """
 import argparse
 import sys
@@ -58,8 +59,9 @@ def main():
     parser.add_argument("--batch_size", type=int, default=8, help="pairs a step (default %(default)s)")
     args = parser.parse_args()
     trainer = QRPOTrainer(args.model, train_dataset=load_dataset("json", data_files=args.data, split="train"),
-                          args=trl.DPOConfig(args.out, beta=args.beta, learning_rate=args.learning_rate, logging_steps=1,
-                                             per_device_train_batch_size=args.batch_size, num_train_epochs=1,
+                          args=trl.DPOConfig(args.out, beta=args.beta, learning_rate=args.learning_rate,
+                                             logging_steps=1, num_train_epochs=1,
+                                             per_device_train_batch_size=args.batch_size,
                                              precompute_ref_log_probs=True, bf16=False, report_to="none"))
     trainer.train()
     trainer.save_model(args.out)
