@@ -107,7 +107,7 @@ def test_a_sweep_on_this_machine(tmp_path):
 def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
     saves = ("import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)));"
              "print('up', flush=True); time.sleep(60)")
-    grid = write_grid(tmp_path, {"long": f"{sys.executable} -c {shlex.quote(saves)}", "waits": "true"})
+    grid = write_grid(tmp_path, {"long": f"{sys.executable} -c {shlex.quote(saves)}; exit $?", "waits": "true"})
     process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     log = tmp_path / "out/long/log.txt"
