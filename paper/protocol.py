@@ -10,6 +10,7 @@ its policies are; else its reference completions stand for it. Runs that differ 
 """
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rows  # noqa: E402
 import runs  # noqa: E402
 
+# where nothing is known the mean is NaN, and that is said in words
+warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN|Degrees of freedom", RuntimeWarning)
 METRICS = "reward", "gain", "lc_reward", "length", "win_rate"
 
 
