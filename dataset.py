@@ -63,9 +63,10 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
     """
     ends, context = models.end_ids(model, tokenizer), models.context_length(model)
     vocab, limit = model.config.get_text_config().vocab_size, min(context, max_length or context)
-    ids, refs, sequences, facts, dropped = [], [], [], [], {}  # of rows, of rows; of completions, of completions
+    ids, refs, sequences, facts, dropped = [], [], [], [], {}  # two of rows, two of completions
     # only DPO, SimPO and SFT on the dataset's own text can do without rewards
-    needs_reward = loss in ("qrpo", "rebel") or min_reward is not None or train_on not in ("chosen_rejected", "completion")
+    own_text = train_on in ("chosen_rejected", "completion")
+    needs_reward = loss in ("qrpo", "rebel") or min_reward is not None or not own_text
 
     def drop(why, group):
         dropped[why] = dropped.get(why, 0) + len(group)
@@ -90,7 +91,7 @@ def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward
             groups = sampled_groups(row, train_on, num_candidates, len(ref), vocab, tokenizer if r < 100 else None)
         return row["id"], at, prompt, ref, groups
 
-    each = in_threads if train_on in ("chosen_rejected", "completion") else map  # sampled ids are not tokenised again
+    each = in_threads if own_text else map  # sampled ids are not tokenised again
     found = each(read, enumerate(rows.stream(path, require=("prompt",))))
     for r, (name, at, prompt, ref, groups) in enumerate(tqdm(found, desc="read", unit="row", delay=5)):
         ids.append(name)

@@ -57,7 +57,8 @@ def settings(args):
         return {"reward": "tests"} | {name: getattr(args, name) for name in sandbox.FLAGS}
     if kind == "model":
         import models
-        return {"reward": args.reward, "files": rows.fingerprint(models.identity(name)), "max_length": args.max_length}
+        return {"reward": args.reward, "files": rows.fingerprint(models.identity(name)),
+                "max_length": args.max_length, "dtype": args.dtype}
     return {"reward": args.reward, "code": rows.fingerprint(Path(kind).read_text()) if Path(kind).is_file() else ""}
 
 
@@ -111,7 +112,7 @@ def tests_reward(todo, args):
             if entry[1] == 0:
                 del waiting[row_id]
                 yield entry[0], entry[2]
-    except RuntimeError as error:  # no isolation works here
+    except RuntimeError as error:  # a bad limit, or no isolation works here
         rows.fail(error)
 
 

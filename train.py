@@ -47,8 +47,8 @@ def arguments():
     add("--cache", help="folder for tokens and ref_logps; runs on the same data can share it (default: OUT/cache)")
     add("--train_on", default="refs", choices=dataset.REGIMES,
         help="refs: all reference completions; best_worst: those two of them; random_pairs: references 0 and 1, "
-        "2 and 3, ... (an odd one is left out); chosen_rejected: the dataset's pairs; completion: its single completions; "
-        "samples: those of generate_refs.py --field=samples (default %(default)s)")
+        "2 and 3, ... (an odd one is left out); chosen_rejected: the dataset's pairs; completion: its single "
+        "completions; samples: those of generate_refs.py --field=samples (default %(default)s)")
     add("--side", default="both", choices=("both", "chosen", "rejected"),
         help="QRPO: which side of the pairs; SFT takes the chosen (default %(default)s)")
     add("--num_candidates", type=int, default=0, help="use the first so many references to train on; 0: all")

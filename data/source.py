@@ -106,7 +106,7 @@ def pairs(table, tokens, limit=2048):
         for name in "chosen", "rejected":
             if not (isinstance(row[name], list) and row[name] and all(
                     isinstance(m, dict) and isinstance(m.get("content"), str) for m in row[name])):
-                rows.fail(f"row {i} of the dataset: {name} must be a conversation, a list of {{role, content}} messages")
+                rows.fail(f"row {i} of the dataset: {name} must be a list of {{role, content}} messages")
         if max(tokens(chosen[-1]["content"]), tokens(rejected[-1]["content"])) > limit:
             yield f"a response over {limit} tokens"
         else:

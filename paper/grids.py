@@ -138,7 +138,7 @@ def mini_refs():
         yield run(f"refs-seed{seed}", f"out/mini/seed{seed}", "refs", SEED=seed)
 
 
-# ---- length (figure 4): stories260K, whose stories end after 100 to 400 tokens, in data/stories/model ----
+# ---- length (figure 4): stories260K, whose stories mostly end after 150 to 400 tokens, in data/stories/model ----
 
 STORIES_BETAS = {"qrpo": ("0.03", "0.1"), "dpo": ("0.1", "0.3"), "rebel": ("1", "3"), "simpo": ("2", "10")}
 

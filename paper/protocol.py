@@ -87,6 +87,8 @@ def load(folders, tokenizer=None):
             if config["seed"] not in of_model:
                 of_model[config["seed"]] = evaluation(own, tokenizer) if own.exists() else e | {
                     "reward": e["ref_reward"], "length": e["ref_length"], "field": "ref_completions"}
+                if of_model[config["seed"]]["prompts"] != e["prompts"]:
+                    rows.fail(f"{own}: its prompts are not those of {path}; run `run.sh refs` to its end")
     if left_out:
         print(f"{len(left_out)} runs left out:", *left_out, sep="\n  ")
     if not found:

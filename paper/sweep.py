@@ -61,9 +61,8 @@ def arguments():
     args = flags.parse(parser)
     if args.jobs < 1:
         rows.fail("--jobs must be at least 1")
-    for tool in {"submit": ("sbatch", "squeue")}.get(args.what, ()):
-        if not shutil.which(tool):
-            rows.fail(f"{tool}: not found; submit where SLURM is, or take `run`")
+    if args.what == "submit" and not shutil.which("sbatch"):
+        rows.fail("sbatch: not found; submit where SLURM is, or take `run`")
     return args
 
 
@@ -118,10 +117,11 @@ def execute(folder, command, job, threads=None):
         key: value for key, value in os.environ.items() if not key.startswith("SLURM_ARRAY_")}
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
-    # SIGUSR1 means "save and stop": nobody dies of it, and train.py, which sets its own handler, obeys it. The shell
-    # waits for what saves at a SIGTERM, too
-    child = subprocess.Popen(["bash", "-c", f"trap '' USR1; trap : TERM\n{command}"], cwd=ROOT, env=env,
-                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    # SIGUSR1 means "save and stop": nobody dies of it, and train.py, which sets its own handler, obeys it. At a SIGTERM
+    # the shell waits for what saves, and ends with its exit code
+    traps = "trap '' USR1; trap 'exit $(($? ? $? : 143))' TERM"
+    child = subprocess.Popen(["bash", "-c", f"{traps}\n{command}"], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
+                             stdout=log, stderr=log, start_new_session=True)
     RUNNING.add(child)
     if STOPPED:  # meanwhile
         os.killpg(child.pid, signal.SIGTERM)
@@ -173,7 +173,8 @@ def this_task():
 def run_here(runs, jobs):
     """These runs on this machine, `jobs` at a time."""
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, stop)
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+            signal.signal(signum, stop)
     threads, failed = max(1, len(os.sched_getaffinity(0)) // jobs), 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run", smoothing=0) as bar:
         futures = {pool.submit(execute, run["folder"], run["command"], {}, threads): run for run in runs}
@@ -275,7 +276,7 @@ def state(run, job, queue, stalled):
 def why(job, log):
     """The line that says why a run has failed: the scheduler's where the run was killed, or its own last error."""
     code = job.get("exit")
-    killed = code in (None, SAVED) or code < 0 or code - 128 in signal.valid_signals()
+    killed = code in (None, SAVED) or code < 0 or code - 128 in set(signal.Signals)
     # SLURM's log holds nothing but what SLURM says, and Python if it could not even start sweep.py
     said = last_line(job.get("slurm_log"), r".*\S.*" if killed else r".*oom.kill.*", job.get("slurm_log_from", 0))
     if said:

@@ -48,7 +48,7 @@ def test_a_source_with_other_columns_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, says", (
-    ("train.jsonl", b'{"chosen": "text", "rejected": "text"}', "chosen must be a conversation"),
+    ("train.jsonl", b'{"chosen": "text", "rejected": "text"}', "chosen must be a list of {role, content}"),
     ("train.jsonl", b"[1, 2]", "train.jsonl:1: must be a JSON object"), ("train.jsonl", b"\xff", "train.jsonl:1: not JSON"),
     ("train.jsonl.gz", b"{}", "train.jsonl.gz:1: not JSON"), ("latest.jsonl", b"{}", "whose name says train or test")))
 def test_a_source_that_is_broken_is_refused_by_place(tmp_path, name, content, says):
@@ -103,8 +103,8 @@ def test_gsm8k_final_number():
     spec = importlib.util.spec_from_file_location("reward", ROOT / "data/gsm8k/reward.py")
     reward = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reward)
-    texts = ["so 3 + 4 = 7\n#### 7", "#### 1,007.0 eggs, not 7", "It is -7, no, 7", "none", "#### none, 7", "10-3", "is -3"]
-    assert [reward.final_number(t) for t in texts] == [7, 1007, 7, None, 7, 3, -3]
+    texts = ["so 3 + 4 = 7\n#### 7", "#### 1,007.0 eggs, not 7", "It is -7, no, 7", "none", "#### none, 7", "10-3", "is -3", "(a)42", "1)-2"]
+    assert [reward.final_number(t) for t in texts] == [7, 1007, 7, None, 7, 3, -3, 42, 2]
     assert reward.correct(["p"], ["none"], answer=[None]) == [0]
     assert reward.correct(["p"] * 2, ["7", [{"role": "assistant", "content": "#### 8"}]], answer=[7.0, 7.0]) == [1, 0]
 

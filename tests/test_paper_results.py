@@ -234,6 +234,10 @@ def test_the_reference_model_is_what_was_sampled_as_its_policies_were(tmp_path):
     command(tmp_path, "table")
     table = [(m["method"], float(m["reward"])) for m in read_csv(tmp_path / "out/table.csv")]
     assert table[:2] == [("reference model nosft", 0.25), ("reference model sft", 0.5)]
+    part = tmp_path / "runs/x/base/rewarded/part-00000.jsonl"
+    part.write_text("".join(itertools.islice(open(part), 7)))
+    with pytest.raises(SystemExit, match="2"):  # it was not scored to its end
+        command(tmp_path, "table")
 
 
 def test_a_run_without_known_rewards_is_left_out(tmp_path):

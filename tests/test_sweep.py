@@ -86,7 +86,7 @@ def test_a_sweep_on_this_machine(tmp_path):
     grid = write_grid(tmp_path, {
         "good": "echo $OMP_NUM_THREADS", "crashes": f"{python} 'import no_such_module'",
         "refuses": f"{python} 'import rows; rows.fail(\"lower it\")'",
-        "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?", "odd": "exit 255",
+        "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?", "odd": "exit 255", "real_time": "exit 163",
         "ranks": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone {tmp_path}/rank.py",
         "second": "[ -e second ] || { touch second; exit 1; }".replace("second", str(tmp_path / "second"))})
     assert set(states(grid).values()) == {("never started", "")}
@@ -98,6 +98,7 @@ def test_a_sweep_on_this_machine(tmp_path):
     assert found["ranks"] == ("failed", "IndexError: of rank 1")
     assert found["killed"] == ("failed", "killed by SIGKILL (often: out of memory)")
     assert found["odd"] == ("failed", "exit code 255, without a word")
+    assert found["real_time"] == ("failed", "exit code 163, without a word")
     assert (tmp_path / "out/good/log.txt").read_text() == f"{max(1, len(os.sched_getaffinity(0)) // 2)}\n"
     before = (tmp_path / "out/good/job.json").read_text()
     sweep("run", grid, "--rerun", code=1)
@@ -107,7 +108,7 @@ def test_a_sweep_on_this_machine(tmp_path):
 def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
     saves = ("import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)));"
              "print('up', flush=True); time.sleep(60)")
-    grid = write_grid(tmp_path, {"long": f"{sys.executable} -c {shlex.quote(saves)}; exit $?", "waits": "true"})
+    grid = write_grid(tmp_path, {"long": f"{sys.executable} -c {shlex.quote(saves)}; echo goes on", "waits": "true"})
     process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     log = tmp_path / "out/long/log.txt"
@@ -117,7 +118,7 @@ def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
     os.utime(log, (silent, silent))
     assert states(grid)["long"] == ("stalled", f"on {socket.gethostname()}, silent for 60 min")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130 and "saved" in log.read_text()  # it waited for that
+    assert process.wait(30) == 130 and log.read_text() == "up\nsaved\n"  # it waited for that, and stopped there
     assert states(grid) == {"long": ("failed", "stopped, with a checkpoint to continue from"),
                             "waits": ("never started", "")}
 

@@ -8,7 +8,7 @@ import re
 def final_number(text):
     """The number after the first "####", or else the last one; None where there is none."""
     _, mark, tail = text.partition("####")
-    found = re.findall(r"(?<![\d)])-?\d[\d,]*(?:\.\d+)?", tail if mark else text)
+    found = re.findall(r"(?:(?<![\d)])-)?\d[\d,]*(?:\.\d+)?", tail if mark else text)
     return float(found[0 if mark else -1].replace(",", "")) if found else None
 
 
