@@ -222,8 +222,8 @@ def flops_per_token(model, length):
 def peak_flops(device):
     """bfloat16 operations a second that the GPU's maker states (dense), or None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in (("A100", 312e12), ("H100", 989e12), ("H200", 989e12),
-                                         ("B200", 2250e12)) if part in name), None)
+    peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+    return next((peak for part, peak in peaks.items() if part in name), None)
 
 
 def pad(sequences, device):

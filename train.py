@@ -6,7 +6,8 @@ metrics.jsonl, pictures, and checkpoints/ for --resume. One process, or several 
     python train.py --model=data/minicode/model --data=out/rewarded --out=out/run --beta=0.1 --learning_rate=3e-4
     torchrun --nproc_per_node=8 train.py --model=... --data=... --out=... --shard --gradient_checkpointing
 
-The policy starts as the reference model, so ref_logps are its own before step 0: no second model is ever in memory.
+The policy starts as the reference model, so ref_logps are its own before step 0: no second model is in memory
+(but for --ref_model, until they are computed).
 SIGTERM and SIGUSR1 save a checkpoint and exit with 75: start the same command again with --resume.
 """
 import atexit

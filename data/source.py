@@ -50,6 +50,7 @@ def load(hub, name, split, source, columns, config=None):
         files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else \
             rows.fail(f"{source}: no such file or folder")
         files = [f for f in files if f.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet"))]
+
         def of(split):  # whole words: "latest" holds no test
             return [f for f in files if set(filter(None, split.split("_"))) <= set(re.split("[^a-z]", f.name.lower()))]
 

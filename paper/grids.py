@@ -2,7 +2,8 @@
 
 A grid is a function that yields runs; a run is {"name", "folder", "command"}: a stable name that holds all that tells
 it from the others, the folder it writes, and the shell command that makes it (run.sh). A run that stands in two grids
-has one name, and is trained once. The grids refs, mini_refs and stories_refs make the reference data of the others:
+has one name, and is trained once. The grids refs, mini_refs and stories_refs make the reference data of the others. To
+see one:
 
     python paper/sweep.py list chat
 """

@@ -4,7 +4,8 @@ their errors, and the rule that selects a setting.
 A run is train.py's folder with run.json, and evaluate.py's results.json once it is evaluated; rows with `samples` and
 `sample_rewards` beside `ref_completions` and `ref_rewards` lie in its test/rewarded. Its checkpoints, where they were
 evaluated, have the same. The reference model's own samples lie in base/rewarded beside the run, where it was sampled as
-its policies are; else its reference completions stand for it. Runs that differ only in their seed are one setting:
+its policies are; else its reference completions stand for it. Runs that differ only in their seed are one setting.
+results.py makes tables of this:
 
     python paper/results.py table --runs=out/mini
 """
@@ -82,12 +83,12 @@ def load(folders, tokenizer=None):
             if config["seed"] in seeds:
                 rows.fail(f"{path}: has the settings and the seed of {seeds[config['seed']]['folder']}; move one away")
             seeds[config["seed"]] = e
-            own, of_model = folder.parent / "base" / "rewarded", base.setdefault(
-                setting.get("ref_model") or setting["model"], {})
-            if config["seed"] not in of_model:
-                of_model[config["seed"]] = evaluation(own, tokenizer) if own.exists() else e | {
+            own = folder.parent / "base" / "rewarded"
+            of_base = base.setdefault(setting.get("ref_model") or setting["model"], {})
+            if config["seed"] not in of_base:
+                of_base[config["seed"]] = evaluation(own, tokenizer) if own.exists() else e | {
                     "reward": e["ref_reward"], "length": e["ref_length"], "field": "ref_completions"}
-                if of_model[config["seed"]]["prompts"] != e["prompts"]:
+                if of_base[config["seed"]]["prompts"] != e["prompts"]:
                     rows.fail(f"{own}: its prompts are not those of {path}; run `run.sh refs` to its end")
     if left_out:
         print(f"{len(left_out)} runs left out:", *left_out, sep="\n  ")

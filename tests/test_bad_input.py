@@ -181,32 +181,31 @@ def test_changed_settings_are_refused(tiny, tmp_path, capsys, monkeypatch):
     call(generate_refs, monkeypatch, *flags)()
     before = (out / "part-00000.jsonl").read_bytes()
     refused(call(generate_refs, monkeypatch, *flags, "--seed=1"), capsys, "seed (0, now 1)", "another --out")
-    other, copied = shutil.copytree(tiny, tmp_path / "other"), shutil.copytree(tiny, tmp_path / "copied", copy_function=shutil.copy)
-    assert models.identity(copied) == models.identity(tiny)
-    for name in "model.safetensors", "tokenizer.json":
-        text = (other / name).read_bytes()
-        (other / name).write_bytes(text[:-1] + bytes([text[-1] ^ 1]))
-        assert models.identity(other) != models.identity(tiny)
-        (other / name).write_bytes(text)
-    shutil.copytree(tiny, tmp_path / "model")
-    flags = f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'mine'}", "--num_refs=2"
-    call(generate_refs, monkeypatch, *flags)()
-    (tmp_path / "model/config.json").write_text((tmp_path / "model/config.json").read_text() + " ")
-    refused(call(generate_refs, monkeypatch, *flags), capsys, "another files (")
-    flags = f"--model={tiny}", *(f"--{name}" for name in (f"data={data}", f"out={out}", "num_refs=2", "max_new_tokens=4"))
     for changed in ([{"prompt": "b"}, {"prompt": "a"}], [{"prompt": "b"}]):
         write_rows(data, changed)
         refused(call(generate_refs, monkeypatch, *flags), capsys, "rows (")
     assert (out / "part-00000.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ("model.safetensors", "tokenizer.json"))
+def test_a_model_that_was_changed_is_refused_and_a_copy_of_it_is_not(tiny, tmp_path, capsys, monkeypatch, name):
+    data, model = write_rows(tmp_path / "data.jsonl", [{"prompt": "a"}]), tmp_path / "model"
+    flags = f"--model={model}", f"--data={data}", f"--out={tmp_path / 'out'}", "--num_refs=2", "--max_new_tokens=4"
+    for _ in range(2):
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(tiny, model, copy_function=shutil.copy)  # with times of its own
+        call(generate_refs, monkeypatch, *flags)()
+    content = (model / name).read_bytes()
+    (model / name).write_bytes(content + b" " if name.endswith("json") else content[:-1] + bytes([content[-1] ^ 1]))
+    refused(call(generate_refs, monkeypatch, *flags), capsys, "another files (", "another --out")
+
+
 def test_a_reward_that_was_changed_is_refused(tmp_path, capsys, monkeypatch):
-    data = write_rows(tmp_path / "data.jsonl", [{**GOOD, "ref_rewards": None}])
-    flags = f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={tmp_path / 'r.py'}:f"
-    for value in "1", "1", "2":
-        (tmp_path / "r.py").write_text(f"def f(prompts, completions, **columns):\n    return [{value}.0] * len(prompts)\n")
-        if value == "1":
-            call(score, monkeypatch, *flags)()
+    data, file = write_rows(tmp_path / "data.jsonl", [{**GOOD, "ref_rewards": None}]), tmp_path / "r.py"
+    flags = f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={file}:f"
+    file.write_text("def f(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
+    call(score, monkeypatch, *flags)()
+    file.write_text(file.read_text().replace("1.0", "2.0"))
     refused(call(score, monkeypatch, *flags), capsys, "another code (", "another --out")
 
 
