@@ -11,6 +11,7 @@ where that is installed.
 import collections
 import hashlib
 import importlib.util
+import itertools
 import os
 import time
 import types
@@ -20,37 +21,37 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import flags
-import models
 import rows
+from model import (context_length, decode, end_ids, get_device, get_dtype, identity, load_model, load_tokenizer,
+                   output_layer, pad, row_prompt_ids)
 
 
 def arguments():
-    parser = flags.parser(__doc__)
+    parser = rows.Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder or hub name of the causal LM")
     add("--data", required=True, help="JSONL file or folder of prompts")
     add("--out", required=True, help="folder for the rows with completions")
     add("--field", default="ref_completions", choices=("ref_completions", "samples"),
-        help="samples: of a trained policy, beside the references, to evaluate it or to train on (default %(default)s)")
+        help="samples: those of a trained policy, beside the references, to evaluate it or to train on (default %(default)s)")
     add("--num_refs", type=int, default=16, help="completions per prompt (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy (default %(default)s)")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default %(default)s)")
     add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens (default %(default)s)")
     add("--batch_size", type=int, default=128,
         help="completions sampled at a time; memory grows with it (default %(default)s)")
-    add("--engine", default="torch", choices=("torch", "vllm"), help="what samples (default %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
+    add("--engine", default="torch", choices=ENGINES, help="what samples (default %(default)s)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, else float32")
     add("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
-    args = flags.parse(parser)
+    args = parser.parse_args()
     for name in ("num_refs", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             rows.fail(f"--{name} must be at least 1")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         rows.fail("--temperature must be at least 0, and --top_p in (0, 1]")
     if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        rows.fail("--engine=vllm: vLLM is not installed here; pip install vllm, or leave --engine away")
+        rows.fail("--engine=vllm: vLLM is not installed here; pip install vllm, or omit --engine")
     return args
 
 
@@ -139,9 +140,11 @@ class Cache(transformers.Cache):
 
 def prefill(model, requests, args):
     """One forward pass over some prompts; yields each of their completions to sample with what it starts from."""
+    if not requests:
+        return
     cache, lens = transformers.DynamicCache(), [len(request["prompt"]) for request in requests]
     # padded on the right without a mask: the padding comes after everything that a causal model can look at
-    tokens = models.pad([request["prompt"] for request in requests], model.device)
+    tokens = pad([request["prompt"] for request in requests], model.device)
     hidden = model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
     prefix = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     for i, request in enumerate(requests):
@@ -160,13 +163,15 @@ def sample(model, requests, args, ends):
     Yields (row, completions as lists of token ids) as they end. batch_size completions are in flight: one that has
     ended makes place for the next. Each prompt is read once, by one forward pass with its neighbours.
     """
-    logits_of, requests, ready = models.output_layer(model), collections.deque(requests), collections.deque()
-    cache, flying, hidden = Cache(min(args.batch_size, len(requests) * args.num_refs)), [], []
+    logits_of, requests, ready = output_layer(model), iter(requests), collections.deque()
+    cache, flying, hidden = Cache(args.batch_size), [], []
     while True:
-        while len(flying) < args.batch_size and (ready or requests):
-            if not ready:  # a quarter of the batch at a time: prompts enough to fill the machine
-                some = min(-(-args.batch_size // (4 * args.num_refs)), len(requests))
-                ready.extend(prefill(model, [requests.popleft() for _ in range(some)], args))
+        while len(flying) < args.batch_size:
+            if not ready:  # a quarter of the batch at a time: enough prompts to fill the machine
+                some = -(-args.batch_size // (4 * args.num_refs))
+                ready.extend(prefill(model, list(itertools.islice(requests, some)), args))
+            if not ready:
+                break
             flying.append(ready.popleft())
             cache.join(*flying[-1].pop("start"))
             hidden.append(flying[-1].pop("hidden"))
@@ -207,6 +212,7 @@ def sample_vllm(model, requests, args, ends):
                 "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]:
             del os.environ[name]  # else vLLM would wait for the others
     import vllm
+    requests = list(requests)
     if not requests:
         return
     engine = vllm.LLM(model=args.model, dtype="bfloat16" if args.dtype == "auto" else args.dtype, seed=args.seed,
@@ -230,6 +236,9 @@ def sample_vllm(model, requests, args, ends):
                                    outputs[i * args.num_refs:(i + 1) * args.num_refs]]
 
 
+ENGINES = {"torch": sample, "vllm": sample_vllm}
+
+
 def describe(path, trust_remote_code):
     """The configurations of a model without its weights."""
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -242,37 +251,40 @@ def describe(path, trust_remote_code):
 
 def main():
     args = arguments()
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "batch_size")}
-    settings["files"] = rows.fingerprint(models.identity(args.model))
-    tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     if args.engine == "vllm":
         model = describe(args.model, args.trust_remote_code)
     else:
-        device = models.device()
-        model = models.load_model(args.model, models.pick_dtype(args.dtype, device), device, args.trust_remote_code)
+        device = get_device()
+        model = load_model(args.model, get_dtype(args.dtype, device), device, args.trust_remote_code)
         if getattr(model, "_is_stateful", False):
             rows.fail(f"{args.model}: a {model.config.model_type} model keeps a recurrent state, which this sampler "
                       "does not carry; give --engine=vllm")
-    ends, context = models.end_ids(model, tokenizer), models.context_length(model)
+    ends, context = end_ids(model, tokenizer), context_length(model)
 
-    todo, part = rows.continue_stage(args.data, args.out, settings, require=("prompt",))
-    requests = []
-    for row in todo:
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "batch_size")}
+    settings["files"] = rows.fingerprint(identity(args.model))
+
+    def request(row):
+        """What `sample` needs of a row."""
         if row.get(args.field) is not None:
-            rows.fail(f"{row['__at__']}: has {args.field} already; remove them, or give --field=samples")
-        ids = models.row_prompt_ids(tokenizer, row)
-        if len(ids) >= context:
-            rows.fail(f"{row['__at__']}: the prompt has {len(ids)} tokens and the model's context holds {context}; "
+            rows.fail(f"{row['__at__']}: already has {args.field}; remove them, or give --field=samples")
+        prompt = row_prompt_ids(tokenizer, row)
+        if len(prompt) >= context:
+            rows.fail(f"{row['__at__']}: the prompt has {len(prompt)} tokens and the model's context holds {context}; "
                       "drop the row or shorten it")
-        requests.append({"row": row, "prompt": ids, "limit": min(args.max_new_tokens, context - len(ids))})
-    requests.sort(key=lambda request: -len(request["prompt"]))  # the longest first: if memory runs out, then at once
+        return {"row": row, "prompt": prompt, "limit": min(args.max_new_tokens, context - len(prompt))}
 
-    bar = tqdm(total=len(todo), unit="prompt", desc="generate", disable=rows.share()[0] != 0, smoothing=0)
+    left, part = rows.continue_stage(args.data, args.out, settings, check=request)
+    requests = (request(row) for row in rows.select(args.data, left))
+    bar = tqdm(total=len(left), unit="prompt", desc="generate", disable=rows.share()[0] != 0, smoothing=0)
+    made_by = {"model": args.model, "temperature": args.temperature, "top_p": args.top_p}
     total, start = 0, time.time()
-    for row, completions in (sample_vllm if args.engine == "vllm" else sample)(model, requests, args, ends):
-        rows.append(part, row | {args.field: [{
-            "text": tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            "token_ids": ids, "finish_reason": "stop" if ids[-1] in ends else "length"} for ids in completions]})
+    for row, completions in ENGINES[args.engine](model, requests, args, ends):
+        row[args.field] = [{"text": decode(tokenizer, ids), "token_ids": ids,
+                            "finish_reason": "stop" if ids[-1] in ends else "length"} for ids in completions]
+        row["made_by"] = row.get("made_by", {}) | {args.field: made_by}
+        rows.append(part, row)
         total += sum(map(len, completions))
         bar.update()
         bar.set_postfix_str(f"{total / (time.time() - start):,.0f} tokens/s")

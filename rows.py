@@ -231,12 +231,13 @@ def share():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def continue_stage(data, out, settings, require=()):
+def continue_stage(data, out, settings, check, require=("prompt",)):
     """Start or continue a stage. Returns (left, part): the ids of the rows that are left for this process, a set of
     strings, and the open file to append to.
 
-    settings: what the output depends on; an OUT that was made with others is refused. Every process checks all rows
-    before the first is worked on. Its share depends on its rank alone, so two processes never take the same row.
+    settings: what the output depends on; an OUT that was made with others is refused. check(row) fails if the stage
+    cannot use a row; it is called on all rows before the first is worked on. The share of a process depends on its rank
+    alone, so two processes never take the same row.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # complete rows are on disk: "start me again"
     rank, world = share()
@@ -245,6 +246,7 @@ def continue_stage(data, out, settings, require=()):
         fail(f"{out}: is a file; --out must name a folder")
     ids, digest = [], 0
     for row in stream(data, require):
+        check(row)
         ids.append(row["id"])
         del row["__at__"]
         content = hashlib.sha256(marshal.dumps(row, 2)).digest()  # version 2 writes equal rows as equal bytes
