@@ -33,11 +33,23 @@ def fail(message):
 
 # ---- the command line ----
 
+class HelpFormat(argparse.RawDescriptionHelpFormatter):
+    """Help of at most 100 columns that ends with each flag's default, if it has one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with help that fits 100 columns, and errors in one line that name the flag you may have meant."""
+    """argparse with errors in one line, which name the flag that you may have meant."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=help_format)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormat)
 
     def error(self, message):
         fail(f"{message}; see --help")
@@ -49,10 +61,6 @@ class Parser(argparse.ArgumentParser):
             hint = f"; did you mean {close[0]}?" if close else ""
             fail(f"no such flag: {flag}{hint} See --help")
         return args
-
-
-def help_format(prog):
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100)
 
 
 # ---- reading ----

@@ -42,12 +42,12 @@ def arguments():
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="model: auto is bfloat16 on a GPU")
     add("--batch_tokens", type=int, default=0,
         help="model: padded tokens in a forward pass; memory grows with it. 0: 16384 on a GPU, 1024 on a CPU")
-    add("--max_length", type=int, default=2048, help="model: cut its input to N tokens (default %(default)s)")
+    add("--max_length", type=int, default=2048, help="model: cut its input to N tokens")
     add("--trust_remote_code", action="store_true", help="model: run the code that comes with it (ArmoRM needs this)")
     add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES), help="tests: by default the first that works")
     add("--unsafe", action="store_true", help="tests: run programs without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
-        add(f"--{name}", type=type(default), default=default, help=f"tests: {text} (default %(default)s)")
+        add(f"--{name}", type=type(default), default=default, help=f"tests: {text}")
     args = parser.parse_args()
     kind = args.reward.split(":")[0]
     if kind not in REWARDS or kind == "function":

@@ -40,58 +40,58 @@ from model import (Policy, flops_per_token, get_device, get_dtype, identity, kee
 # settings: every flag with its default and its unit
 
 parser = rows.Parser(__doc__)
-group = parser.add_argument_group("files")
-group.add_argument("--data", required=True, help="JSONL file or folder of rewarded rows")
-group.add_argument("--eval_data", help="held-out rows, of the same form")
-group.add_argument("--out", required=True, help="folder of the run")
-group.add_argument("--cache", help="folder for tokens and ref_logps, which runs on the same data can share (default: OUT/cache)")
+add = parser.add_argument_group("files").add_argument
+add("--data", required=True, help="JSONL file or folder of rewarded rows")
+add("--eval_data", help="held-out rows, of the same form")
+add("--out", required=True, help="folder of the run")
+add("--cache", help="folder for tokens and ref_logps, which runs on the same data can share; by default OUT/cache")
 
-group = parser.add_argument_group("model and data")
-group.add_argument("--model", required=True, help="folder or hub name of the model to train, which is also the reference model")
-group.add_argument("--ref_model", help="the reference model, if the policy does not start from it (a second round)")
-group.add_argument("--train_on", default="refs", choices=REGIMES,
-                   help="; ".join(f"{name}: {regime.help}" for name, regime in REGIMES.items()) + " (default refs)")
-group.add_argument("--num_candidates", type=int, default=0, help="train on the first N sampled completions only; 0: all")
-group.add_argument("--num_ref_rewards", type=int, default=0, help="use the first N ref_rewards for quantiles; 0: all")
-group.add_argument("--min_reward", type=float, help="train and evaluate only on completions of at least this reward")
-group.add_argument("--max_length", type=int, default=0,
-                   help="drop what has more tokens, prompt and completion; 0: refuse what exceeds the context")
+add = parser.add_argument_group("model and data").add_argument
+add("--model", required=True, help="folder or hub name of the model to train, which is also the reference model")
+add("--ref_model", help="the reference model, if the policy does not start from it (a second round)")
+add("--train_on", default="refs", choices=REGIMES,
+    help="; ".join(f"{name}: {regime.help}" for name, regime in REGIMES.items()))
+add("--num_candidates", type=int, default=0, help="train on the first N sampled completions only; 0: all")
+add("--num_ref_rewards", type=int, default=0, help="use the first N ref_rewards for quantiles; 0: all")
+add("--min_reward", type=float, help="train and evaluate only on completions of at least this reward")
+add("--max_length", type=int, default=0,
+    help="drop what has more tokens, prompt and completion; 0: refuse what exceeds the context")
 
-group = parser.add_argument_group("loss")
-group.add_argument("--loss", default="qrpo", help="qrpo, dpo, rebel, simpo or sft (default %(default)s)")
-group.add_argument("--beta", type=float, default=0.1, help="QRPO: strength of the KL term; else the loss's own (default %(default)s)")
-group.add_argument("--transform", default="identity", choices=(*qrpo.TRANSFORMS, "scaled-normal-icdf"),
-                   help="QRPO: f in R = f(quantile) (default %(default)s)")
-group.add_argument("--quantile", default="paper", choices=qrpo.QUANTILES,
-                   help="QRPO: as published, or exact, which is right when rewards tie, too (default %(default)s)")
-group.add_argument("--norm", default="mse", choices=qrpo.NORMS, help="QRPO: squared or absolute error (default %(default)s)")
-group.add_argument("--length_normalize", action="store_true", help="QRPO: beta / tokens of the completion in every term")
-group.add_argument("--max_beta", type=float, default=0.0, help="QRPO: upper limit of that beta; 0: none")
-group.add_argument("--gamma_beta_ratio", type=float, default=0.5, help="SimPO: margin in nats per token (default %(default)s)")
+add = parser.add_argument_group("loss").add_argument
+add("--loss", default="qrpo", help="qrpo, dpo, rebel, simpo or sft")
+add("--beta", type=float, default=0.1, help="strength of the KL term; for other losses than QRPO their own beta")
+add("--transform", default="identity", choices=(*qrpo.TRANSFORMS, "scaled-normal-icdf"),
+    help="QRPO: f in R = f(quantile)")
+add("--quantile", default="paper", choices=qrpo.QUANTILES,
+    help="QRPO: paper, as published, or exact, which is also right when rewards tie")
+add("--norm", default="mse", choices=qrpo.NORMS, help="QRPO: squared or absolute error")
+add("--length_normalize", action="store_true", help="QRPO: divide beta by the tokens of the completion")
+add("--max_beta", type=float, default=0.0, help="QRPO: upper limit of that beta; 0: none")
+add("--gamma_beta_ratio", type=float, default=0.5, help="SimPO: margin in nats per token")
 
-group = parser.add_argument_group("optimisation")
-group.add_argument("--learning_rate", type=float, default=1e-6, help="AdamW's, at the peak of the schedule (default %(default)s)")
-group.add_argument("--batch_size", type=int, default=256,
-                   help="completions (pairs, for losses of pairs) per step over all ranks (default %(default)s)")
-group.add_argument("--epochs", type=int, default=1, help="passes over the data (default %(default)s)")
-group.add_argument("--max_grad_norm", type=float, default=0.0, help="clip the gradient norm; 0: do not, as the paper")
-group.add_argument("--seed", type=int, default=0, help="of the order of the data (default %(default)s)")
-group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                   help="of forward and backward; weights are float32. auto: bfloat16 on a GPU")
+add = parser.add_argument_group("optimisation").add_argument
+add("--learning_rate", type=float, default=1e-6, help="AdamW's, at the peak of the schedule")
+add("--batch_size", type=int, default=256,
+    help="completions (pairs, for losses of pairs) per step, over all ranks")
+add("--epochs", type=int, default=1, help="passes over the data")
+add("--max_grad_norm", type=float, default=0.0, help="clip the gradient norm; 0: do not, as the paper")
+add("--seed", type=int, default=0, help="of the order of the data")
+add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+    help="of forward and backward; weights are float32. auto: bfloat16 on a GPU")
 
-group = parser.add_argument_group("machine")
-group.add_argument("--micro_batch_tokens", type=int, default=0,
-                   help="padded tokens in a forward pass; the gradient does not depend on it. 0: 16384 on a GPU, 1024 on a CPU")
-group.add_argument("--shard", action="store_true", help="shard weights, gradients and optimizer across ranks (FSDP2), not DDP")
-group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
-group.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
+add = parser.add_argument_group("machine").add_argument
+add("--micro_batch_tokens", type=int, default=0,
+    help="padded tokens in a forward pass, without effect on the gradient; 0: 16384 on a GPU, 1024 on a CPU")
+add("--shard", action="store_true", help="shard weights, gradients and optimizer across ranks (FSDP2, not DDP)")
+add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
 
-group = parser.add_argument_group("run")
-group.add_argument("--eval_every", type=int, default=0, help="steps between evaluations; 0: only before and after training")
-group.add_argument("--save_every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
-group.add_argument("--resume", action="store_true", help="continue the run in OUT from its newest checkpoint")
-group.add_argument("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
-group.add_argument("--dry_run", action="store_true", help="show a batch and its targets, time a step, write nothing, and exit")
+add = parser.add_argument_group("run").add_argument
+add("--eval_every", type=int, default=0, help="steps between evaluations; 0: before and after training")
+add("--save_every", type=int, default=0, help="steps between checkpoints; 0: none but the trained model")
+add("--resume", action="store_true", help="continue the run in OUT from where it last saved")
+add("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
+add("--dry_run", action="store_true", help="show a batch and its targets, time a step, write nothing, and exit")
 args = parser.parse_args()
 
 # What a run may change when it is resumed; all else must stay as it was.
@@ -108,34 +108,17 @@ def pairs(values):
     return values[0::2], values[1::2]
 
 
-def qrpo_loss(b, logps):
-    """qrpo.qrpo_loss, for any transform and quantile."""
-    return qrpo.regression_loss(b.beta, logps, b.ref_logps, b.targets, args.norm)
-
-
-def dpo_loss(b, logps):
-    return qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))
-
-
-def rebel_loss(b, logps):
-    return qrpo.rebel_loss(args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))
-
-
-def simpo_loss(b, logps):
-    return qrpo.simpo_loss(args.beta, args.gamma_beta_ratio, *pairs(logps), *pairs(b.lens - b.prompt_lens))
-
-
-def sft_loss(b, logps):
-    """Its mean over a step is the mean negative log-likelihood of the step's completion tokens."""
-    return -logps / b.mean_length
-
-
-LOSSES = {  # name: (completions in a term, what it needs, f(b, logps (B,)) -> (terms,)); a new loss is one entry
-    "qrpo": (1, ("rewards", "ref_rewards"), qrpo_loss),
-    "dpo": (2, (), dpo_loss),
-    "rebel": (2, ("rewards",), rebel_loss),
-    "simpo": (2, (), simpo_loss),
-    "sft": (1, (), sft_loss),
+# A new loss is a function in qrpo.py and one entry here. The completions of a term are 1, or 2: chosen and rejected.
+LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
+    "qrpo": (1, ("rewards", "targets"), lambda b, logps: qrpo.regression_loss(
+        b.beta, logps, b.ref_logps, b.targets, args.norm)),
+    "dpo": (2, (), lambda b, logps: qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))),
+    "rebel": (2, ("rewards",), lambda b, logps: qrpo.rebel_loss(
+        args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))),
+    "simpo": (2, (), lambda b, logps: qrpo.simpo_loss(
+        args.beta, args.gamma_beta_ratio, *pairs(logps), *pairs(b.lens - b.prompt_lens))),
+    # its mean over a step is the mean negative log-likelihood of the step's completion tokens
+    "sft": (1, (), lambda b, logps: -logps / b.mean_length),
 }
 
 
@@ -145,9 +128,9 @@ def metrics(b, logps, loss):
     values = {
         "loss": loss,
         "log_ratio": log_ratio,
-        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # better than its row's mean reference, or of its pair
-        "log_ratio_rejected": log_ratio.where(b.side < 0, math.nan),  # worse
-        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token; 0 before the first step
+        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # the better of a pair, or than the mean reference
+        "log_ratio_rejected": log_ratio.where(b.side < 0, math.nan),  # the worse
+        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token, 0 before the first step
     }
     if args.loss == "qrpo":
         values["loss_down"] = loss * (log_ratio > b.targets)  # the part of the loss that pushes completions down
@@ -226,14 +209,14 @@ tokenizer = load_tokenizer(args.model, args.trust_remote_code)
 model = load_model(args.model, torch.float32, device, args.trust_remote_code)
 choices = dataset.Choices(
     train_on=args.train_on, pairs=term_size == 2,
-    needs_reward="rewards" in needs or args.min_reward is not None, needs_refs="ref_rewards" in needs,
+    needs_reward="rewards" in needs or args.min_reward is not None, needs_refs="targets" in needs,
     min_reward=args.min_reward, num_candidates=args.num_candidates, num_ref_rewards=args.num_ref_rewards,
     max_length=args.max_length)
 train_data = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
 eval_data = None
 if args.eval_data:
     eval_data = dataset.load(args.eval_data, cache, args.model, tokenizer, model, choices)
-if args.loss == "qrpo" and (train_data.tied == 1).all():
+if "targets" in needs and (train_data.tied == 1).all():
     rows.fail(f"{args.data}: no completion's reward differs from its references', so there is nothing to learn; look "
               "at the reward, or sample more references")
 
@@ -257,7 +240,7 @@ def load_batch(data, index, mean_length):
     b.beta = torch.full_like(b.rewards, args.beta)
     if args.length_normalize:
         b.beta = (b.beta / (b.lens - b.prompt_lens)).clamp(max=args.max_beta or math.inf)
-    if args.loss == "qrpo":
+    if "targets" in needs:
         scaled = args.transform == "scaled-normal-icdf"  # sigma Phi^-1(q) is Phi^-1(q) at beta / sigma
         b.targets = qrpo.target_log_ratios(
             b.beta / b.std if scaled else b.beta, b.rewards, b.ref_rewards,
@@ -395,12 +378,8 @@ def save_model(folder):
             config = rows.load_json(new / "config.json")
             rows.write_json(new / "config.json", config | {"dtype": "float32"})
             tokenizer.save_pretrained(new)
-            if folder == out / "model":
-                for file in new.iterdir():  # the trained model is OUT itself
-                    os.replace(file, out / file.name)
-                new.rmdir()
-            elif not folder.exists():
-                os.replace(new, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(new, folder)
     barrier()
 
 
@@ -424,7 +403,8 @@ if main_process and not args.dry_run:
     if (out / "run.json").exists():
         before = rows.load_json(out / "run.json")["config"]["data_fingerprint"]
         if before != train_data.fingerprint:
-            rows.fail(f"{out}: was started with other data (rows, rewards or tokenizer); restore it, or give another --out")
+            rows.fail(f"{out}: was started with other data (rows, rewards or tokenizer); restore it, or give "
+                      "another --out")
     metrics_file = rows.open_part(out / "metrics.jsonl")
     rows.write_json(out / "run.json", new_record)
     # drop what was logged after the checkpoint; the evaluation before step 0 is done again, too
@@ -509,11 +489,12 @@ for step in bar:
     batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens))  # similar lengths; as many on every rank
     totals = {}
     for i, (index, works) in enumerate(batches):
-        policy.require_backward_grad_sync = i == len(batches) - 1  # DDP: the ranks average their gradients once, at the end
-        b = load_batch(train_data, index, mean_length)  # tokens (B, T); lens, rewards, ref_logps, targets (B,); ref_rewards (B, n)
+        policy.require_backward_grad_sync = i == len(batches) - 1  # DDP averages gradients over ranks once, at the end
+        # tokens (B, T); prompt_lens, lens, rewards, ref_logps, beta, targets (B,); ref_rewards (B, num_ref_rewards)
+        b = load_batch(train_data, index, mean_length)
         with autocast:
-            logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)  # (B,) log pi(y|x), summed over completion tokens
-        loss = loss_terms(b, logps)  # (B / term_size,)
+            logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)  # (B,) log pi(y|x), summed over its tokens
+        loss = loss_terms(b, logps)                                     # (B / term_size,)
         # The ranks average, so times world makes the gradient that of the mean over the step's terms, however they are
         # split. A filler of a rank without work counts 0.
         (loss.sum() * works * world / len(terms)).backward()
@@ -572,8 +553,11 @@ if args.dry_run:
     if main_process:
         shutil.rmtree(cache)
 else:
-    save_model(out / "model")
+    save_model(out / ".trained")
     if main_process:
+        for file in (out / ".trained").iterdir():  # the trained model is OUT itself
+            os.replace(file, out / file.name)
+        (out / ".trained").rmdir()
         rows.write_json(out / "run.json", new_record | {"finished": True})
         shutil.rmtree(out / "resume")
         print(f"{out}: the trained model, run.json and metrics.jsonl")
