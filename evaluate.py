@@ -1,15 +1,17 @@
-"""Compare a trained policy with its reference model on held-out prompts, and with the best that its beta allows.
+"""Compare a trained policy with its reference model on held-out prompts, and with the best that its
+beta allows.
 
-Reads rewarded rows that hold completions of the reference model (`ref_completions`, `ref_rewards`) and of the policy
-(`samples`, `sample_rewards`), and both models. Prints a table, and writes to OUT results.json, samples.npz (log-ratio,
-quantile, reward and length of every sample) and pictures: results.png, optimum.png, calibration.png, and the training
-curves of the run, curves.png.
+Reads rewarded rows that hold completions of the reference model (`ref_completions`, `ref_rewards`) and
+of the policy (`samples`, `sample_rewards`), and both models. Prints a table, and writes to OUT
+results.json, samples.npz (log-ratio, quantile, reward and length of every sample) and pictures:
+results.png, optimum.png, calibration.png, and the training curves of the run, curves.png.
 
-    python evaluate.py --model=out/qrpo --ref_model=data/minicode/model --data=out/qrpo/test/rewarded --out=out/qrpo
+    python evaluate.py --model=out/qrpo --ref_model=MODEL --data=out/qrpo/test/rewarded --out=out/qrpo
 
-Standard errors are over prompts. The KL is the mean log-ratio of the policy's own samples, which is unbiased if they were
-sampled at temperature 1 and top_p 1. QRPO maximises the objective E[R] - beta KL, where R is the transformed quantile of
-the reward (its `exact` cell among the reference rewards). No policy can exceed beta log Z.
+Standard errors are over prompts. The KL is the mean log-ratio of the policy's own samples, which is
+unbiased if they were sampled at temperature 1 and top_p 1. QRPO maximises the objective E[R] - beta KL,
+where R is the transformed quantile of the reward (its `exact` cell among the reference rewards). No
+policy can exceed beta log Z.
 """
 import json
 import math
@@ -29,6 +31,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 FORWARD_TOKENS = 8192  # padded tokens in a forward pass
+MEANS = {"mean reward": 4, "full marks (reward 1)": 4, "length, tokens": 1}  # and digits to print
 
 
 def arguments():
@@ -38,16 +41,16 @@ def arguments():
     add("--ref_model", required=True, help="the reference model")
     add("--data", required=True, help="rewarded rows with completions of both")
     add("--out", required=True, type=Path, help="folder for results and pictures")
-    add("--beta", type=float, help="of the objective (by default that of the QRPO run in --model, else no objective)")
-    add("--transform", choices=qrpo.TRANSFORMS, help="of the quantile (by default that of the run, else identity)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, else float32")
+    add("--beta", type=float, help="of the objective (default: that of the QRPO run in --model, or none)")
+    add("--transform", choices=qrpo.TRANSFORMS, help="of the quantile (default: the run's, or identity)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     return parser.parse_args()
 
 
 def load_run(args):
-    """The settings of the run that made --model, a run's folder or a checkpoint in one; {} if it is neither. Fills in
-    --beta and --transform.
+    """The settings of the run that made --model, a run's folder or a checkpoint in one; {} if it is
+    neither. Fills in --beta and --transform.
     """
     model = Path(args.model)
     config = {}
@@ -57,7 +60,8 @@ def load_run(args):
     if model.parent.name == "checkpoints":
         config["steps"] = int(model.name.removeprefix("step_"))
     # with a beta of its own for every completion there is no one objective
-    if config.get("loss") == "qrpo" and not config["length_normalize"] and config["transform"] in qrpo.TRANSFORMS:
+    one_beta = not config.get("length_normalize") and config.get("transform") in qrpo.TRANSFORMS
+    if config.get("loss") == "qrpo" and one_beta:
         args.beta = args.beta or config["beta"]
         args.transform = args.transform or config["transform"]
     args.transform = args.transform or "identity"
@@ -67,7 +71,9 @@ def load_run(args):
 # ---- rewards and log-ratios ----
 
 def prompt_means(completions, rewards):
-    """[mean reward, share of rewards of 1 or more, mean length in tokens] of one prompt; unknown rewards left out."""
+    """[mean reward, share of rewards of 1 or more, mean length in tokens] of one prompt; unknown
+    rewards left out.
+    """
     known = np.array([reward for reward in rewards if reward is not None], float)
     length = np.mean([len(completion["token_ids"]) for completion in completions])
     if len(known) == 0:
@@ -76,8 +82,8 @@ def prompt_means(completions, rewards):
 
 
 def read_means(path):
-    """`prompt_means` of every prompt for the reference model and for the policy, (prompts, 3) each; how many rewards of
-    each are unknown; how each was sampled; and the first row, to show.
+    """`prompt_means` of every prompt for the reference model and for the policy, (prompts, 3) each; how
+    many rewards of each are unknown; how each was sampled; and the first row, to show.
     """
     reference, policy, unknown, first = [], [], [0, 0], None
     for row in rows.stream(path, require=("ref_completions", "ref_rewards", "samples", "sample_rewards")):
@@ -90,7 +96,9 @@ def read_means(path):
 
 
 def log_ratios(args, device):
-    """The samples and the references as arrays (see dataset.build), each with log_ratio (n,), log pi - log pi_ref."""
+    """The samples and the references as arrays (see dataset.build), each with log_ratio (n,), log pi -
+    log pi_ref.
+    """
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     dtype = get_dtype(args.dtype, device)
     found, logps = {}, {"samples": [], "refs": []}
@@ -101,7 +109,8 @@ def log_ratios(args, device):
                 if name not in found:
                     choices = dataset.Choices(train_on=name, needs_reward=True)
                     found[name] = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
-                logps[name].append(dataset.all_logps(Policy(model), found[name], FORWARD_TOKENS, device).astype(float))
+                values = dataset.all_logps(Policy(model), found[name], FORWARD_TOKENS, device)
+                logps[name].append(values.astype(float))
             del model
     for name, (policy, reference) in logps.items():
         found[name].log_ratio = policy - reference
@@ -109,7 +118,9 @@ def log_ratios(args, device):
 
 
 def quantile_rewards(args, data):
-    """Adds to data the cells lo, hi of its completions' quantiles and R, their transformed rewards; all numpy (n,)."""
+    """Adds to data the cells lo, hi of its completions' quantiles and R, their transformed rewards; all
+    numpy (n,).
+    """
     rewards = torch.tensor(data.rewards)
     ref_rewards = torch.tensor(data.ref_rewards[data.row])
     lo, hi = qrpo.quantile_cells(rewards, ref_rewards, torch.tensor(data.among_refs))
@@ -151,11 +162,12 @@ def main():
         cells = [f"{mean:.{digits}f} +- {se:.{digits}f}" for mean, se in columns.values()]
         print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells))
 
-    for column, name, digits in ((0, "mean reward", 4), (1, "full marks (reward 1)", 4), (2, "length, tokens", 1)):
+    for column, (name, digits) in enumerate(MEANS.items()):
         before, after = reference[:, column], policy[:, column]
         if column == 1 and max(np.nanmax(refs.rewards), np.nanmax(samples.rewards)) > 1:
             continue  # these rewards have no full marks
-        line(name, digits, reference=mean_and_se(before), policy=mean_and_se(after), difference=mean_and_se(after - before))
+        line(name, digits, reference=mean_and_se(before), policy=mean_and_se(after),
+             difference=mean_and_se(after - before))
     ref_R, R = by_prompt(refs.R, refs.row), by_prompt(samples.R, samples.row)
     kl = by_prompt(samples.log_ratio, samples.row)
     line("quantile reward", 4, reference=mean_and_se(ref_R), policy=mean_and_se(R))
@@ -164,8 +176,8 @@ def main():
         objective = mean_and_se(R - args.beta * kl)
         best = args.beta * qrpo.log_partition(torch.tensor([args.beta]), args.transform).item()
         line(f"- {args.beta:g} KL: objective", 4, reference=mean_and_se(ref_R), policy=objective)
-        results["optimality"] = {"beta": args.beta, "transform": args.transform, "quantile_reward": mean_and_se(R),
-                                 "objective": objective, "best_possible": best}
+        results["optimality"] = {"beta": args.beta, "transform": args.transform, "objective": objective,
+                                 "quantile_reward": mean_and_se(R), "best_possible": best}
         print(f"objective {objective[0]:.4f} of a possible {best:.4f} (beta log Z)")
     if sum(unknown):
         print(f"left out: unknown rewards of {unknown[0]} reference and {unknown[1]} policy samples")
@@ -175,7 +187,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     np.savez(args.out / "samples.npz", log_ratio=samples.log_ratio, length=samples.lens - samples.prompt_lens,
              row=samples.row, reward=samples.rewards, lo=samples.lo, hi=samples.hi, row_ids=samples.ids)
-    rows.write_json(args.out / "results.json", json.loads(json.dumps(results), parse_constant=lambda nan: None))
+    without_nan = json.loads(json.dumps(results), parse_constant=rows.constant)
+    rows.write_json(args.out / "results.json", without_nan)
     pictures = [draw_results(args.out, reference[:, 0], policy[:, 0], results["mean reward"])]
     if args.beta is not None:
         pictures.append(draw_optimum(args, best, samples, refs, results, mean_and_se(ref_R)))
@@ -224,20 +237,23 @@ def draw_results(out, reference, policy, means):
     points.scatter(reference, policy, s=12, alpha=0.6)
     ends = [np.nanmin([reference, policy]), np.nanmax([reference, policy])]
     points.plot(ends, ends, "k:", linewidth=1)
-    points.set(xlabel="reference model's mean reward", ylabel="policy's mean reward", title="one point per prompt")
+    points.set(xlabel="reference model's mean reward", ylabel="policy's", title="one point per prompt")
     return save(figure, out / "results.png")
 
 
 def histogram(lo, hi, weights=None, bins=20):
-    """Density of quantiles, (bins,), with the mass of every completion spread evenly over its cell (lo, hi]; (n,)."""
+    """Density of quantiles, (bins,), with the mass of every completion spread evenly over its cell (lo,
+    hi]; (n,).
+    """
     edges = np.linspace(0, 1, bins + 1)
     inside = np.minimum(hi[:, None], edges[1:]) - np.maximum(lo[:, None], edges[:-1])  # (n, bins)
     return np.average(inside.clip(0) / (hi - lo)[:, None], axis=0, weights=weights) * bins
 
 
 def draw_optimum(args, best, samples, refs, results, ref_quantile_reward):
-    """Left: density of the quantiles of the policy's samples, at the optimum in closed form, and at the optimum that
-    these ties allow. Right: the objective and its bound over the checkpoints, with standard errors.
+    """Left: density of the quantiles of the policy's samples, at the optimum in closed form, and at the
+    optimum that these ties allow. Right: the objective and its bound over the checkpoints, with
+    standard errors.
     """
     figure, (density, gap) = panels(2)
     edges = np.linspace(0, 1, 21)
@@ -248,16 +264,15 @@ def draw_optimum(args, best, samples, refs, results, ref_quantile_reward):
     curve = ((qrpo.TRANSFORMS[args.transform].f(t) - best) / args.beta).exp()
     density.plot(t, curve, "k--", linewidth=1.2, label="optimum, continuous reward")
     density.axhline(1, color="k", linestyle=":", linewidth=1, label="reference model")
-    density.set(xlabel="quantile among the reference rewards", ylabel="density", title="quantiles of held-out samples")
+    density.set(xlabel="quantile among the reference rewards", ylabel="density", title="held-out samples")
     density.legend(fontsize=8)
 
-    start = {"step": 0, "optimality": {"quantile_reward": ref_quantile_reward, "objective": ref_quantile_reward}}
     checkpoints = [rows.load_json(path) for path in sorted(args.out.glob("checkpoints/*/results.json"))]
-    points = [start, *checkpoints, results]
+    points = [*checkpoints, results]
+    steps = [0] + [point["step"] or 0 for point in points]
     for name in ("quantile_reward", "objective"):
-        value = np.array([point["optimality"][name] for point in points], float)  # (points, 2): mean, standard error
-        gap.errorbar([point["step"] or 0 for point in points], value[:, 0], yerr=value[:, 1], fmt="o-", capsize=3,
-                     label=name.replace("_", " "))
+        means, errors = zip(ref_quantile_reward, *(point["optimality"][name] for point in points))
+        gap.errorbar(steps, means, yerr=errors, fmt="o-", capsize=3, label=name.replace("_", " "))
     gap.axhline(best, color="k", linestyle=":", label="best possible")
     gap.set(xlabel="step", title="objective: quantile reward - beta KL")
     gap.legend(fontsize=8)
@@ -265,7 +280,9 @@ def draw_optimum(args, best, samples, refs, results, ref_quantile_reward):
 
 
 def draw_calibration(args, quantile, refs):
-    """Held-out references: the log-ratio that the loss asks for against the policy's, and the means over tenths."""
+    """Held-out references: the log-ratio that the loss asks for against the policy's, and the means
+    over tenths.
+    """
     beta = torch.full((len(refs.rewards),), args.beta)
     targets = qrpo.target_log_ratios(
         beta, torch.tensor(refs.rewards), torch.tensor(refs.ref_rewards[refs.row]), args.transform, quantile,

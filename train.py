@@ -1,14 +1,15 @@
 """Train a language model from pointwise rewards with QRPO (or DPO, REBEL, SimPO, SFT on the same data).
 
-Reads rewarded rows (score.py's output). Writes to OUT the trained model as a Hugging Face folder, run.json (settings,
-versions), metrics.jsonl, and checkpoints/ to resume from. One process, or several under torchrun:
+Reads rewarded rows (score.py's output). Writes to OUT the trained model as a Hugging Face folder,
+run.json (settings, versions), metrics.jsonl, and checkpoints/ to resume from. One process, or several
+under torchrun:
 
-    python train.py --model=data/minicode/model --data=out/rewarded --out=out/run --beta=0.1 --learning_rate=3e-4
+    python train.py --model=MODEL --data=out/rewarded --out=out/run --beta=0.1 --learning_rate=1e-6
     torchrun --nproc_per_node=8 train.py --model=... --data=... --out=... --shard --gradient_checkpointing
 
-The policy starts as the reference model, so ref_logps are its own log-probabilities before step 0, and no second model
-is in memory (except with --ref_model, until they are computed). SIGTERM and SIGUSR1 save a checkpoint and exit with 75:
-start the same command again with --resume.
+The policy starts as the reference model, so ref_logps are its own log-probabilities before step 0, and
+no second model is in memory (except with --ref_model, until they are computed). SIGTERM and SIGUSR1
+save a checkpoint and exit with 75: start the same command again with --resume.
 """
 import datetime
 import importlib
@@ -44,10 +45,10 @@ add = parser.add_argument_group("files").add_argument
 add("--data", required=True, help="JSONL file or folder of rewarded rows")
 add("--eval_data", help="held-out rows, of the same form")
 add("--out", required=True, help="folder of the run")
-add("--cache", help="folder for tokens and ref_logps, which runs on the same data can share; by default OUT/cache")
+add("--cache", help="folder for tokens and ref_logps, which runs can share (default OUT/cache)")
 
 add = parser.add_argument_group("model and data").add_argument
-add("--model", required=True, help="folder or hub name of the model to train, which is also the reference model")
+add("--model", required=True, help="folder or hub name of the model to train; it is also the reference model")
 add("--ref_model", help="the reference model, if the policy does not start from it (a second round)")
 add("--train_on", default="refs", choices=REGIMES,
     help="; ".join(f"{name}: {regime.help}" for name, regime in REGIMES.items()))
@@ -59,7 +60,7 @@ add("--max_length", type=int, default=0,
 
 add = parser.add_argument_group("loss").add_argument
 add("--loss", default="qrpo", help="qrpo, dpo, rebel, simpo or sft")
-add("--beta", type=float, default=0.1, help="strength of the KL term; for other losses than QRPO their own beta")
+add("--beta", type=float, default=0.1, help="strength of the KL term, or the beta of another loss")
 add("--transform", default="identity", choices=(*qrpo.TRANSFORMS, "scaled-normal-icdf"),
     help="QRPO: f in R = f(quantile)")
 add("--quantile", default="paper", choices=qrpo.QUANTILES,
@@ -82,7 +83,7 @@ add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
 add = parser.add_argument_group("machine").add_argument
 add("--micro_batch_tokens", type=int, default=0,
     help="padded tokens in a forward pass, without effect on the gradient; 0: 16384 on a GPU, 1024 on a CPU")
-add("--shard", action="store_true", help="shard weights, gradients and optimizer across ranks (FSDP2, not DDP)")
+add("--shard", action="store_true", help="shard weights, gradients and optimizer across ranks (FSDP2)")
 add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
 add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
 
@@ -91,12 +92,12 @@ add("--eval_every", type=int, default=0, help="steps between evaluations; 0: bef
 add("--save_every", type=int, default=0, help="steps between checkpoints; 0: none but the trained model")
 add("--resume", action="store_true", help="continue the run in OUT from where it last saved")
 add("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
-add("--dry_run", action="store_true", help="show a batch and its targets, time a step, write nothing, and exit")
+add("--dry_run", action="store_true", help="show some of the data, time a step, write nothing, and exit")
 args = parser.parse_args()
 
 # What a run may change when it is resumed; all else must stay as it was.
-FREE = ("data", "eval_data", "out", "cache", "micro_batch_tokens", "shard", "gradient_checkpointing", "eval_every",
-        "save_every", "resume", "track", "dry_run")
+FREE = ("data", "eval_data", "out", "cache", "micro_batch_tokens", "shard", "gradient_checkpointing",
+        "eval_every", "save_every", "resume", "track", "dry_run")
 WARMUP = 0.1  # of the steps, as the paper
 
 # -----------------------------------------------------------------------------
@@ -108,7 +109,8 @@ def pairs(values):
     return values[0::2], values[1::2]
 
 
-# A new loss is a function in qrpo.py and one entry here. The completions of a term are 1, or 2: chosen and rejected.
+# A new loss is a function in qrpo.py and one entry here. The completions of a term are 1, or 2: chosen
+# and rejected.
 LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
     "qrpo": (1, ("rewards", "targets"), lambda b, logps: qrpo.regression_loss(
         b.beta, logps, b.ref_logps, b.targets, args.norm)),
@@ -123,17 +125,19 @@ LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logp
 
 
 def metrics(b, logps, loss):
-    """What is logged: each name with its values, whose mean over the whole batch is logged. NaN: does not apply."""
+    """What is logged: each name with its values, whose mean over the whole batch is logged. NaN: does
+    not apply.
+    """
     log_ratio = logps - b.ref_logps
     values = {
         "loss": loss,
         "log_ratio": log_ratio,
-        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # the better of a pair, or than the mean reference
+        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # the better, see dataset.side_of
         "log_ratio_rejected": log_ratio.where(b.side < 0, math.nan),  # the worse
-        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token, 0 before the first step
+        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token; 0 at the start
     }
     if args.loss == "qrpo":
-        values["loss_down"] = loss * (log_ratio > b.targets)  # the part of the loss that pushes completions down
+        values["loss_down"] = loss * (log_ratio > b.targets)  # the part that pushes completions down
     return values
 
 
@@ -157,7 +161,7 @@ if args.loss == "sft" and paired:
     rows.fail(f"--loss=sft would also imitate the rejected completions of --train_on={args.train_on}; give "
               "--train_on=chosen, or refs with --min_reward")
 if paired and args.min_reward is not None:
-    rows.fail(f"--min_reward selects single completions, and --train_on={args.train_on} gives pairs; drop one of them")
+    rows.fail(f"--min_reward selects single completions, --train_on={args.train_on} pairs; drop one")
 if args.shard and "RANK" not in os.environ:
     rows.fail("--shard needs several processes: start it with torchrun --nproc_per_node=N train.py ...")
 
@@ -196,8 +200,8 @@ if (out / "run.json").exists() and not args.dry_run:
         rows.fail(f"{out}: already holds a run; continue it with --resume, or give another --out")
     for name, value in defining(vars(args)).items():
         if record["config"].get(name) != value:
-            rows.fail(f"{out}: was started with --{name}={record['config'].get(name)}, now {value}; use the same "
-                      "settings, or another --out")
+            rows.fail(f"{out}: was started with --{name}={record['config'].get(name)}, now {value}; use the "
+                      "same settings, or another --out")
     if record["finished"]:
         print(f"{out}: this run has finished, nothing to do")
         sys.exit(0)
@@ -217,8 +221,8 @@ eval_data = None
 if args.eval_data:
     eval_data = dataset.load(args.eval_data, cache, args.model, tokenizer, model, choices)
 if "targets" in needs and (train_data.tied == 1).all():
-    rows.fail(f"{args.data}: no completion's reward differs from its references', so there is nothing to learn; look "
-              "at the reward, or sample more references")
+    rows.fail(f"{args.data}: no completion's reward differs from its references', so there is nothing to "
+              "learn; look at the reward, or sample more references")
 
 num_terms = len(train_data.lens) // term_size  # terms of the loss: completions or pairs
 steps_per_epoch = math.ceil(num_terms / args.batch_size)
@@ -226,7 +230,9 @@ num_steps = args.epochs * steps_per_epoch
 
 
 def step_terms(step):
-    """The completions of a step, (terms, term_size), the same on every rank: each epoch is one seeded shuffle."""
+    """The completions of a step, (terms, term_size), the same on every rank: each epoch is one seeded
+    shuffle.
+    """
     epoch, i = divmod(step, steps_per_epoch)
     order = np.random.default_rng([args.seed, epoch]).permutation(num_terms)
     terms = order[i * args.batch_size:(i + 1) * args.batch_size]
@@ -332,7 +338,9 @@ def learning_rate(step):
 
 
 def resume_state():
-    """Weights and AdamW's state by name. Nothing in a step is random except the order of the data, which the step gives."""
+    """Weights and AdamW's state by name. Nothing in a step is random except the order of the data,
+    which the step gives.
+    """
     state = {}
     for name, parameter in model.named_parameters():
         if parameter not in optimizer.state:
@@ -362,7 +370,9 @@ def save_resume(step):
 
 
 def save_model(folder):
-    """The policy as a Hugging Face folder in float32, complete or not at all: what is saved is what was trained."""
+    """The policy as a Hugging Face folder in float32, complete or not at all: what is saved is what was
+    trained.
+    """
     state, gathered = {}, {}
     for name, tensor in model.state_dict().items():
         local = tensor.to_local() if args.shard else tensor
@@ -398,7 +408,8 @@ metrics_file = None
 tracker = None
 if main_process and not args.dry_run:
     config = defining(vars(args)) | {"data_fingerprint": train_data.fingerprint, "steps": num_steps}
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                "transformers": transformers.__version__}
     new_record = {"config": config, "command": " ".join(sys.argv), "versions": versions, "finished": False}
     if (out / "run.json").exists():
         before = rows.load_json(out / "run.json")["config"]["data_fingerprint"]
@@ -414,12 +425,12 @@ if main_process and not args.dry_run:
         try:
             tracker = importlib.import_module(args.track)  # trackio has the interface of wandb
         except ImportError as error:
-            rows.fail(f"--track={args.track}: {error}; install it, or omit the flag (metrics.jsonl holds everything)")
+            rows.fail(f"--track={args.track}: {error}; install it, or omit the flag")
         tracker.init(project="qrpo", name=str(out), config=config, resume="allow")
 if main_process:
     memory = 16e-9 * num_parameters / (world if args.shard else 1)
-    print(f"{num_parameters / 1e6:,.2f}M parameters: {memory:.2f} GB per process for weights, gradients and AdamW, and "
-          f"more for activations; {num_terms:,} {'pairs' if term_size == 2 else 'completions'}, "
+    print(f"{num_parameters / 1e6:,.2f}M parameters: {memory:.2f} GB per process for weights, gradients and "
+          f"AdamW, and more for activations; {num_terms:,} {'pairs' if term_size == 2 else 'completions'}, "
           f"{num_steps - start_step} steps of {train_data.lens.sum() / steps_per_epoch:,.0f} tokens on "
           f"{world} x {device.type}, {dtype}", flush=True)
 
@@ -463,8 +474,8 @@ def evaluate(step):
 # -----------------------------------------------------------------------------
 # the training loop
 
-# The policy before its first step is the reference model, so its log-probabilities may differ from ref_logps by
-# rounding only: in nats per token, averaged over the first step.
+# The policy before its first step is the reference model, so its log-probabilities may differ from
+# ref_logps by rounding only: in nats per token, averaged over the first step.
 DRIFT_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 stop_requested = False
 
@@ -486,30 +497,33 @@ for step in bar:
         group["lr"] = learning_rate(step)
     terms = step_terms(step)  # (n, term_size) completions, n <= batch_size
     mean_length = (train_data.lens - train_data.prompt_lens)[terms].mean()
-    batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens))  # similar lengths; as many on every rank
+    batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens))  # of similar length
     totals = {}
     for i, (index, works) in enumerate(batches):
-        policy.require_backward_grad_sync = i == len(batches) - 1  # DDP averages gradients over ranks once, at the end
-        # tokens (B, T); prompt_lens, lens, rewards, ref_logps, beta, targets (B,); ref_rewards (B, num_ref_rewards)
+        policy.require_backward_grad_sync = i == len(batches) - 1  # DDP averages over ranks once, at the end
+        # tokens (B, T); prompt_lens, lens, rewards, ref_logps, beta, targets (B,); ref_rewards (B,
+        # num_ref_rewards)
         b = load_batch(train_data, index, mean_length)
         with autocast:
-            logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)  # (B,) log pi(y|x), summed over its tokens
+            logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)  # (B,) log pi(y|x), summed over tokens
         loss = loss_terms(b, logps)                                     # (B / term_size,)
-        # The ranks average, so times world makes the gradient that of the mean over the step's terms, however they are
-        # split. A filler of a rank without work counts 0.
+        # The ranks average, so times world makes the gradient that of the mean over the step's terms,
+        # however they are split. A filler of a rank without work counts 0.
         (loss.sum() * works * world / len(terms)).backward()
         add(totals, metrics(b, logps.detach(), loss.detach()), works)
     row = means(totals)
     if step == 0 and not args.ref_model and not row["drift"] < DRIFT_LIMIT[dtype]:
-        rows.fail(f"step 0: the policy's log-probabilities are {row['drift']:.2g} nats per token from the reference's "
-                  f"(limit {DRIFT_LIMIT[dtype]}). Most likely {cache} was made with another model (delete it), or the "
-                  "model is not deterministic (dropout, or a kernel that depends on the batch)")
+        rows.fail(f"step 0: the policy's log-probabilities are {row['drift']:.2g} nats per token from the "
+                  f"reference's (limit {DRIFT_LIMIT[dtype]}). Most likely {cache} was made with another "
+                  "model (delete it), or the model is not deterministic (dropout, or a kernel that depends on the "
+                  "batch)")
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
     grad_norm = grad_norm.full_tensor().item() if args.shard else grad_norm.item()
     if not math.isfinite(grad_norm):
         ids = sorted(set(train_data.ids[train_data.row[terms.reshape(-1)]].tolist()))
-        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; nothing was saved since the last "
-                  f"checkpoint. Lower --learning_rate or raise --beta, and look at the rows of this step: {', '.join(ids)}")
+        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; nothing was saved since "
+                  "the last checkpoint. Lower --learning_rate or raise --beta, and look at the rows of this step: "
+                  f"{', '.join(ids)}")
     optimizer.step()
     optimizer.zero_grad()
 
@@ -521,7 +535,8 @@ for step in bar:
     if peak_flops(device):
         row["share_of_peak"] = flops * tokens_per_second / world / peak_flops(device)
     log({"step": done} | row)
-    bar.set_postfix(loss=f"{row['loss']:.4g}", log_ratio=f"{row['log_ratio']:.3g}", tokens_s=f"{tokens_per_second:,.0f}")
+    bar.set_postfix(loss=f"{row['loss']:.4g}", log_ratio=f"{row['log_ratio']:.3g}",
+                    tokens_s=f"{tokens_per_second:,.0f}")
     if args.dry_run:
         continue
 
@@ -544,11 +559,13 @@ for step in bar:
 
 if args.dry_run:
     if main_process:
-        dataset.show(train_data, tokenizer, load_batch(train_data, step_terms(0)[:4].reshape(-1), mean_length))
+        first = step_terms(0)[:4].reshape(-1)
+        dataset.show(train_data, tokenizer, first, load_batch(train_data, first, mean_length))
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
             resource.RUSAGE_SELF).ru_maxrss
-        print(f"a step takes {seconds:.2f} s; {full_steps} steps and the reference pass: "
-              f"{seconds * full_steps * (1 + 1 / (3 * args.epochs)) / 60:.1f} minutes; {peak / 1e9:.2f} GB per process")
+        minutes = seconds * full_steps * (1 + 1 / (3 * args.epochs)) / 60  # that pass: a third of an epoch
+        print(f"a step takes {seconds:.2f} s; {full_steps} steps and the reference pass {minutes:.1f} "
+              f"minutes; {peak / 1e9:.2f} GB per process")
     barrier()
     if main_process:
         shutil.rmtree(cache)
