@@ -38,6 +38,29 @@ from model import (Policy, flops_per_token, get_device, get_dtype, identity, kee
                    load_tokenizer, peak_flops, shard)
 
 # -----------------------------------------------------------------------------
+# the losses; args are the settings below, b is a batch (see load_batch)
+
+
+def pairs(values):
+    """(2n,) with the chosen completions at even places -> chosen (n,), rejected (n,)."""
+    return values[0::2], values[1::2]
+
+
+# A new loss is a function in qrpo.py and one entry here. The completions of a term are 1, or 2: chosen
+# and rejected.
+LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
+    "qrpo": (1, ("rewards", "targets"), lambda b, logps: qrpo.regression_loss(
+        b.beta, logps, b.ref_logps, b.targets, args.norm)),
+    "dpo": (2, (), lambda b, logps: qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))),
+    "rebel": (2, ("rewards",), lambda b, logps: qrpo.rebel_loss(
+        args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))),
+    "simpo": (2, (), lambda b, logps: qrpo.simpo_loss(
+        args.beta, args.gamma_beta_ratio, *pairs(logps), *pairs(b.lens - b.prompt_lens))),
+    # its mean over a step is the mean negative log-likelihood of the step's completion tokens
+    "sft": (1, (), lambda b, logps: -logps / b.mean_length),
+}
+
+# -----------------------------------------------------------------------------
 # settings: every flag with its default and its unit
 
 parser = rows.Parser(__doc__)
@@ -59,7 +82,7 @@ add("--max_length", type=int, default=0,
     help="drop what has more tokens, prompt and completion; 0: refuse what exceeds the context")
 
 add = parser.add_argument_group("loss").add_argument
-add("--loss", default="qrpo", help="qrpo, dpo, rebel, simpo or sft")
+add("--loss", default="qrpo", choices=LOSSES, help="what to minimise")
 add("--beta", type=float, default=0.1, help="strength of the KL term, or the beta of another loss")
 add("--transform", default="identity", choices=(*qrpo.TRANSFORMS, "scaled-normal-icdf"),
     help="QRPO: f in R = f(quantile)")
@@ -101,51 +124,8 @@ FREE = ("data", "eval_data", "out", "cache", "micro_batch_tokens", "shard", "gra
 WARMUP = 0.1  # of the steps, as the paper
 
 # -----------------------------------------------------------------------------
-# the losses
-
-
-def pairs(values):
-    """(2n,) with the chosen completions at even places -> chosen (n,), rejected (n,)."""
-    return values[0::2], values[1::2]
-
-
-# A new loss is a function in qrpo.py and one entry here. The completions of a term are 1, or 2: chosen
-# and rejected.
-LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
-    "qrpo": (1, ("rewards", "targets"), lambda b, logps: qrpo.regression_loss(
-        b.beta, logps, b.ref_logps, b.targets, args.norm)),
-    "dpo": (2, (), lambda b, logps: qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))),
-    "rebel": (2, ("rewards",), lambda b, logps: qrpo.rebel_loss(
-        args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))),
-    "simpo": (2, (), lambda b, logps: qrpo.simpo_loss(
-        args.beta, args.gamma_beta_ratio, *pairs(logps), *pairs(b.lens - b.prompt_lens))),
-    # its mean over a step is the mean negative log-likelihood of the step's completion tokens
-    "sft": (1, (), lambda b, logps: -logps / b.mean_length),
-}
-
-
-def metrics(b, logps, loss):
-    """What is logged: each name with its values, whose mean over the whole batch is logged. NaN: does
-    not apply.
-    """
-    log_ratio = logps - b.ref_logps
-    values = {
-        "loss": loss,
-        "log_ratio": log_ratio,
-        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # the better, see dataset.side_of
-        "log_ratio_rejected": log_ratio.where(b.side < 0, math.nan),  # the worse
-        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token; 0 at the start
-    }
-    if args.loss == "qrpo":
-        values["loss_down"] = loss * (log_ratio > b.targets)  # the part that pushes completions down
-    return values
-
-
-# -----------------------------------------------------------------------------
 # check the settings
 
-if args.loss not in LOSSES:
-    rows.fail(f"--loss={args.loss}: choose from {', '.join(LOSSES)}")
 for name in ("beta", "learning_rate", "batch_size", "epochs"):
     if not getattr(args, name) > 0:
         rows.fail(f"--{name} must be greater than 0")
@@ -237,21 +217,6 @@ def step_terms(step):
     order = np.random.default_rng([args.seed, epoch]).permutation(num_terms)
     terms = order[i * args.batch_size:(i + 1) * args.batch_size]
     return terms[:, None] * term_size + np.arange(term_size)
-
-
-def load_batch(data, index, mean_length):
-    """Completions `index` (B,) with what a loss needs: see dataset.get_batch, and beta and targets (B,)."""
-    b = get_batch(data, index, device)
-    b.mean_length = mean_length  # of the completions of the whole step, in tokens
-    b.beta = torch.full_like(b.rewards, args.beta)
-    if args.length_normalize:
-        b.beta = (b.beta / (b.lens - b.prompt_lens)).clamp(max=args.max_beta or math.inf)
-    if "targets" in needs:
-        scaled = args.transform == "scaled-normal-icdf"  # sigma Phi^-1(q) is Phi^-1(q) at beta / sigma
-        b.targets = qrpo.target_log_ratios(
-            b.beta / b.std if scaled else b.beta, b.rewards, b.ref_rewards,
-            "normal-icdf" if scaled else args.transform, args.quantile, b.among_refs)
-    return b
 
 
 if args.dry_run:
@@ -441,6 +406,42 @@ def log(row):
     if tracker:
         tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
+# -----------------------------------------------------------------------------
+# batches, metrics, evaluation
+
+
+def load_batch(data, index, mean_length):
+    """Completions `index` (B,) as tensors (see dataset.get_batch) with what the losses need."""
+    b = get_batch(data, index, device)
+    b.mean_length = mean_length                     # of the completions of the whole step, in tokens
+    b.beta = torch.full_like(b.rewards, args.beta)  # (B,)
+    if args.length_normalize:
+        b.beta = (b.beta / (b.lens - b.prompt_lens)).clamp(max=args.max_beta or math.inf)
+    if "targets" in needs:
+        strength, transform = b.beta, args.transform
+        if transform == "scaled-normal-icdf":  # R = sigma Phi^-1(q) is Phi^-1(q) at beta / sigma
+            strength, transform = b.beta / b.std, "normal-icdf"
+        b.targets = qrpo.target_log_ratios(    # (B,) log(pi*/pi_ref) = R/beta - log Z
+            strength, b.rewards, b.ref_rewards, transform, args.quantile, b.among_refs)
+    return b
+
+
+def metrics(b, logps, loss):
+    """What is logged: each name with its values, whose mean over the whole batch is logged. NaN: does
+    not apply.
+    """
+    log_ratio = logps - b.ref_logps
+    values = {
+        "loss": loss,
+        "log_ratio": log_ratio,
+        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # the better, see dataset.side_of
+        "log_ratio_rejected": log_ratio.where(b.side < 0, math.nan),  # the worse
+        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token; 0 at the start
+    }
+    if args.loss == "qrpo":
+        values["loss_down"] = loss * (log_ratio > b.targets)  # the part that pushes completions down
+    return values
+
 
 def add(totals, values, works):
     """Add the values of a micro-batch (see `metrics`) to totals: name -> their sum and count, (2,)."""
@@ -501,8 +502,7 @@ for step in bar:
     totals = {}
     for i, (index, works) in enumerate(batches):
         policy.require_backward_grad_sync = i == len(batches) - 1  # DDP averages over ranks once, at the end
-        # tokens (B, T); prompt_lens, lens, rewards, ref_logps, beta, targets (B,); ref_rewards (B,
-        # num_ref_rewards)
+        # tokens (B, T); lens, rewards, ref_logps, beta, targets (B,); ref_rewards (B, num_ref_rewards); ...
         b = load_batch(train_data, index, mean_length)
         with autocast:
             logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)  # (B,) log pi(y|x), summed over tokens
@@ -515,14 +515,13 @@ for step in bar:
     if step == 0 and not args.ref_model and not row["drift"] < DRIFT_LIMIT[dtype]:
         rows.fail(f"step 0: the policy's log-probabilities are {row['drift']:.2g} nats per token from the "
                   f"reference's (limit {DRIFT_LIMIT[dtype]}). Most likely {cache} was made with another "
-                  "model (delete it), or the model is not deterministic (dropout, or a kernel that depends on the "
-                  "batch)")
+                  "model (delete it), or the model is not deterministic")
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
     grad_norm = grad_norm.full_tensor().item() if args.shard else grad_norm.item()
     if not math.isfinite(grad_norm):
         ids = sorted(set(train_data.ids[train_data.row[terms.reshape(-1)]].tolist()))
-        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; nothing was saved since "
-                  "the last checkpoint. Lower --learning_rate or raise --beta, and look at the rows of this step: "
+        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; nothing was saved since the "
+                  "last checkpoint. Lower --learning_rate or raise --beta, and look at the rows of this step, "
                   f"{', '.join(ids)}")
     optimizer.step()
     optimizer.zero_grad()
