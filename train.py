@@ -401,6 +401,7 @@ if main_process:
 
 
 def log(row):
+    row = {name: value for name, value in row.items() if not math.isnan(value)}
     if metrics_file:
         rows.append(metrics_file, row)
     if tracker:
@@ -455,7 +456,7 @@ def means(totals):
     table = torch.stack(list(totals.values()))  # (metrics, 2)
     if world > 1:
         dist.all_reduce(table)
-    return {name: total / count for name, (total, count) in zip(totals, table.tolist()) if count}
+    return {name: total / count if count else math.nan for name, (total, count) in zip(totals, table.tolist())}
 
 
 @torch.no_grad()
@@ -520,8 +521,8 @@ for step in bar:
     grad_norm = grad_norm.full_tensor().item() if args.shard else grad_norm.item()
     if not math.isfinite(grad_norm):
         ids = sorted(set(train_data.ids[train_data.row[terms.reshape(-1)]].tolist()))
-        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; nothing was saved since the "
-                  "last checkpoint. Lower --learning_rate or raise --beta, and look at the rows of this step, "
+        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; nothing was saved since "
+                  "the last checkpoint. Lower --learning_rate or raise --beta, and look at this step's rows, "
                   f"{', '.join(ids)}")
     optimizer.step()
     optimizer.zero_grad()
