@@ -5,7 +5,8 @@
 #   RUN=low_beta bash run.sh --beta=0.05    flags go to train.py
 #   bash run.sh refs                   only the reference data; with EVALUATE, the model's own evaluation, too
 #   bash run.sh train                  only training and evaluation, on references that are there
-#   bash run.sh test                   set up and run the tests
+#   bash run.sh test                   set up and run the tests; SLOW=1 also the slow ones
+#   bash run.sh lint                   set up and run the linter
 #   sbatch --gpus=8 run.sh             the same on SLURM
 #
 # Set in the environment:
@@ -40,6 +41,7 @@ fi
 STAGE=all
 case "${1:-}" in
     test) shift; exec "$PYTHON" -m pytest -q tests "$@" ;;
+    lint) exec "$PYTHON" -m ruff check . ;;
     refs | train) STAGE=$1; shift ;;
 esac
 

@@ -456,7 +456,8 @@ def means(totals):
     table = torch.stack(list(totals.values()))  # (metrics, 2)
     if world > 1:
         dist.all_reduce(table)
-    return {name: total / count if count else math.nan for name, (total, count) in zip(totals, table.tolist())}
+    sums, counts = table.T.tolist()
+    return {name: total / n if n else math.nan for name, total, n in zip(totals, sums, counts)}
 
 
 @torch.no_grad()
