@@ -3,6 +3,7 @@
     python -m pytest -q -n 2 tests              # bash run.sh test: minutes
     SLOW=1 python -m pytest -q -n 2 tests       # also the tests marked slow, each of which says what it guards
 """
+import gc
 import json
 import os
 import runpy
@@ -57,16 +58,20 @@ def call(script, *flags):
     sys.argv = [str(script), *map(str, flags)]
     try:
         return runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
     finally:
         sys.argv = argv
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+    gc.collect()  # closes the files of the script, which it has locked
+    raise SystemExit(code)
 
 
 class Process:
-    """A script in a process of its own, to be killed or to run beside others: a fork, which has all imports already."""
+    """A script in a process of its own: a fork, which has all imports already. before: called first, in it."""
 
-    def __init__(self, script, *flags, env=None):
+    def __init__(self, script, *flags, env=None, before=None):
         self.code = None
         self.pid = os.fork()
         if self.pid:
@@ -74,6 +79,8 @@ class Process:
         code = 1
         try:
             os.environ.update(env or {})
+            if before:
+                before()
             call(script, *flags)
             code = 0
         except SystemExit as end:
@@ -106,13 +113,17 @@ class Process:
         return self.wait()
 
 
-def start_ranks(world, script, *flags):
+def start_ranks(world, script, *flags, before=None):
     """A script in `world` processes that share the work, with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [Process(script, *flags, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+    ranks = []
+    for rank in range(world):
+        mine = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(Process(script, *flags, env=mine, before=before))
+    return ranks
 
 
 def run(script, *flags, ranks=0, check=True, env=None):
