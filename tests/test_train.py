@@ -133,52 +133,62 @@ LOSSES = {  # each loss and the data it is tried on
     "qrpo": "refs", "dpo": "best_worst", "rebel": "random_pairs", "simpo": "best_worst", "sft": "refs"}
 
 
-def by_hand(loss, policy, reference, table):
-    """The mean loss over all rows, one completion at a time, from the rows and the models' own logits. Also the
-    log-ratios of the better completions and of the worse.
+def qrpo(c, ref_rewards):
+    q = np.mean([reward <= c["reward"] for reward in ref_rewards])
+    beta_log_Z = 0.1 * math.log(0.1 * (math.exp(10) - 1))
+    return (q - beta_log_Z - 0.1 * c["log_ratio"]) ** 2
+
+
+PAIR_LOSSES = {  # of a better completion c and a worse one r
+    "dpo": lambda c, r: -F.logsigmoid(0.1 * (c["log_ratio"] - r["log_ratio"])),
+    "simpo": lambda c, r: -F.logsigmoid(0.1 * (c["logp"] / c["n"] - r["logp"] / r["n"] - 0.5)),
+    "rebel": lambda c, r: ((c["reward"] - r["reward"]) / 0.1 - (c["log_ratio"] - r["log_ratio"])) ** 2}
+
+
+def read_by_hand(policy, reference, tokenizer, row):
+    """The completions of a row with their log-probabilities, one at a time, from the models' own logits."""
+    prompt, pool = tokenizer(row["prompt"]).input_ids, []
+    for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):
+        ids, logps = completion["token_ids"], []
+        for model in (policy, reference):
+            each = torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0], -1)
+            logps.append(sum(each[len(prompt) + t - 1, token] for t, token in enumerate(ids)))
+        log_ratio = logps[0] - logps[1].detach()
+        pool.append({"reward": reward, "logp": logps[0], "n": len(ids), "log_ratio": log_ratio})
+    return pool
+
+
+def pairs_by_hand(regime, pool):
+    if regime == "best_worst":
+        ordered = sorted(pool, key=lambda c: -c["reward"])
+        return [(ordered[0], ordered[-1])]
+    return [sorted(pool[i:i + 2], key=lambda c: -c["reward"]) for i in (0, 2)]
+
+
+def step_by_hand(loss, policy, reference, table):
+    """The mean loss over all rows, its gradient, and the mean log-ratios of the better completions and of
+    the worse.
     """
-    models = [transformers.AutoModelForCausalLM.from_pretrained(path) for path in (policy, reference)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
+    policy = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(reference)
     terms, tokens, better, worse = [], 0, [], []
     for row in table:
-        prompt = tokenizer(row["prompt"]).input_ids
-        pool = []
-        for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):
-            ids, logps = completion["token_ids"], []
-            for model in models:
-                each = torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0], -1)
-                logps.append(sum(each[len(prompt) + t - 1, token] for t, token in enumerate(ids)))
-            pool.append({"reward": reward, "logp": logps[0], "n": len(ids), "ratio": logps[0] - logps[1].detach()})
-        if LOSSES[loss] == "best_worst":
-            pool.sort(key=lambda c: -c["reward"])
-            pairs = [(pool[0], pool[-1])]
-        else:
-            pairs = [sorted(pool[i:i + 2], key=lambda c: -c["reward"]) for i in (0, 2)]
-        if LOSSES[loss] == "refs":
-            for c in pool:
-                mean = np.mean(row["ref_rewards"])
-                (better if c["reward"] > mean else worse).append(c["ratio"].item())
-        else:
-            better += [c["ratio"].item() for c, _ in pairs]
-            worse += [r["ratio"].item() for _, r in pairs]
-        if loss == "qrpo":
-            beta_log_Z = 0.1 * math.log(0.1 * (math.exp(10) - 1))
-            for c in pool:
-                q = np.mean([reward <= c["reward"] for reward in row["ref_rewards"]])
-                terms.append((q - beta_log_Z - 0.1 * c["ratio"]) ** 2)
-        elif loss == "sft":
-            terms += [-c["logp"] for c in pool]
-            tokens += sum(c["n"] for c in pool)
-        for c, r in pairs:
-            if loss == "dpo":
-                terms.append(-F.logsigmoid(0.1 * (c["ratio"] - r["ratio"])))
-            elif loss == "simpo":
-                terms.append(-F.logsigmoid(0.1 * (c["logp"] / c["n"] - r["logp"] / r["n"] - 0.5)))
-            elif loss == "rebel":
-                terms.append(((c["reward"] - r["reward"]) / 0.1 - (c["ratio"] - r["ratio"])) ** 2)
-    value = sum(terms) / (tokens or len(terms))
+        pool = read_by_hand(policy, reference, tokenizer, row)
+        if loss in PAIR_LOSSES:
+            pairs = pairs_by_hand(LOSSES[loss], pool)
+            terms += [PAIR_LOSSES[loss](c, r) for c, r in pairs]
+            better += [c["log_ratio"].item() for c, _ in pairs]
+            worse += [r["log_ratio"].item() for _, r in pairs]
+            continue
+        for c in pool:
+            tokens += c["n"]
+            terms.append(qrpo(c, row["ref_rewards"]) if loss == "qrpo" else -c["logp"])
+            side = better if c["reward"] > np.mean(row["ref_rewards"]) else worse
+            side.append(c["log_ratio"].item())
+    value = sum(terms) / (tokens if loss == "sft" else len(terms))  # SFT: the mean over all tokens
     value.backward()
-    gradient = torch.cat([p.grad.flatten() for p in models[0].parameters()])
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
     return value.item(), gradient, np.mean(better), np.mean(worse)
 
 
@@ -195,7 +205,7 @@ def test_a_step_is_the_gradient_of_the_mean_loss_however_it_is_split(
         gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
         return clip(parameters, limit)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded)
-    expected, gradient, better, worse = by_hand(loss, undisturbed, tiny, table)
+    expected, gradient, better, worse = step_by_hand(loss, undisturbed, tiny, table)
     for i, more in enumerate((["--micro_batch_tokens=1"], ["--micro_batch_tokens=200"],
                               ["--micro_batch_tokens=5000", "--gradient_checkpointing"])):
         out = tmp_path / str(i)
@@ -269,7 +279,7 @@ def test_reference_log_probabilities_of_another_model_are_refused(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny, rewarded, tmp_path, capsys):
-    refused(capsys, ["gradient norm", "rows of this step: "], "train.py", *flags(
+    refused(capsys, ["gradient norm", "look at this step's rows"], "train.py", *flags(
         tiny, rewarded, tmp_path / "run", "--save_every=1", "--learning_rate=1e30", "--max_grad_norm=1", "--norm=mae"))
     assert names(tmp_path / "run" / "resume")[0].startswith("step_")  # the last good one
 
@@ -290,7 +300,7 @@ def test_what_two_sharded_processes_saved_continues_in_one(tiny, rewarded, undis
     ranks = start_ranks(2, "train.py", *command, "--shard", before=lambda: die_after_saving(4))
     assert ranks[0].wait() == -signal.SIGKILL
     ranks[1].kill()
-    assert names(out / "resume") == ["step_000004"]
+    assert names(out / "resume")[-1] == "step_000004"
     call("train.py", *command)
     for name in ("loss", "eval_loss", "grad_norm"):
         np.testing.assert_allclose(logged(out, name), logged(undisturbed, name), rtol=2e-5, atol=2e-6)
@@ -396,16 +406,17 @@ def test_told_to_stop_it_saves_exits_with_75_and_continues_to_the_same_bits(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+@pytest.mark.parametrize("kilobytes", (1100, 1500))  # full while the model, and while the resume state is saved
 def test_a_full_disk_leaves_the_last_checkpoint_and_room_lets_it_continue(
-        tiny, rewarded, undisturbed, tmp_path, capsys):
+        tiny, rewarded, undisturbed, tmp_path, capsys, kilobytes):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk]
     if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         command = flags(tiny, rewarded, disk / "run", f"--eval_data={rewarded}", "--save_every=1", "--resume")
-        refused(capsys, ["Make room"], "train.py", *command)
+        refused(capsys, ["cannot be written", "Make room"], "train.py", *command)
         last = max((disk / "run" / "resume").glob("step_*"))
         assert dcp.FileSystemReader(last).read_metadata().state_dict_metadata
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
@@ -414,4 +425,4 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_room_lets_it_continue(
         assert weights(disk / "run") == weights(undisturbed) and logged(disk / "run") == logged(undisturbed)
         assert names(disk / "run") == names(undisturbed)
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)
