@@ -40,8 +40,11 @@ def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards):
 def regression_loss(beta, logps, ref_logps, targets, norm="mse"):
     """( beta (target - log(pi/pi_ref)) )^2, or its absolute value with norm="mae"; all (batch,) -> (batch,).
 
-    With the targets of `target_log_ratios` for the identity and the paper's quantile, this is `qrpo_loss`.
+    With the targets of `target_log_ratios` for the identity and the paper's quantile, this is `qrpo_loss`. Raises
+    ValueError for an unknown norm.
     """
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(NORMS)}")
     residual = beta * (targets - (logps - ref_logps))
     return NORMS[norm](residual)
 

@@ -11,6 +11,7 @@ The policy starts as the reference model, so ref_logps are its own log-probabili
 no second model is in memory (except with --ref_model, until they are computed). SIGTERM and SIGUSR1
 save a checkpoint and exit with 75: start the same command again with --resume.
 """
+import contextlib
 import datetime
 import importlib
 import math
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -317,11 +319,21 @@ def resume_state():
     return state
 
 
+@contextlib.contextmanager
+def saving(folder):
+    """Report a disk error in one line; torch and safetensors raise errors of their own for a full disk."""
+    with rows.writing(folder):
+        try:
+            yield
+        except (dcp.CheckpointException, SafetensorError) as error:
+            raise OSError(str(error).strip().splitlines()[-1]) from None
+
+
 def save_resume(step):
     """OUT/resume/step_N, complete or not at all; every rank writes its part. Only the newest is kept."""
     folder = out / "resume" / f"step_{step:06d}"
     new = folder.with_name(f".new_{folder.name}")
-    with rows.writing(folder):
+    with saving(folder):
         if main_process:
             shutil.rmtree(new, ignore_errors=True)
         barrier()
@@ -347,7 +359,7 @@ def save_model(folder):
         state[name] = gathered[local.data_ptr()]
     if main_process:
         new = folder.with_name(f".new_{folder.name}")
-        with rows.writing(folder):
+        with saving(folder):
             shutil.rmtree(new, ignore_errors=True)
             model.save_pretrained(new, state_dict=state)
             config = rows.load_json(new / "config.json")
