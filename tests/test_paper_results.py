@@ -9,6 +9,7 @@ import sys
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from conftest import ROOT, read_rows, run
@@ -20,50 +21,62 @@ import protocol  # noqa: E402
 import results  # noqa: E402
 
 
+# ---- the protocol ----
+
+def length_controlled(*arrays):
+    return protocol.length_controlled(*map(pd.DataFrame, arrays)).to_numpy()
+
+
 def test_length_controlled_reward_by_hand():
-    # references of every prompt: rewards 0 and 2 (mean 1, sigma sqrt 2), lengths 10 and 30 (mean 20, sigma 10 sqrt 2)
+    # references of each prompt: rewards 0 and 2 (mean 1, std sqrt 2), lengths 10 and 30 (mean 20, std 10 sqrt 2)
     ref_reward, ref_length = np.tile([0.0, 2], (4, 1)), np.tile([10.0, 30], (4, 1))
-    ref_reward[3] = 0.1  # no spread: this prompt stays as it is, and out of the regression
+    ref_reward[3] = 0.1  # no spread: this prompt is not in the regression, and its reward stays
     length, reward = np.array([[10.0], [20], [30], [90]]), np.array([[0.5], [1.5], [1.0], [9]])
-    # x = (-1, 0, 1)/sqrt 2, y = (-.5, .5, 0)/sqrt 2: the slope is (.5 + 0)/2 = 1/4; sigma_r/sigma_L = 1/10
+    # x = (-1, 0, 1)/sqrt 2, y = (-.5, .5, 0)/sqrt 2: the slope is (.5 + 0)/2 = 1/4; std_r/std_L = 1/10
     expected = [0.5 + 0.25 * 10 / 10, 1.5, 1.0 - 0.25 * 10 / 10, 9]
-    got = protocol.length_controlled(reward, length, ref_reward, ref_length)
+    got = length_controlled(reward, length, ref_reward, ref_length)
     np.testing.assert_allclose(got[:, 0], expected, rtol=1e-12)
-    ref_reward[3] = [0.1, 0.1]
-    three = np.repeat(ref_reward, 3, 1)  # sigma of six times 0.1 is 1e-17, not 0
-    assert protocol.length_controlled(reward, length, three, np.repeat(ref_length, 3, 1))[3, 0] == 9
+    six = np.repeat(ref_reward, 3, 1)  # the standard deviation of six times 0.1 is 1e-17, not 0
+    assert length_controlled(reward, length, six, np.repeat(ref_length, 3, 1))[3, 0] == 9
 
 
-def test_length_controlled_reward_is_blind_to_length_alone():
+def test_length_controlled_reward_with_an_unknown_reward():
+    ref_reward, ref_length = np.tile([0.0, 2], (4, 1)), np.tile([10.0, 30], (4, 1))
+    length, reward = np.array([[10.0], [20], [30], [90]]), np.array([[0.5], [1.5], [1.0], [np.nan]])
+    got = length_controlled(reward, length, ref_reward, ref_length)
+    np.testing.assert_allclose(got[:, 0], [0.75, 1.5, 0.75, np.nan], rtol=1e-12)  # the slope is that of the others
+
+
+def test_length_controlled_reward_removes_what_only_length_earned():
     rng = np.random.default_rng(0)
     ref_length = rng.normal(100, 20, (50, 16))
     length = rng.normal(130, 20, (50, 3))  # longer than the references, and paid for it: reward = length / 100
-    got = protocol.length_controlled(length / 100, length, ref_length / 100, ref_length)
+    got = length_controlled(length / 100, length, ref_length / 100, ref_length)
     np.testing.assert_allclose(got, np.tile(ref_length.mean(1)[:, None] / 100, 3), rtol=1e-9)
 
 
 def test_win_rate_counts_ties_half_and_leaves_unknown_rewards_out():
-    got = protocol.win_rate(np.array([[1.0, np.nan, 3]]), np.array([[0, 1, 2, np.nan]]))
-    np.testing.assert_equal(got, [[0.5, np.nan, 1]])
+    got = protocol.win_rate(pd.DataFrame([[1.0, np.nan, 3]]), pd.DataFrame([[0, 1, 2, np.nan]]))
+    np.testing.assert_equal(got.to_numpy(), [[0.5, np.nan, 1]])
 
 
 def test_measure_by_hand():
     def evaluation(reward):
-        reward = np.array(reward, float)
-        return {"reward": reward, "length": np.full(reward.shape, 7.0), "ref_reward": np.zeros((len(reward), 2)),
-                "ref_length": np.ones((len(reward), 2))}
-    two = {0: evaluation([[0, 1], [1, 1], [5, 5]]), 1: evaluation([[0, 0], [1, 0], [5, 5]])}
-    m = protocol.measure({"evaluations": two}, np.array([0, 1]))
+        reward = pd.DataFrame(reward, dtype=float)
+        references = pd.DataFrame(np.zeros((len(reward), 2)))
+        return protocol.Evaluation(None, "samples", None, reward, reward * 0 + 7, references, references + 1)
+    two = [evaluation([[0, 1], [1, 1], [5, 5]]), evaluation([[0, 0], [1, 0], [5, 5]])]
+    m = protocol.measure(two, np.array([0, 1]))  # the first two prompts
     # seed 0: generations (.5, 1), seed 1: (.5, 0); prompts over everything: (.25, .75)
     assert m["reward"] == m["gain"] == m["lc_reward"] == 0.5 and m["length"] == 7 and m["seeds"] == 2
     assert m["reward_std"] == pytest.approx(math.sqrt((0.125 + 0.125) / 2))
     assert m["reward_se_prompts"] == pytest.approx(0.25) and m["reward_se_seeds"] == pytest.approx(0.25)
     assert m["win_rate"] == pytest.approx(0.75)  # of eight samples four win, four tie
-    single = protocol.measure({"evaluations": {0: evaluation([[0, 1], [1, 1]])}}, np.array([0, 1]))
+    single = protocol.measure([evaluation([[0, 1], [1, 1]])], np.array([0, 1]))
     assert single["reward_std"] == pytest.approx(math.sqrt(0.125)) and math.isnan(single["reward_se_seeds"])
 
 
-def test_halves_split_every_difficulty():
+def test_halves_split_each_difficulty():
     difficulty = ["hard"] * 7 + ["easy"] * 20 + ["medium"] * 10
     a, b = protocol.halves(difficulty)
     assert sorted([*a, *b]) == list(range(37))
@@ -85,20 +98,15 @@ def test_selection_rule_step_by_step():
     assert protocol.select([m(1, 0, std=0), m(0.99, 1, std=0)]) == 0
 
 
-def test_spearman_with_ties():
-    assert list(results.ranks(np.array([3, 1, 3, 2]))) == [3.5, 1, 3.5, 2]
-    # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: covariance 4.5, variances 4.5 and 5
-    assert results.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-
-
 @pytest.mark.parametrize("beta, rises", [(0.1, 0.2303), (0.01, 0.0461), (0.001, 0.0069)])
 def test_optimum_under_a_normal_reward(beta, rises):
     reward = np.linspace(-9, 9, 180_001)
-    ref, best, share = results.optimum(beta, reward)
+    density, share = results.optimum(beta, reward)
     dx = reward[1] - reward[0]
     assert share == pytest.approx(rises, abs=1e-4)
-    assert best.sum() * dx == pytest.approx(1, abs=1e-4)
-    assert ref[best > ref].sum() * dx == pytest.approx(share, abs=1e-3)  # what rises, counted
+    assert density.sum() * dx == pytest.approx(1, abs=1e-4)
+    pi_ref = np.exp(-reward ** 2 / 2) / math.sqrt(2 * math.pi)
+    assert pi_ref[density > pi_ref].sum() * dx == pytest.approx(share, abs=1e-3)  # the mass that rises, counted
 
 
 # ---- runs on disk ----
@@ -106,10 +114,9 @@ def test_optimum_under_a_normal_reward(beta, rises):
 def write_run(folder, seed, reward, steps=10, finished=True, evaluated=True, metrics=None, **config):
     """A run's folder; reward(i, k) of sample k of prompt i. Its references have rewards 0 and 1 and lengths 4 and 6."""
     config = {"loss": "qrpo", "quantile": "paper", "train_on": "refs", "beta": 0.1, "learning_rate": 1e-4, "seed": seed,
-              "num_ref_rewards": 0, "model": "base", "out": str(folder), "steps": steps + seed, "data": f"d{seed}",
-              "data_fingerprint": f"f{seed}", **config}
+              "num_ref_rewards": 0, "model": f"seed{seed}/base", "steps": steps + seed, "data_fingerprint": f"f{seed}",
+              **config}
     rows.write_json(folder / "run.json", {"config": config, "finished": finished})
-    rows.write_json(folder / "test/sampled/run.json", {"seed": "0"})  # of a stage, not of a run
     (folder / "test/rewarded").mkdir(parents=True)
     text = lambda n: {"text": "x" * n, "token_ids": [1] * n, "finish_reason": "stop"}
     with open(folder / "test/rewarded/part-00000.jsonl", "wb") as f:
@@ -206,9 +213,9 @@ def test_figures_and_the_numbers_behind_them(sweep):
 
 
 def test_checkpoints_are_selected_too(tmp_path):
-    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.1, steps=20)
-    for step, reward in ((10, 0.6), (20, 0.9)):  # step 20 is the final model, and not counted twice
-        write_run(tmp_path / f"runs/a/checkpoints/step_{step:06d}", 0, lambda i, k: reward)
+    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.1, steps=30)
+    for step, reward in ((10, 0.6), (20, 0.9)):  # step 20 was not evaluated to its end
+        write_run(tmp_path / f"runs/a/checkpoints/step_{step:06d}", 0, lambda i, k: reward, evaluated=step == 10)
         (tmp_path / f"runs/a/checkpoints/step_{step:06d}/run.json").unlink()
     command(tmp_path, "table")
     qrpo = read_csv(tmp_path / "out/table.csv")[1]
@@ -244,8 +251,20 @@ def test_a_run_without_known_rewards_is_left_out(tmp_path):
     write_run(tmp_path / "runs/a", 0, lambda i, k: 0.6)
     write_run(tmp_path / "runs/b", 0, lambda i, k: None, loss="dpo")
     write_run(tmp_path / "runs/c", 0, lambda i, k: 0.5 if k else None, loss="rebel")  # one generation of two
-    assert "dpo None refs: left out" in command(tmp_path, "table")
+    assert "dpo refs: left out" in command(tmp_path, "table")
     assert [m["method"] for m in read_csv(tmp_path / "out/table.csv")] == ["reference model", "rebel refs", "qrpo paper refs"]
+
+
+def test_a_new_loss_needs_no_line_here(tmp_path):
+    """It comes last, and no flag of it is ignored."""
+    for quantile, reward in (("paper", 0.6), ("exact", 0.8)):
+        write_run(tmp_path / f"runs/ipo-{quantile}", 0, lambda i, k: reward, loss="ipo", quantile=quantile)
+    write_run(tmp_path / "runs/simpo", 0, lambda i, k: 0.7, loss="simpo")
+    for what in ("table", "figure1", "figure4"):
+        command(tmp_path, what)
+    methods = [(m["method"], float(m["reward"])) for m in read_csv(tmp_path / "out/table.csv")]
+    expected = [("reference model", 0.5), ("simpo refs", 0.7), ("ipo exact refs", 0.8), ("ipo paper refs", 0.6)]
+    assert methods == [(name, pytest.approx(reward)) for name, reward in expected]
 
 
 @pytest.mark.parametrize("flags, says", (
