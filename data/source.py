@@ -1,8 +1,8 @@
-"""What the prepare.py scripts share: reading the rows of a dataset, from the hub or from local files, and writing rows.
+"""What the prepare.py scripts share: reading a dataset, from the hub or from local files, and writing rows.
 
-A local source is a file, or a folder of files, with the columns of the hub's dataset: .jsonl, .jsonl.gz, .json (a list)
-or .parquet. The hub is read with `datasets`, .parquet with pyarrow; `pip install datasets` installs both, and nothing
-else in the project needs them.
+A local source is a file, or a folder of files, with the columns of the hub's dataset: .jsonl, .jsonl.gz,
+.json (a list) or .parquet. The hub is read with `datasets`, .parquet with pyarrow; `pip install datasets`
+installs both, and nothing else in the project needs them.
 
     python data/leetcode/prepare.py -h
 """
@@ -24,15 +24,15 @@ ENDINGS = ".jsonl", ".jsonl.gz", ".json", ".parquet"
 
 
 def parse_arguments(doc, out, tokenizer=None, hub=True):
-    """doc: the script's docstring. out, tokenizer: defaults of the flags; no tokenizer, no limit on tokens."""
+    """doc: the script's docstring. out, tokenizer: defaults of these flags."""
     parser = rows.Parser(doc)
     add = parser.add_argument
     if hub:
         add("--source", help="local file or folder with the hub's columns, instead of a download")
-    add("--out", type=Path, default=out, help="folder for train.jsonl and test.jsonl (default: the script's own)")
+    add("--out", type=Path, default=out, help="folder for train.jsonl and test.jsonl")
     if tokenizer:
-        add("--tokenizer", default=tokenizer, help="folder or hub name of the tokenizer that counts tokens; empty: keep "
-            "rows of every length (default %(default)s)")
+        add("--tokenizer", default=tokenizer,
+            help="folder or hub name of the tokenizer that counts tokens; empty: keep rows of every length")
     return parser.parse_args()
 
 
@@ -41,7 +41,7 @@ def parse_arguments(doc, out, tokenizer=None, hub=True):
 def load(source, columns, hub, split):
     """Yield the rows of a split as dictionaries that all have these columns.
 
-    source: local file or folder, or None for the hub. hub: (path, configuration or None). split: its name on the hub.
+    source: local file or folder, or None for the hub. hub: (path, configuration or None). split: as there.
     """
     table = read_files(source, split) if source else read_hub(*hub, split)
     for at, row in table:
@@ -67,8 +67,8 @@ def read_hub(path, configuration, split):
 
 
 def read_files(source, split):
-    """(where it is, row) for the rows of a split: of the files with "train" and "prefs" in their names, if it is
-    train_prefs; or with "train", if there are none.
+    """(where it is, row) for the rows of a split. For the split train_prefs they are in the files with train
+    and prefs in their names, or if there are none in those with train.
     """
     path = Path(source)
     if not path.exists():
@@ -77,8 +77,7 @@ def read_files(source, split):
     files = [file for file in files if file.name.endswith(ENDINGS)]
     name = split.partition("_")[0]  # train or test
     if not (named(files, "train") or named(files, "test")):
-        rows.fail(f"{source}: has no .jsonl, .jsonl.gz, .json or .parquet file with train or test in its name; rename "
-                  "its files")
+        rows.fail(f"{source}: has no {', '.join(ENDINGS)} file with train or test in its name; rename them")
     files = named(files, split) or named(files, name)
     if not files:
         print(f"{source}: has no file of the split {split}, so there will be no {name}.jsonl")
@@ -133,10 +132,10 @@ def token_counter(name):
 
 
 def pairs(table, count_tokens, limit=2048):
-    """Rows of a chat dataset whose `chosen` and `rejected` are conversations that differ in their last message.
+    """Rows of a chat dataset whose `chosen` and `rejected` are conversations with different last messages.
 
-    Yields rows of id (the position in the dataset), prompt, chosen and rejected (lists of messages); or, as text, why a
-    row is dropped.
+    Yields rows of id (the position in the dataset), prompt, chosen and rejected (lists of messages), or the
+    reason why a row is dropped, a string.
     """
     for i, row in enumerate(table):
         for name in "chosen", "rejected":
@@ -157,8 +156,8 @@ def is_conversation(messages):
 
 
 def write(path, table):
-    """Write JSONL completely or not at all, and print how many rows were kept. A text in `table` instead of a row says
-    why one was dropped. An empty table writes nothing.
+    """Write JSONL completely or not at all, and print how many rows were kept. A string in `table` instead of
+    a row says why one was dropped. An empty table writes nothing.
     """
     kept, dropped = 0, collections.Counter()
     new = path.with_name(f".{path.name}.{os.getpid()}")

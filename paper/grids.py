@@ -1,8 +1,8 @@
 """The sweeps of the paper (arXiv 2507.08068), and a miniature of them on the minicode dataset.
 
-A grid is a function without arguments that yields runs. A run is a dictionary: `name`, which says how it differs from
-the others; `folder`, where it writes; and `command`, a shell command that calls run.sh. A run that two grids share has
-the same name in both and is trained once. To see a grid, one run a line:
+A grid is a function without arguments that yields runs. A run is a dictionary: `name`, which says how it
+differs from the others; `folder`, where it writes; and `command`, a shell command that calls run.sh. A run
+that two grids share has the same name in both and is trained once. To see a grid, one run a line:
 
     python paper/sweep.py list chat
 """
@@ -17,17 +17,10 @@ def run(name, out, arguments, **env):
     return {"name": name, "folder": f"{out}/{name}", "command": f"{settings} bash run.sh {arguments}"}
 
 
-# ---- full scale: refs makes the reference data, sft the fine-tuned models; chat, scaling and code compare methods ----
+# ---- full scale: refs and sft make reference data and models; chat, scaling and code compare methods ----
 
-MODELS = {
-    "llama": "allenai/Llama-3.1-Tulu-3-8B-SFT",
-    "mistral": "mistralai/Mistral-7B-Instruct-v0.2",
-}
-DATA = {
-    "magpie": "data/magpie_air",
-    "ultrafeedback": "data/ultrafeedback",
-    "leetcode": "data/leetcode",
-}
+MODELS = {"llama": "allenai/Llama-3.1-Tulu-3-8B-SFT", "mistral": "mistralai/Mistral-7B-Instruct-v0.2"}
+DATA = {"magpie": "data/magpie_air", "ultrafeedback": "data/ultrafeedback", "leetcode": "data/leetcode"}
 REWARD_MODEL = "model:RLHFlow/ArmoRM-Llama3-8B-v0.1"
 LARGE = "--max_length=2048 --gradient_checkpointing --shard"
 STEPS = {"magpie": 160, "ultrafeedback": 100, "leetcode": 40}  # between checkpoints
@@ -44,14 +37,11 @@ CHAT_BETAS = {
     "rebel": ("1e-6", "1e-4", "1e-2"),
     "simpo": ("2", "2.5", "10"),
 }
-CODE_BETAS = CHAT_BETAS | {
-    "qrpo": ("3e-3", "1e-2", "3e-2"),
-    "rebel": ("1e-4", "1e-2", "1"),
-}
+CODE_BETAS = CHAT_BETAS | {"qrpo": ("3e-3", "1e-2", "3e-2"), "rebel": ("1e-4", "1e-2", "1")}
 
 
 def start(model, data, sft):
-    """What the runs of one starting model and dataset share: the prefix of their names, OUT, and the environment.
+    """What the runs of one starting model and dataset share: prefix of their names, OUT, environment.
 
     sft: "nosft" is the model from the hub; "sft" is that model fine-tuned by the grid sft.
     """
@@ -81,8 +71,8 @@ def method(where, regime, loss, beta, lr):
     steps = STEPS[where[1]]
     kind, _, num_ref_rewards = loss.partition("-n")
     batch_size = 256 if kind == "qrpo" else 128
-    flags = (f"--loss={kind} --beta={beta} --learning_rate={lr} --batch_size={batch_size} {REGIMES[regime]} {LARGE} "
-             f"--save_every={steps} --eval_every={steps}")
+    flags = (f"--loss={kind} --beta={beta} --learning_rate={lr} --batch_size={batch_size} {REGIMES[regime]} "
+             f"{LARGE} --save_every={steps} --eval_every={steps}")
     if num_ref_rewards:
         flags += f" --num_ref_rewards={num_ref_rewards}"
     return run(f"{name}-{regime}-{loss}-beta{beta}-lr{lr}", out, f"train {flags}", **env)
@@ -101,13 +91,15 @@ def chat():
 
 def scaling():
     """More reference rewards: figure 3."""
+    regimes = "offline", "offpolicy2random"
     betas = "3e-3", "1e-2", "1e-1"
-    for regime, n, beta, lr in product(("offline", "offpolicy2random"), (1, 3, 10, 25, 50), betas, LEARNING_RATES):
+    for regime, n, beta, lr in product(regimes, (1, 3, 10, 25, 50), betas, LEARNING_RATES):
         yield method(("llama", "magpie", "sft"), regime, f"qrpo-n{n}", beta, lr)
 
 
 def code():
-    for sft, loss, lr in product(("sft", "nosft"), ("qrpo-n20", "dpo", "rebel", "simpo"), LEARNING_RATES):
+    losses = "qrpo-n20", "dpo", "rebel", "simpo"
+    for sft, loss, lr in product(("sft", "nosft"), losses, LEARNING_RATES):
         for beta in CODE_BETAS[loss.partition("-")[0]]:
             yield method(("llama", "leetcode", sft), "offpolicy10random", loss, beta, lr)
 
@@ -125,7 +117,8 @@ def reference_data(where):
 
 
 def sft():
-    """The fine-tuned models, and the reference data of the models from the hub that their evaluation needs."""
+    """The fine-tuned models, and the reference data of the models from the hub that their evaluation needs.
+    """
     for where in starts("nosft"):
         model, data, _ = where
         _, out, env = start(*where)
@@ -144,22 +137,19 @@ def refs():
 # ---- the miniature: run.sh's default model and data, every method, three seeds ----
 
 SEEDS = 0, 1, 2
-MINI_REGIMES = {  # about 80 steps of 64 completions for every method
-    "refs": "--train_on=refs --epochs=1",                                     # 5120 completions
-    "best_worst": "--train_on=best_worst --epochs=8",                         # 640: a pair for each of 320 prompts
-    "random_pairs": "--train_on=random_pairs --num_candidates=2 --epochs=8",  # 640, whatever their rewards
-    "offline": "--train_on=chosen_rejected --epochs=8",                       # 640: the dataset's own pairs
+MINI_REGIMES = {  # about 80 steps of 64 completions: 5120 references, or a pair for each of 320 prompts
+    "refs": "--train_on=refs --epochs=1",
+    "best_worst": "--train_on=best_worst --epochs=8",
+    "random_pairs": "--train_on=random_pairs --num_candidates=2 --epochs=8",
+    "offline": "--train_on=chosen_rejected --epochs=8",
 }
-MINI_BETAS = {
-    "dpo": ("0.03", "0.1", "0.3"),
-    "rebel": ("0.03", "0.1", "0.3"),
-    "simpo": ("2", "5", "10"),
-}
+MINI_BETAS = {"dpo": ("0.03", "0.1", "0.3"), "rebel": ("0.03", "0.1", "0.3"), "simpo": ("2", "5", "10")}
 
 
 def mini():
     for seed in SEEDS:
-        for settings in product(("paper", "exact"), ("0.03", "0.1", "0.3"), ("1e-4", "3e-4"), MINI_REGIMES):
+        betas = "0.03", "0.1", "0.3"
+        for settings in product(("paper", "exact"), betas, ("1e-4", "3e-4"), MINI_REGIMES):
             yield from mini_qrpo(seed, *settings)
         for lr in ("3e-5", "1e-4", "3e-4"):
             for loss, betas in MINI_BETAS.items():
@@ -194,18 +184,14 @@ def mini_refs():
         yield run(f"refs-seed{seed}", f"out/mini/seed{seed}", "refs", SEED=seed)
 
 
-# ---- length (figure 4): stories260K in data/stories/model, whose stories mostly end after 150 to 400 tokens ----
+# ---- length (figure 4): stories260K in data/stories/model; most stories end after 150 to 400 tokens ----
 
-STORIES_BETAS = {
-    "qrpo": ("0.03", "0.1"),
-    "dpo": ("0.1", "0.3"),
-    "rebel": ("1", "3"),
-    "simpo": ("2", "10"),
-}
+STORIES_BETAS = {"qrpo": ("0.03", "0.1"), "dpo": ("0.1", "0.3"), "rebel": ("1", "3"), "simpo": ("2", "10")}
 
 
 def stories():
-    """Every method on the same 320 pairs, the best and the worst of 8 references: 40 steps of 64 completions."""
+    """Every method on the same 320 pairs, the best and the worst of 8 references: 40 steps of 64 completions.
+    """
     for seed, lr, loss in product(SEEDS, ("3e-5", "1e-4"), STORIES_BETAS):
         batch_size = 64 if loss == "qrpo" else 32
         for beta in STORIES_BETAS[loss]:

@@ -1,9 +1,9 @@
-"""Evaluation by the paper's protocol (arXiv 2507.08068): reads evaluated runs, measures them and selects settings.
+"""The paper's evaluation protocol (arXiv 2507.08068): reads evaluated runs, measures and selects settings.
 
-A run is train.py's folder, with run.json, the rewarded samples of the trained model in test/rewarded, and evaluate.py's
-results.json. Its checkpoints have the same, if they were evaluated. The samples of the reference model are in
-base/rewarded beside the run if `run.sh refs` made them; if not, its reference completions are used instead. Runs that
-differ only in their seed are one setting. results.py makes tables of this:
+A run is train.py's folder, with run.json, the rewarded samples of the trained model in test/rewarded, and
+evaluate.py's results.json. Its checkpoints have the same, if they were evaluated. The samples of the
+reference model are in base/rewarded beside the run if `run.sh refs` made them; if not, its reference
+completions are used instead. Runs that differ only in their seed are one setting. results.py prints tables:
 
     python paper/results.py table --runs=out/mini
 """
@@ -29,7 +29,7 @@ UNUSED = {"dpo": ["quantile"], "rebel": ["quantile"], "simpo": ["quantile"], "sf
 
 @dataclass(eq=False)
 class Evaluation:
-    """Rewarded completions of one model. A column is a completion: for samples, a generation seed. NaN: unknown."""
+    """Rewarded completions of one model. NaN: unknown. Sample k of all prompts is generation seed k."""
     folder: Path              # of the rows
     field: str                # that holds the completions
     prompts: pd.DataFrame     # id, difficulty, and a fingerprint of the prompt
@@ -40,7 +40,10 @@ class Evaluation:
 
 
 def read_evaluation(folder, tokenizer=None, field="samples", rewards="sample_rewards"):
-    """Rows with `field`, `rewards`, ref_completions and ref_rewards. tokenizer: counts lengths, if not sampled tokens."""
+    """field, rewards: the names of the model's completions and their rewards in the rows.
+
+    tokenizer: lengths are in its tokens; without one, in sampled tokens.
+    """
     table = rows.read(folder, require=(field, rewards, "ref_completions", "ref_rewards"))
 
     def length(completion):
@@ -48,26 +51,30 @@ def read_evaluation(folder, tokenizer=None, field="samples", rewards="sample_rew
             return len(tokenizer(completion["text"]).input_ids)
         return len(completion["token_ids"])
 
+    def numbers(name):
+        return frame(name, [row[name] for row in table])
+
+    def lengths(name):
+        return frame(name, [[length(completion) for completion in row[name]] for row in table])
+
     def frame(name, lists):
         try:
-            return pd.DataFrame(np.array(lists, dtype=float))  # null is NaN
+            return pd.DataFrame(np.array(lists, dtype=float))  # null becomes NaN
         except ValueError:
-            rows.fail(f"{folder}: its rows have different numbers of {name}; sample the same number for every prompt")
+            rows.fail(f"{folder}: its rows differ in their number of {name}; sample as many for every prompt")
 
-    return Evaluation(
-        Path(folder), field,
-        prompts=pd.DataFrame({"id": [str(row["id"]) for row in table],
-                              "difficulty": [str(row.get("difficulty")) for row in table],
-                              "prompt": [rows.fingerprint(row["prompt"]) for row in table]}),
-        reward=frame(rewards, [row[rewards] for row in table]),
-        length=frame(field, [[length(c) for c in row[field]] for row in table]),
-        ref_reward=frame("ref_rewards", [row["ref_rewards"] for row in table]),
-        ref_length=frame("ref_completions", [[length(c) for c in row["ref_completions"]] for row in table]))
+    prompts = pd.DataFrame({
+        "id": [str(row["id"]) for row in table],
+        "difficulty": [str(row.get("difficulty")) for row in table],
+        "prompt": [rows.fingerprint(row["prompt"]) for row in table],
+    })
+    return Evaluation(Path(folder), field, prompts, numbers(rewards), lengths(field),
+                      numbers("ref_rewards"), lengths("ref_completions"))
 
 
 def load(folders, tokenizer=None):
-    """All evaluated models, a row each: train.py's flags, `seed`, `step` ("final", or a checkpoint's), `run` (folder),
-    `setting` (the same for all seeds) and `evaluation`. Reference models have the loss "base".
+    """A table of all evaluated models: train.py's flags, `seed`, `step` ("final", or a checkpoint's), `run`
+    (its folder), `setting` (the same for all seeds) and `evaluation`. Reference models have the loss "base".
     """
     models, bases, skipped = [], {}, []
     for run in tqdm(run_folders(folders), desc="runs", unit="run"):
@@ -78,7 +85,8 @@ def load(folders, tokenizer=None):
         if not (run / "results.json").exists():
             skipped.append(f"{run}: not evaluated")
             continue
-        flags, seed = setting_of(record["config"]), record["config"]["seed"]
+        flags = setting_of(record["config"])
+        seed = record["config"]["seed"]
         for step, folder in {"final": run, **evaluated_checkpoints(run)}.items():
             models.append(flags | {
                 "seed": seed, "step": step, "run": run, "setting": rows.fingerprint([flags, step]),
@@ -95,8 +103,8 @@ def load(folders, tokenizer=None):
     table = pd.DataFrame([*bases.values(), *models], dtype=object)
     table = table.where(table.notna(), None)
     check_comparable(table)
-    seeds = table.groupby("setting").size()
-    print(f"{len(seeds) - len(set(name for name, _ in bases))} settings, each with {seeds.min()} to {seeds.max()} seeds")
+    seeds = table[table.loss != "base"].groupby("setting").size()
+    print(f"{len(seeds)} settings, each with {seeds.min()} to {seeds.max()} seeds")
     return table
 
 
@@ -123,7 +131,7 @@ def evaluated_checkpoints(run):
 
 
 def base_evaluation(run, tokenizer):
-    """Of a run's reference model."""
+    """The evaluation of a run's reference model."""
     sampled = run.parent / "base/rewarded"
     if sampled.exists():
         return read_evaluation(sampled, tokenizer)
@@ -135,28 +143,29 @@ def check_comparable(table):
     first = table.evaluation.iloc[-1]
     for evaluation in table.evaluation:
         if not evaluation.prompts.equals(first.prompts):
-            rows.fail(f"{evaluation.folder}: its test prompts are not those of {first.folder}; give --runs of one "
-                      "dataset, all scored completely")
+            rows.fail(f"{evaluation.folder}: its test prompts are not those of {first.folder}; give --runs of"
+                      " one dataset, all scored completely")
     for _, same in table.groupby(["setting", "seed"]):
         if len(same) > 1:
-            rows.fail(f"{same.run.iloc[1]}: has the settings and the seed of {same.run.iloc[0]}; move one away")
+            first, second = same.run.iloc[:2]
+            rows.fail(f"{second}: has the settings and the seed of {first}; move one away")
 
 
 # ---- the protocol ----
 
 def halves(difficulty, seed=0):
-    """Positions of the prompts to select on, and of those to report: half of each difficulty, give or take one."""
+    """Positions of the prompts to select on, and of those to report: half of each difficulty."""
     shuffled = np.random.default_rng(seed).permutation(len(difficulty))
     by_difficulty = pd.Series(difficulty)[shuffled].sort_values(kind="stable").index
     return np.sort(by_difficulty[0::2]), np.sort(by_difficulty[1::2])
 
 
 def length_controlled(reward, length, ref_reward, ref_length):
-    """Rewards without the part that length explains, (prompts, samples): r - slope (L - mean_L) std_r / std_L.
+    """Rewards without what length explains, r - slope (L - mean_L) std_r / std_L; (prompts, samples).
 
     Means and standard deviations are over the prompt's references. slope: of (r - mean_r) / std_r on
-    (L - mean_L) / std_L over prompts, for each generation seed. Where the references of a prompt all have the same
-    reward or the same length, its rewards stay as they are.
+    (L - mean_L) / std_L over prompts, for each generation seed. Where the references of a prompt all have the
+    same reward or the same length, its rewards stay as they are.
     """
     # compare values: the standard deviation of equal numbers can round to more than 0
     spread = (ref_reward.nunique(axis=1) > 1) & (ref_length.nunique(axis=1) > 1)
@@ -184,8 +193,10 @@ def win_rate(reward, ref_reward):
 
 def metrics(evaluation, half):
     """Every metric of every sample to the prompts at positions `half`: name -> (prompts, samples)."""
-    e = evaluation
-    reward, length, ref_reward, ref_length = (x.iloc[half] for x in (e.reward, e.length, e.ref_reward, e.ref_length))
+    reward = evaluation.reward.iloc[half]
+    length = evaluation.length.iloc[half]
+    ref_reward = evaluation.ref_reward.iloc[half]
+    ref_length = evaluation.ref_length.iloc[half]
     return {
         "reward": reward,
         "gain": reward.sub(ref_reward.mean(axis=1), axis=0),  # paired by prompt, so its errors are smaller
@@ -196,10 +207,10 @@ def metrics(evaluation, half):
 
 
 def measure(evaluations, half):
-    """The metrics of a setting, from an evaluation for each training seed, on half of the prompts. Of each metric:
+    """The metrics of a setting, evaluated once for each training seed, on half of the prompts:
 
     NAME: mean over prompts, generation seeds and training seeds
-    NAME_std: standard deviation over generation seeds, as in the paper (of several training seeds, root mean square)
+    NAME_std: standard deviation over generation seeds, as in the paper (root mean square over training seeds)
     NAME_se_prompts, NAME_se_seeds: standard errors over prompts, and over training seeds
     """
     values = [metrics(evaluation, half) for evaluation in evaluations]
@@ -218,10 +229,11 @@ def measure(evaluations, half):
 
 
 def select(measures, rule="paper", longest=1000):
-    """The position of the best setting of `measures`, a list of what `measure` returns; their rewards must be known.
+    """The position of the best of `measures`, a list of what `measure` returns, whose rewards are all known.
 
-    The paper's rule: drop settings longer than 1000 tokens on average. Of those whose reward is near the best (2
-    standard deviations), find the best length-controlled reward. Of those near that (0.8), take the highest reward.
+    The paper's rule: drop settings longer than 1000 tokens on average. Of those near the best reward (2
+    standard deviations), find the best length-controlled reward. Of those near that (0.8), take the highest
+    reward.
     """
     pool = pd.DataFrame(measures)
     if rule == "paper":
@@ -233,7 +245,7 @@ def select(measures, rule="paper", longest=1000):
 
 
 def near_best(pool, name, factor):
-    """The settings within factor sqrt(s^2 + s_best^2) of the best `name`; s: deviations over generation seeds."""
+    """The settings within factor sqrt(s^2 + s_best^2) of the best in `name`; s: NAME_std."""
     best = pool[name].idxmax()
     std = pool[f"{name}_std"].fillna(0)  # one generation seed has none
     return pool[pool.loc[best, name] - pool[name] <= factor * np.hypot(std, std[best])]

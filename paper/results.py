@@ -1,7 +1,7 @@
 """The paper's tables and figures (arXiv 2507.08068) from the runs on disk.
 
-Reads every evaluated run in --runs (see protocol.py). Half of the test prompts selects hyper-parameters and checkpoint,
-the other half is reported. Prints what it finds, and writes to --out:
+Reads every evaluated run in --runs (see protocol.py). Half of the test prompts selects hyperparameters and
+checkpoint, the other half is reported. Prints what it finds, and writes to --out:
 
     table      one row a method: table.md, table.csv (tables 2 and 3)
     figure1    the methods' rewards as bars
@@ -11,8 +11,8 @@ the other half is reported. Prints what it finds, and writes to --out:
     figure6    held-out log-ratio of chosen and rejected completions over the steps
     alpaca     each method's completions as AlpacaEval's JSON
 
-A figure is a PNG with its numbers in a CSV; the paper's own results (published.json) are shown beside. The flags in --by
-define a method: `table --by=loss,quantile,train_on,beta,num_ref_rewards` has a row for every beta.
+A figure is a PNG with its numbers in a CSV; the paper's own results (published.json) are shown beside them.
+The flags in --by define a method: `table --by=loss,quantile,train_on,beta` has a row for every beta.
 
     python paper/results.py table --runs=out/mini --out=out/results
 """
@@ -36,30 +36,29 @@ from model import load_tokenizer  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-PUBLISHED = rows.load_json(Path(__file__).with_name("published.json"))  # by loss; "base" is the model before training
-ORDER = {loss: i for i, loss in enumerate(PUBLISHED["leetcode"])}       # of the methods; other losses come last
+PUBLISHED = rows.load_json(Path(__file__).with_name("published.json"))  # by loss; base: before training
+ORDER = {loss: i for i, loss in enumerate(PUBLISHED["leetcode"])}       # of methods; other losses come last
 
 
 def parse_arguments():
     parser = rows.Parser(__doc__)
     add = parser.add_argument
     add("what", choices=COMMANDS)
-    add("--runs", nargs="+", default=[], help="folders that contain the runs of one dataset, at any depth")
-    add("--out", type=Path, default=Path("out/results"), help="folder to write to (default %(default)s)")
-    add("--by", help="flags of train.py that define a method (default: loss,quantile,train_on for the table, else loss)")
+    add("--runs", nargs="+", help="folders that contain the runs of one dataset, at any depth")
+    add("--out", type=Path, default=Path("out/results"), help="folder to write to")
+    add("--by", help="flags of train.py that define a method; by default loss,quantile,train_on for the "
+        "table, and loss for the others")
     add("--select", default="paper", choices=("paper", "reward"),
-        help="choose a method's setting by the paper's rule, or by mean reward alone (default %(default)s)")
+        help="choose a method's setting by the paper's rule, or by mean reward alone")
     add("--published", default="leetcode", choices=[name for name in PUBLISHED if name != "figure4"],
-        help="the paper's results to show beside these (default %(default)s)")
-    add("--tokenizer", help="count lengths with this tokenizer, as the paper does with the reward model's "
-        "(default: count the sampled tokens)")
+        help="the paper's results to show beside these")
+    add("--tokenizer", help="count lengths in tokens of this tokenizer, as the paper does with the reward "
+        "model's; by default in sampled tokens")
     args = parser.parse_args()
     if args.what != "figure5" and not args.runs:
         rows.fail("--runs is missing; name the folders that contain the runs")
     if args.what == "figure4" and args.tokenizer:
         rows.fail("--tokenizer: figure4 measures lengths in the model's own tokens; omit the flag")
-    if args.out.exists() and not args.out.is_dir():
-        rows.fail(f"{args.out}: is a file; --out must name a folder")
     by = args.by or ("loss,quantile,train_on" if args.what == "table" else "loss")
     args.by = [flag.strip() for flag in by.split(",")]
     return args
@@ -77,7 +76,8 @@ class Method(NamedTuple):
 
     def row(self):
         step = self.models["step"].iloc[0]
-        return {"method": self.name, "selected": self.selected, "loss": self.loss, "step": step, **self.reported}
+        head = {"method": self.name, "selected": self.selected, "loss": self.loss, "step": step}
+        return head | self.reported
 
 
 def load(args):
@@ -124,10 +124,10 @@ def method_name(model, by):
 
 
 def choose_setting(group, name, prompts, rule):
-    """Select a setting of a method on one half of the prompts, report it on the other. None if no reward is known."""
+    """Select a setting of a method on half of the prompts, report it on the others. None: no known reward."""
     selection, report = prompts
     settings = [setting for _, setting in group.groupby("setting", sort=False)]
-    seeds = set.intersection(*[set(setting.seed) for setting in settings])  # compare on the seeds that all have
+    seeds = set.intersection(*[set(setting.seed) for setting in settings])  # those that all settings have
     candidates, measures = [], []
     for setting in settings:
         m = protocol.measure(setting[setting.seed.isin(seeds)].evaluation, selection)
@@ -139,8 +139,8 @@ def choose_setting(group, name, prompts, rule):
         return None
     best = protocol.select(measures, rule)
     chosen = candidates[best]
-    differ = [flag for flag in group.columns if flag not in ("seed", "run", "setting", "evaluation")
-              and group[flag].nunique(dropna=False) > 1]
+    flags = group.drop(columns=["seed", "run", "setting", "evaluation"])
+    differ = [flag for flag in flags if flags[flag].nunique(dropna=False) > 1]
     selected = ", ".join(f"{flag} {chosen[flag].iloc[0]}" for flag in differ)
     reported = protocol.measure(chosen.evaluation, report)
     return Method(name, chosen.loss.iloc[0], selected, chosen, measures[best], reported)
@@ -180,14 +180,16 @@ def table(args):
         paper = " / ".join(map(str, published.get(method.loss, [])))
         lines.append([name, method.selected, str(m["seeds"]), *cells, f"{m['reward_std']:.4f}", paper])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text += (
-        "\n\nMean ± standard error over prompts ± standard error over training seeds. gain: the reward minus the mean "
-        "reward of the references of the same prompt. std: over generation seeds, as in the paper. Bold: the best of a "
-        "column, and the method that the rule picks on the selection half. The paper: "
-        f"{args.published}, {' / '.join(published['columns'])}.")
+    text += f"\n\n{CAPTION} The paper: {args.published}, {' / '.join(published['columns'])}."
     (args.out / "table.md").write_text(f"{text}\n")
     print(f"\n{text}\n\n{args.out / 'table.md'}")
     save_csv(args.out / "table.csv", [method.row() for method in methods])
+
+
+CAPTION = (
+    "Mean ± standard error over prompts ± standard error over training seeds. gain: the reward minus the "
+    "mean reward of the references of the same prompt. std: over generation seeds, as in the paper. Bold: "
+    "the best of a column, and the method that the rule picks on the selection half.")
 
 
 def cell(m, metric, is_best):
@@ -219,7 +221,8 @@ def figure1(args):
 def figure3(args):
     """Only lines with at least two numbers of reference rewards."""
     points = []
-    for method in choose_methods(args, trained(load(args), "qrpo"), ["quantile", "train_on", "beta", "num_ref_rewards"]):
+    by = ["quantile", "train_on", "beta", "num_ref_rewards"]
+    for method in choose_methods(args, trained(load(args), "qrpo"), by):
         first = method.models.iloc[0]
         pool = first.evaluation.ref_reward.shape[1]
         line = f"{first['quantile']} quantile, {first['train_on']}"
@@ -234,14 +237,15 @@ def figure3(args):
     for axis, (beta, panel) in zip(axes, points.groupby("beta")):
         for name, line in panel.groupby("line"):
             error = line.reward_se_seeds.where(line.seeds > 1, line.reward_std)
-            axis.errorbar(line.num_ref_rewards, line.reward, error, fmt="o-", color=colors[name], capsize=3, label=name)
+            axis.errorbar(line.num_ref_rewards, line.reward, error, fmt="o-", capsize=3, color=colors[name],
+                          label=name)
         axis.set(xscale="log", xlabel="reference rewards", ylabel="reward", title=f"beta {beta}")
         ticks = sorted(panel.num_ref_rewards.unique())
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         axis.legend(fontsize=8)
     save(figure, args.out, "figure3", points)
-    print("error bars: standard error over training seeds, or with one the standard deviation over generation seeds\n"
+    print("error bars: standard error over training seeds; with one, standard deviation over generations\n"
           "the paper: offline flat; off-policy rises, at beta 0.003 from 0.183 with 1 to 0.188 with 50")
 
 
@@ -261,17 +265,18 @@ def figure4(args):
         axis.axline((0, fit.intercept), slope=fit.slope, color="k", linewidth=1.2)
         axis.set(xlabel="length, in standard deviations of the references'", ylabel="log-ratio, nats",
                  title=f"{method.name}: rho {rho:.2f} (paper {paper})")
-        print(f"{method.name}: Spearman {rho:.3f} over {len(x)} samples, {fit.slope:.3g} nats a standard deviation; "
-              f"paper {paper}")
-        fits.append({"method": method.name, "selected": method.selected, "samples": len(x), "slope": fit.slope,
-                     "intercept": fit.intercept, "spearman": rho, "published": paper})
+        print(f"{method.name}: Spearman {rho:.3f} over {len(x)} samples, {fit.slope:.3g} nats a standard "
+              f"deviation; paper {paper}")
+        fits.append({
+            "method": method.name, "selected": method.selected, "samples": len(x),
+            "slope": fit.slope, "intercept": fit.intercept, "spearman": rho, "published": paper})
         points.append(samples.assign(method=method.name))
     save(figure, args.out, "figure4", pd.concat(points))
     save_csv(args.out / "figure4_fits.csv", fits)
 
 
 def normalised_samples(evaluation):
-    """Log-ratio and length of each sample; the length in standard deviations from the mean of the references' ."""
+    """Log-ratio of each sample, and its length in standard deviations from the mean of the references."""
     path = evaluation.folder.parents[1] / "samples.npz"
     if not path.exists():
         rows.fail(f"{path}: is missing; run evaluate.py on this model")
@@ -299,8 +304,8 @@ def figure5(args):
 
 
 def optimum(beta, reward):
-    """The density of pi* = pi_ref e^{q/beta} / Z at these rewards, where pi_ref = N(0, 1); and the share of pi_ref's
-    mass that rises: where q > beta log Z.
+    """The density of pi* = pi_ref e^{q/beta} / Z at these rewards, where pi_ref = N(0, 1); and the share of
+    pi_ref's mass that rises: where q > beta log Z.
     """
     log_Z = qrpo.log_partition(torch.tensor([beta], dtype=torch.float64)).item()
     density = np.exp(stats.norm.logpdf(reward) + stats.norm.cdf(reward) / beta - log_Z)
@@ -312,15 +317,16 @@ def figure6(args):
     figure, axes = panels(len(methods))
     points = []
     for axis, method in zip(axes, methods):
-        log = pd.concat([pd.DataFrame(rows.complete_lines(run / "metrics.jsonl")) for run in method.models.run])
+        logs = [pd.DataFrame(rows.complete_lines(run / "metrics.jsonl")) for run in method.models.run]
+        log = pd.concat(logs)
         for side, color in {"chosen": "C0", "rejected": "C3"}.items():
             column = f"eval_log_ratio_{side}"
             if column not in log:
                 rows.fail(f"{method.name}: its metrics.jsonl has no {column}; train with --eval_data")
-            curve = log.dropna(subset=column).groupby("step")[column].agg(["mean", "count", "sem"]).reset_index()
-            axis.errorbar(curve["step"], curve["mean"], curve["sem"].fillna(0), fmt="o-", color=color, capsize=3,
-                          label=side)
-            points.append(curve.assign(method=method.name, side=side))
+            curve = log.dropna(subset=column).groupby("step")[column].agg(["mean", "count", "sem"])
+            error = curve["sem"].fillna(0)  # one seed has none
+            axis.errorbar(curve.index, curve["mean"], error, fmt="o-", capsize=3, color=color, label=side)
+            points.append(curve.reset_index().assign(method=method.name, side=side))
         axis.axhline(0, color="k", linestyle=":", linewidth=1)
         axis.set(xlabel="step", ylabel="held-out log-ratio, nats", title=method.name)
         axis.legend(fontsize=8)
@@ -342,12 +348,14 @@ def alpaca(args):
         print(path)
 
 
-COMMANDS = {command.__name__: command for command in (table, figure1, figure3, figure4, figure5, figure6, alpaca)}
+COMMANDS = {"table": table, "figure1": figure1, "figure3": figure3, "figure4": figure4, "figure5": figure5,
+            "figure6": figure6, "alpaca": alpaca}
 
 
 def main():
     args = parse_arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
+    with rows.writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     COMMANDS[args.what](args)
 
 

@@ -1,13 +1,13 @@
-"""Run a sweep on this machine or as a SLURM job array, report the state of each of its runs, and repeat what failed.
+"""Run a sweep on this machine or as a SLURM job array, report the state of its runs, and repeat what failed.
 
-A grid is a name in paper/grids.py (chat, scaling, code, sft, refs; mini, mini_refs; stories, stories_refs), or
-FILE.py:NAME, a function of your own that yields runs in the same way. Input: the grid. Output, in the folder of each
-run: log.txt, what it printed; and job.json, where it runs or ran, and its exit code. `status` needs only these and
-squeue. A run that reaches SLURM's time limit saves, is queued again, and continues.
+A grid is a name in paper/grids.py (chat, scaling, code, sft, refs; mini, mini_refs; stories, stories_refs),
+or FILE.py:NAME, a function of your own that yields runs in the same way. Input: the grid. Output, in the
+folder of each run: log.txt, what it printed; and job.json, where it runs or ran, and its exit code. `status`
+needs only these and squeue. A run that reaches SLURM's time limit saves, is queued again, and continues.
 
     python paper/sweep.py list mini --only='qrpo*seed0'
     python paper/sweep.py run mini --jobs=2
-    python paper/sweep.py submit chat --max_running=8 --sbatch='--gpus-per-node=8 --time=12:00:00 --account=mine'
+    python paper/sweep.py submit chat --sbatch='--gpus-per-node=8 --time=12:00:00 --account=mine'
     python paper/sweep.py status chat
 """
 import concurrent.futures
@@ -45,13 +45,13 @@ def parse_arguments():
     add("what", choices=("list", "run", "submit", "status", "task"),
         help="task: for SLURM itself, with the folder of a run instead of a grid")
     add("grid", help="a name in paper/grids.py, or FILE.py:NAME")
-    add("--only", default="*", help="runs whose name contains this text, or matches this pattern of * and ?; separate "
-        "several with commas")
-    add("--rerun", action="store_true", help="run, submit: only what failed (default: also what never started)")
-    add("--jobs", type=int, default=1, help="run: how many at a time; they share the cores (default 1)")
-    add("--max_running", type=int, default=8, help="submit: how many at a time (default %(default)s)")
-    add("--sbatch", default="", help="submit: flags for sbatch, such as '--gpus-per-node=8 --time=12:00:00'; a run that "
-        "takes longer than --time continues in its next job")
+    add("--only", default="*",
+        help="runs whose name contains this or matches this pattern of * and ?; separate several with commas")
+    add("--rerun", action="store_true", help="run, submit: only what failed, and not what never started")
+    add("--jobs", type=int, default=1, help="run: how many at a time; they share the cores")
+    add("--max_running", type=int, default=8, help="submit: how many at a time")
+    add("--sbatch", help="submit: flags for sbatch, such as '--gpus-per-node=8 --time=12:00:00'; a run that "
+        "takes longer continues in its next job")
     args = parser.parse_args()
     if args.jobs < 1:
         rows.fail("--jobs must be at least 1")
@@ -66,10 +66,12 @@ def load_grid(name, only="*"):
         rows.fail(f"{path}: no such file; a grid is a name in paper/grids.py, or FILE.py:NAME")
     grids = {}
     for key, value in runpy.run_path(path, run_name="grids").items():
-        if inspect.isfunction(value) and value.__module__ == "grids" and not inspect.signature(value).parameters:
+        defined_here = inspect.isfunction(value) and value.__module__ == "grids"
+        if defined_here and not inspect.signature(value).parameters:
             grids[key] = value
     if function not in grids:
-        rows.fail(f"{path}: defines no grid {function!r}, a function without arguments; it has {', '.join(grids)}")
+        rows.fail(f"{path}: defines no grid {function!r}, a function without arguments; it has "
+                  f"{', '.join(grids)}")
     runs = list(grids[function]())
     for key in "name", "folder":
         for value, count in Counter(run.get(key) for run in runs).items():
@@ -93,10 +95,10 @@ RECEIVED = set()  # the signals that it got
 
 
 def execute(folder, command, job, threads=None):
-    """Run a command to its end and return its exit code; None if it is already running, or the sweep was stopped.
+    """Run a command and return its exit code; None if it is already running, or the sweep was stopped.
 
-    Its output is appended to FOLDER/log.txt. Every process of the run holds a lock on that file, so the lock tells
-    whether one of them is still alive. job: more entries for job.json.
+    Its output is appended to FOLDER/log.txt. Every process of the run holds a lock on that file, so the lock
+    tells whether one of them is still alive. job: more entries for job.json.
     """
     folder = ROOT / folder
     with rows.writing(folder):
@@ -106,16 +108,17 @@ def execute(folder, command, job, threads=None):
         return None
     if "job" not in job and read_job(folder).get("exit") == 0:
         return 0  # another sweep.py has just run it
-    job = job | {"command": command, "host": socket.gethostname(), "started": time.time(), "log_from": log.tell()}
+    job |= {"command": command, "host": socket.gethostname(), "started": time.time(), "log_from": log.tell()}
     rows.write_json(folder / "job.json", job)
     env = {"PYTHON": sys.executable, "TQDM_MININTERVAL": "10", **os.environ}
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
-    # Ignore SIGUSR1, "save and stop", in all processes of the run except train.py, which sets its own handler. At a
-    # SIGTERM the shell waits for the command in hand, which may be saving, and exits with its code.
+    # SIGUSR1 means "save and stop". All processes of the run ignore it except train.py, which sets its own
+    # handler. At a SIGTERM the shell waits for its current command, which may be saving, and then exits.
     traps = "trap '' USR1; trap 'exit $(($? ? $? : 143))' TERM"
-    child = subprocess.Popen(["bash", "-c", f"{traps}\n{command}"], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
-                             stdout=log, stderr=log, start_new_session=True)
+    child = subprocess.Popen(
+        ["bash", "-c", f"{traps}\n{command}"], cwd=ROOT, env=env, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     RUNNING.add(child)
     if RECEIVED:  # since the check above
         send(child, signal.SIGTERM)
@@ -143,8 +146,8 @@ def is_free(log, kind):
 
 
 def stop(signum, frame):
-    """SIGUSR1, the time limit is near: ask training to save. SIGTERM and SIGINT: end the runs, which save first.
-    A SIGTERM after a SIGUSR1, the time is up: kill what has not saved.
+    """SIGUSR1, the time limit is near: ask training to save. SIGTERM and SIGINT: end the runs, which save
+    first. A SIGTERM after a SIGUSR1, the time is up: kill what has not saved.
     """
     if signum == signal.SIGUSR1:
         sent = signal.SIGUSR1
@@ -160,7 +163,8 @@ def stop(signum, frame):
 
 
 def send(child, signum):
-    """Signal a run: its shell and all descendants, in whatever session, as torchrun's workers have their own."""
+    """Signal a run: its shell and all descendants, in whatever session, as torchrun's workers have their own.
+    """
     children = {}
     for line in subprocess.check_output(["ps", "-e", "-o", "pid=,ppid=,args="], text=True).splitlines():
         pid, parent, *command = line.split(maxsplit=2)
@@ -169,7 +173,8 @@ def send(child, signum):
     for pid, command in family:
         family += children.get(pid, [])
     for pid, command in family:
-        # torchrun kills its workers 30 seconds after a SIGTERM, before a large model is saved; it ends when they do
+        # torchrun kills its workers 30 seconds after a SIGTERM, perhaps before they have saved. It ends when
+        # they do.
         if signum == signal.SIGTERM and "torch.distributed.run" in "".join(command) and pid in children:
             continue
         with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -184,10 +189,12 @@ def run_here(args, runs):
             signal.signal(signum, stop)
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     failed = False
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run", smoothing=0) as bar:
+    bar = tqdm(total=len(runs), unit="run", smoothing=0)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool, bar:
         futures = {pool.submit(execute, run["folder"], run["command"], {}, threads): run for run in runs}
         for future in concurrent.futures.as_completed(futures):
-            code, run = future.result(), futures[future]
+            code = future.result()
+            run = futures[future]
             if code is None and not RECEIVED:
                 bar.write(f"{run['name']}: is already running")
             elif code and not RECEIVED:
@@ -204,7 +211,7 @@ def submit(args, runs):
     if not shutil.which("sbatch"):
         rows.fail("sbatch: not found; submit on a machine with SLURM, or use `run`")
     try:
-        more = shlex.split(args.sbatch)
+        more = shlex.split(args.sbatch or "")
     except ValueError as error:
         rows.fail(f"--sbatch={args.sbatch}: {error}")
     logs = Path(os.path.commonpath([(ROOT / run["folder"]).parent for run in runs])) / "slurm"
@@ -218,9 +225,10 @@ def submit(args, runs):
         f"--signal=B:USR1@{SAVE_TIME}",
         *more,  # the last value of a flag holds
     ]
+    python = shlex.quote(sys.executable)
     script = f"""#!/bin/bash
 folders=({" ".join(shlex.quote(run["folder"]) for run in runs)})
-exec {shlex.join([sys.executable, str(Path(__file__).resolve()), "task"])} "${{folders[$SLURM_ARRAY_TASK_ID]}}"
+exec {python} {shlex.quote(str(Path(__file__).resolve()))} task "${{folders[$SLURM_ARRAY_TASK_ID]}}"
 """
     done = subprocess.run(["sbatch", *flags], text=True, capture_output=True, input=script)
     if done.returncode:
@@ -239,7 +247,7 @@ def this_task():
 
 
 def task(folder):
-    """One task of the array: run the command in the folder's job.json. Before the time limit, save and queue again."""
+    """One task of the array: run the command in FOLDER/job.json; queue it again if time runs out."""
     for signum in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(signum, stop)
     submitted = read_job(folder)
@@ -289,7 +297,7 @@ def read_job(folder):
 
 
 def state(folder, job, queued):
-    """(state, remark): done, failed, queued, running, stalled or never started. queued: what squeue says of it, or ""."""
+    """(done, failed, queued, running, stalled or never started; remark). queued: what squeue says, or ""."""
     folder = ROOT / folder
     log = folder / "log.txt"
     if not job:
@@ -327,8 +335,9 @@ def why(folder, job):
             "ended without a message: it, sweep.py or the machine was killed" if "started" in job
             else "cancelled before it started")
     if code == SAVED or code == 1 and last_line(log, WORKER_SAVED, start):
-        checkpoints = list(folder.glob("resume/step_*"))
-        return "stopped, with a checkpoint to continue from" if checkpoints else "stopped, before its first checkpoint"
+        if list(folder.glob("resume/step_*")):
+            return "stopped, with a checkpoint to continue from"
+        return "stopped, before its first checkpoint"
     if killed:
         name = signal.Signals(abs(code) % 128).name
         return f"killed by {name}" + " (often: out of memory)" * (name == "SIGKILL")

@@ -1,4 +1,6 @@
-"""data/*/prepare.py: files of the hub's columns become rows; what is dropped; those rows in the project's stages."""
+"""data/*/prepare.py: files of the hub's columns become rows; what is dropped; those rows in the project's
+stages.
+"""
 import gzip
 import importlib.util
 import json

@@ -1,4 +1,5 @@
-"""paper/protocol.py and results.py: the protocol's numbers by hand, and tables and figures of runs on disk."""
+"""paper/protocol.py and results.py: the protocol's numbers by hand, and tables and figures of runs on disk.
+"""
 import contextlib
 import csv
 import io
@@ -112,7 +113,9 @@ def test_optimum_under_a_normal_reward(beta, rises):
 # ---- runs on disk ----
 
 def write_run(folder, seed, reward, steps=10, finished=True, evaluated=True, metrics=None, **config):
-    """A run's folder; reward(i, k) of sample k of prompt i. Its references have rewards 0 and 1 and lengths 4 and 6."""
+    """A run's folder; reward(i, k) of sample k of prompt i. Its references have rewards 0 and 1 and lengths 4
+    and 6.
+    """
     config = {"loss": "qrpo", "quantile": "paper", "train_on": "refs", "beta": 0.1, "learning_rate": 1e-4, "seed": seed,
               "num_ref_rewards": 0, "model": f"seed{seed}/base", "steps": steps + seed, "data_fingerprint": f"f{seed}",
               **config}
@@ -150,7 +153,9 @@ def read_csv(path):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Two seeds; the second learning rate is better on the selection half, the first on the half that is reported."""
+    """Two seeds; the second learning rate is better on the selection half, the first on the half that is
+    reported.
+    """
     tmp_path = tmp_path_factory.mktemp("sweep")
     selection, report = protocol.halves(["easy", "hard"] * 4)
     for seed in (0, 1):
@@ -297,7 +302,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, change, mess
 
 
 def test_a_real_run(tiny, rewarded, tmp_path):
-    """Trained, sampled, rewarded and evaluated by the project's own scripts; its table's reward by another way."""
+    """Trained, sampled, rewarded and evaluated by the project's own scripts; its table's reward by another
+    way.
+    """
     out = tmp_path / "runs" / "qrpo"
     run("train.py", f"--model={tiny}", f"--data={rewarded}", f"--eval_data={rewarded}", f"--out={out}",
         "--batch_size=40", "--learning_rate=1e-3")

@@ -1,5 +1,5 @@
-"""paper/sweep.py: the grids' counts and flags, a sweep on this machine, and one on a real SLURM cluster of one node,
-with a failure, a cancellation, a time limit, and a node that goes down.
+"""paper/sweep.py: the grids' counts and flags, a sweep on this machine, and one on a real SLURM cluster of
+one node, with a failure, a cancellation, a time limit, and a node that goes down.
 """
 import itertools
 import json
@@ -186,7 +186,8 @@ def wait_for(condition, seconds=300):
 
 
 class Cluster:
-    """A temporary SLURM on this machine, where a node is a daemon: with its own munge key, ports and folders."""
+    """A temporary SLURM on this machine, where a node is a daemon: with its own munge key, ports and folders.
+    """
 
     def __init__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # not in pytest's, which is for root alone

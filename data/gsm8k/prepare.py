@@ -1,12 +1,14 @@
-"""GSM8K: word problems whose answer is a number (arXiv 2110.14168); as prompts to sample from, or as an offline dataset.
+"""GSM8K: word problems whose answer is a number (arXiv 2110.14168), as prompts or as an offline dataset.
 
-Without --source, or with local files that have the hub's columns (question, answer): openai/gsm8k as rows with prompt,
-completion (the dataset's solution) and answer (a number): 7,473 questions for training and 1,319 for the test.
+Without --source, or with local files that have the hub's columns (question, answer): openai/gsm8k as rows
+with prompt, completion (the dataset's solution) and answer (a number): 7,473 questions for training and 1,319
+for the test.
 
-With --source=example_model_solutions.jsonl[.gz] of github.com/openai/grade-school-math: offline data with pointwise
-rewards. A row is the answer of one of four models to one of the 1,319 test questions: completion; reward, 1 if it is
-right and 0 if not; and ref_rewards, the rewards of the other three models, used in place of the reference model's. Every
-fifth question is for the test. `train.py --train_on=completion` accepts these rows as they are.
+With --source=example_model_solutions.jsonl[.gz] of github.com/openai/grade-school-math: offline data with
+pointwise rewards. A row is the answer of one of four models to one of the 1,319 test questions: completion;
+reward, 1 if it is right and 0 if not; and ref_rewards, the rewards of the other three models, used in place
+of the reference model's. Every fifth question is for the test. `train.py --train_on=completion` accepts these
+rows as they are.
 
     python data/gsm8k/prepare.py
     python score.py --data=out/refs --out=out/rewarded --reward=data/gsm8k/reward.py:correct
@@ -45,7 +47,8 @@ def model_answers(path, split):
             continue
         rewards = [float(raw[model]["is_correct"]) for model in MODELS]
         for k, model in enumerate(MODELS):
-            row = make_row(f"{i}-{model}", raw["question"], end(raw[model]["solution"]), end(raw["ground_truth"]))
+            solution = end(raw[model]["solution"])
+            row = make_row(f"{i}-{model}", raw["question"], solution, answer=end(raw["ground_truth"]))
             yield row | {"reward": rewards[k], "ref_rewards": rewards[:k] + rewards[k + 1:]}
 
 

@@ -1,11 +1,11 @@
 """LeetCodeDataset: 2,869 LeetCode problems with about a hundred tests each (arXiv 2504.14655).
 
-Reads newfacade/LeetCodeDataset from the hub, or local files of its columns. Writes train.jsonl and test.jsonl beside
-this script: rows with prompt (one chat message), completion (the dataset's own solution, fenced like an answer),
-preamble, test, entry_point and difficulty, which `score.py --reward=tests` and the paper's stratified evaluation use.
-As in the paper, a row is kept if it has at least 20 tests, and prompt and answer have at most 2048 tokens together; and
-the prompt says what runs before the answer. The paper has 2,641 training rows and 228 test rows, and kept 2,563 and 223
-of them.
+Reads newfacade/LeetCodeDataset from the hub, or local files of its columns. Writes train.jsonl and test.jsonl
+beside this script: rows with prompt (one chat message), completion (the dataset's own solution, fenced like
+an answer), preamble, test, entry_point and difficulty, which `score.py --reward=tests` and the paper's
+stratified evaluation use. As in the paper, a row is kept if it has at least 20 tests, and prompt and answer
+have at most 2048 tokens together; and the prompt says what runs before the answer. The paper has 2,641
+training rows and 228 test rows, and kept 2,563 and 223 of them.
 
     python data/leetcode/prepare.py
     python score.py --data=data/leetcode/test.jsonl --out=out/solutions --reward=tests
@@ -28,10 +28,11 @@ These imports and helpers run before your answer; import whatever else it needs:
 {outline}
 ```"""
 HUB = "newfacade/LeetCodeDataset", None
-COLUMNS = "task_id", "difficulty", "problem_description", "starter_code", "prompt", "completion", "entry_point", "test"
+COLUMNS = ("task_id", "difficulty", "problem_description", "starter_code", "prompt", "completion",
+           "entry_point", "test")
 
 
-# what the code before the answer defines: its imports, constants, and the first lines of its classes and functions
+# what the code before the answer defines: imports, constants, the first lines of classes and functions
 OUTLINE = re.compile(r"^(?:import|from|class|def|\w+ =|    def __init__).*", re.MULTILINE)
 TEST = re.compile(r"^\s*assert\b", re.MULTILINE)
 MIN_TESTS = 20

@@ -1,9 +1,9 @@
 """Magpie-Air: 100,000 synthetic instructions, each with a preferred and a rejected answer (arXiv 2406.08464).
 
-Reads Magpie-Align/Magpie-Air-DPO-100K-v0.1 from the hub, or local files with its `chosen` and `rejected`. Writes
-train.jsonl and test.jsonl beside this script: rows with prompt, chosen and rejected as chat messages. As in the paper,
-a row is kept if both answers have at most 2048 tokens of the reward model. The paper has 98,000 training rows and
-2,000 test rows, and kept 97,812 and 1,992 of them.
+Reads Magpie-Align/Magpie-Air-DPO-100K-v0.1 from the hub, or local files with its `chosen` and `rejected`.
+Writes train.jsonl and test.jsonl beside this script: rows with prompt, chosen and rejected as chat messages.
+As in the paper, a row is kept if both answers have at most 2048 tokens of the reward model. The paper has
+98,000 training rows and 2,000 test rows, and kept 97,812 and 1,992 of them.
 
     python data/magpie_air/prepare.py
 """

@@ -1,9 +1,9 @@
 """UltraFeedback, binarized: 60,000 prompts, each with a preferred and a rejected answer from other models.
 
-Reads HuggingFaceH4/ultrafeedback_binarized (train_prefs, test_prefs) from the hub, or local files with its `chosen` and
-`rejected`. Writes train.jsonl and test.jsonl beside this script: rows with prompt, chosen and rejected as chat
-messages. As in the paper, a row is kept if both answers have at most 2048 tokens of the reward model. The paper has
-61,135 training rows and 2,000 test rows, and kept 61,024 and 1,995 of them.
+Reads HuggingFaceH4/ultrafeedback_binarized (train_prefs, test_prefs) from the hub, or local files with its
+`chosen` and `rejected`. Writes train.jsonl and test.jsonl beside this script: rows with prompt, chosen and
+rejected as chat messages. As in the paper, a row is kept if both answers have at most 2048 tokens of the
+reward model. The paper has 61,135 training rows and 2,000 test rows, and kept 61,024 and 1,995 of them.
 
     python data/ultrafeedback/prepare.py
 """
