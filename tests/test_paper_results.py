@@ -29,7 +29,7 @@ def length_controlled(*arrays):
 
 
 def test_length_controlled_reward_by_hand():
-    # references of each prompt: rewards 0 and 2 (mean 1, std sqrt 2), lengths 10 and 30 (mean 20, std 10 sqrt 2)
+    # references of each prompt: rewards 0, 2 (mean 1, std sqrt 2) and lengths 10, 30 (mean 20, std 10 sqrt 2)
     ref_reward, ref_length = np.tile([0.0, 2], (4, 1)), np.tile([10.0, 30], (4, 1))
     ref_reward[3] = 0.1  # no spread: this prompt is not in the regression, and its reward stays
     length, reward = np.array([[10.0], [20], [30], [90]]), np.array([[0.5], [1.5], [1.0], [9]])
@@ -45,13 +45,14 @@ def test_length_controlled_reward_with_an_unknown_reward():
     ref_reward, ref_length = np.tile([0.0, 2], (4, 1)), np.tile([10.0, 30], (4, 1))
     length, reward = np.array([[10.0], [20], [30], [90]]), np.array([[0.5], [1.5], [1.0], [np.nan]])
     got = length_controlled(reward, length, ref_reward, ref_length)
-    np.testing.assert_allclose(got[:, 0], [0.75, 1.5, 0.75, np.nan], rtol=1e-12)  # the slope is that of the others
+    # the slope is that of the others
+    np.testing.assert_allclose(got[:, 0], [0.75, 1.5, 0.75, np.nan], rtol=1e-12)
 
 
 def test_length_controlled_reward_removes_what_only_length_earned():
     rng = np.random.default_rng(0)
     ref_length = rng.normal(100, 20, (50, 16))
-    length = rng.normal(130, 20, (50, 3))  # longer than the references, and paid for it: reward = length / 100
+    length = rng.normal(130, 20, (50, 3))  # longer than the references; the reward is length / 100
     got = length_controlled(length / 100, length, ref_length / 100, ref_length)
     np.testing.assert_allclose(got, np.tile(ref_length.mean(1)[:, None] / 100, 3), rtol=1e-9)
 
@@ -89,9 +90,11 @@ def test_halves_split_each_difficulty():
 def test_selection_rule_step_by_step():
     def m(reward, lc, length=10, std=0.1):
         return {"reward": reward, "lc_reward": lc, "length": length, "reward_std": std, "lc_reward_std": std}
-    # the first is too long; the second the best; the third is 2.9 sqrt(.02) below and out, though its LC is the best
+    # The first is too long; the second has the best reward. The third is 2.9 sqrt(.02) below that, too far,
+    # though its length-controlled reward is the best.
     pool = [m(9, 9, 1001), m(1.0, 0.1), m(0.59, 0.9), m(0.8, 0.5), m(0.75, 0.6), m(0.72, 0.3)]
-    # of the rest the best LC is 0.6; within .8 sqrt(.02) = .113 of it lies 0.5, and has the higher reward
+    # Of the rest, the best length-controlled reward is 0.6; 0.5 is within .8 sqrt(.02) = .113 of that, and
+    # has the higher reward.
     assert protocol.select(pool) == 3
     assert protocol.select(pool, "reward") == 0
     assert protocol.select([*pool[:3], m(0.8, 0.48), *pool[4:]]) == 4  # .12 below is too far
@@ -107,7 +110,8 @@ def test_optimum_under_a_normal_reward(beta, rises):
     assert share == pytest.approx(rises, abs=1e-4)
     assert density.sum() * dx == pytest.approx(1, abs=1e-4)
     pi_ref = np.exp(-reward ** 2 / 2) / math.sqrt(2 * math.pi)
-    assert pi_ref[density > pi_ref].sum() * dx == pytest.approx(share, abs=1e-3)  # the mass that rises, counted
+    rising = pi_ref[density > pi_ref].sum() * dx
+    assert rising == pytest.approx(share, abs=1e-3)
 
 
 # ---- runs on disk ----
@@ -116,23 +120,27 @@ def write_run(folder, seed, reward, steps=10, finished=True, evaluated=True, met
     """A run's folder; reward(i, k) of sample k of prompt i. Its references have rewards 0 and 1 and lengths 4
     and 6.
     """
-    config = {"loss": "qrpo", "quantile": "paper", "train_on": "refs", "beta": 0.1, "learning_rate": 1e-4, "seed": seed,
-              "num_ref_rewards": 0, "model": f"seed{seed}/base", "steps": steps + seed, "data_fingerprint": f"f{seed}",
-              **config}
+    config = {"loss": "qrpo", "quantile": "paper", "train_on": "refs", "beta": 0.1, "learning_rate": 1e-4,
+              "seed": seed, "num_ref_rewards": 0, "model": f"seed{seed}/base", "steps": steps + seed,
+              "data_fingerprint": f"f{seed}", **config}
     rows.write_json(folder / "run.json", {"config": config, "finished": finished})
     (folder / "test/rewarded").mkdir(parents=True)
-    text = lambda n: {"text": "x" * n, "token_ids": [1] * n, "finish_reason": "stop"}
+
+    def text(n):
+        return {"text": "x" * n, "token_ids": [1] * n, "finish_reason": "stop"}
+
     with open(folder / "test/rewarded/part-00000.jsonl", "wb") as f:
         for i in range(8):
             rows.append(f, {"id": f"p{i}", "prompt": f"do {i}", "difficulty": ["easy", "hard"][i % 2],
                             "ref_completions": [text(4), text(6)], "ref_rewards": [0.0, 1.0],
-                            "samples": [text(5), text(5 + i)], "sample_rewards": [reward(i, k) for k in range(2)]})
+                            "samples": [text(5), text(5 + i)],
+                            "sample_rewards": [reward(i, k) for k in range(2)]})
     with open(folder / "metrics.jsonl", "wb") as f:
         for line in metrics or []:
             rows.append(f, line)
     n = np.arange(16)
-    np.savez(folder / "samples.npz", log_ratio=2.0 * (n % 5) + 3, length=5 + n % 5, row=n // 2, reward=n * 0.0,
-             lo=n * 0.0, hi=n * 0.0, row_ids=np.array([f"p{i}" for i in range(8)]))
+    np.savez(folder / "samples.npz", log_ratio=2.0 * (n % 5) + 3, length=5 + n % 5, row=n // 2,
+             reward=n * 0.0, lo=n * 0.0, hi=n * 0.0, row_ids=np.array([f"p{i}" for i in range(8)]))
     if evaluated:
         rows.write_json(folder / "results.json", {})
 
@@ -181,12 +189,14 @@ def test_table_selects_on_one_half_and_reports_the_other(sweep):
     methods = {m["method"]: m for m in read_csv(sweep / "out/table.csv")}
     assert list(methods) == ["reference model", "dpo best_worst", "qrpo paper refs"]
     qrpo, dpo, base = methods["qrpo paper refs"], methods["dpo best_worst"], methods["reference model"]
-    assert "learning_rate 0.0003" in qrpo["selected"] and float(qrpo["reward"]) == 0  # it was chosen by the other half
+    assert "learning_rate 0.0003" in qrpo["selected"]  # the better one on the selection half
+    assert float(qrpo["reward"]) == 0
     assert (float(dpo["reward"]), int(dpo["seeds"]), float(dpo["reward_se_seeds"])) == (0.25, 2, 0)
     assert (float(dpo["gain"]), float(dpo["gain_se_prompts"])) == (-0.25, 0)
     assert (float(base["reward"]), float(base["win_rate"]), float(base["length"])) == (0.5, 0.5, 5)
     markdown = (sweep / "out/table.md").read_text()
-    assert "| **qrpo paper refs** |" in markdown and "32.7 / 1.0" in markdown  # picked by the rule; the paper's figure
+    assert "| **qrpo paper refs** |" in markdown  # picked by the rule
+    assert "32.7 / 1.0" in markdown  # the paper's
     assert "**0.5000** ± 0.0000 ± 0.0000 | **0.0000**" in markdown  # the best of the columns
 
 
@@ -210,8 +220,10 @@ def test_figures_and_the_numbers_behind_them(sweep):
     assert [(p["beta"], p["num_ref_rewards"]) for p in points] == [("0.3", "1"), ("0.3", "2")]  # 0.1 has one
     assert [float(p["reward"]) for p in points] == pytest.approx([0.5 * share, 0.7 * share])
     for fit in read_csv(sweep / "out/figure4_fits.csv"):  # 2 nats a token; sigma is sqrt 2 tokens
-        assert float(fit["slope"]) == pytest.approx(2 * math.sqrt(2)) and float(fit["spearman"]) == pytest.approx(1)
-        assert int(fit["samples"]) == 32 and float(fit["intercept"]) == pytest.approx(3)  # at the mean length, 5
+        assert int(fit["samples"]) == 32
+        assert float(fit["slope"]) == pytest.approx(2 * math.sqrt(2))
+        assert float(fit["intercept"]) == pytest.approx(3)  # at the mean length, 5
+        assert float(fit["spearman"]) == pytest.approx(1)
     last = [p for p in read_csv(sweep / "out/figure6.csv") if p["method"] == "dpo" and p["step"] == "9"]
     assert [(p["side"], float(p["log_ratio"]), float(p["se_seeds"])) for p in last] == [
         ("chosen", 1.5, 0.5), ("rejected", -2.0, 0.0)]
@@ -220,7 +232,8 @@ def test_figures_and_the_numbers_behind_them(sweep):
 def test_checkpoints_are_selected_too(tmp_path):
     write_run(tmp_path / "runs/a", 0, lambda i, k: 0.1, steps=30)
     for step, reward in ((10, 0.6), (20, 0.9)):  # step 20 was not evaluated to its end
-        write_run(tmp_path / f"runs/a/checkpoints/step_{step:06d}", 0, lambda i, k: reward, evaluated=step == 10)
+        write_run(tmp_path / f"runs/a/checkpoints/step_{step:06d}", 0, lambda i, k: reward,
+                  evaluated=step == 10)
         (tmp_path / f"runs/a/checkpoints/step_{step:06d}/run.json").unlink()
     command(tmp_path, "table")
     qrpo = read_csv(tmp_path / "out/table.csv")[1]
@@ -257,7 +270,8 @@ def test_a_run_without_known_rewards_is_left_out(tmp_path):
     write_run(tmp_path / "runs/b", 0, lambda i, k: None, loss="dpo")
     write_run(tmp_path / "runs/c", 0, lambda i, k: 0.5 if k else None, loss="rebel")  # one generation of two
     assert "dpo refs: left out" in command(tmp_path, "table")
-    assert [m["method"] for m in read_csv(tmp_path / "out/table.csv")] == ["reference model", "rebel refs", "qrpo paper refs"]
+    methods = [m["method"] for m in read_csv(tmp_path / "out/table.csv")]
+    assert methods == ["reference model", "rebel refs", "qrpo paper refs"]
 
 
 def test_a_new_loss_needs_no_line_here(tmp_path):
@@ -268,14 +282,15 @@ def test_a_new_loss_needs_no_line_here(tmp_path):
     for what in ("table", "figure1", "figure4"):
         command(tmp_path, what)
     methods = [(m["method"], float(m["reward"])) for m in read_csv(tmp_path / "out/table.csv")]
-    expected = [("reference model", 0.5), ("simpo refs", 0.7), ("ipo exact refs", 0.8), ("ipo paper refs", 0.6)]
+    expected = [("reference model", 0.5), ("simpo refs", 0.7), ("ipo exact refs", 0.8),
+                ("ipo paper refs", 0.6)]
     assert methods == [(name, pytest.approx(reward)) for name, reward in expected]
 
 
 @pytest.mark.parametrize("flags, says", (
     (["table", "--by=loss,learning_rates"], "no run has a flag 'learning_rates'"),
     (["figure4", "--tokenizer=x"], "--tokenizer"), (["table", "--runs=/no/runs"], "/no/runs: no such folder"),
-    (["table", "--out=/dev/null"], "is a file")))
+    (["table", "--out=/dev/null"], "/dev/null: cannot be written")))
 def test_flags_that_make_no_sense(sweep, capsys, flags, says):
     with pytest.raises(SystemExit, match="2"):
         command(sweep, *flags)
@@ -308,14 +323,16 @@ def test_a_real_run(tiny, rewarded, tmp_path):
     out = tmp_path / "runs" / "qrpo"
     run("train.py", f"--model={tiny}", f"--data={rewarded}", f"--eval_data={rewarded}", f"--out={out}",
         "--batch_size=40", "--learning_rate=1e-3")
-    run("generate_refs.py", f"--model={out}", f"--data={rewarded}", f"--out={out / 'test/sampled'}", "--num_refs=3",
+    run("generate_refs.py", f"--model={out}", f"--data={rewarded}", f"--out={out / 'test/sampled'}",
+        "--num_refs=3",
         "--field=samples", "--max_new_tokens=20", "--seed=1")
     run("score.py", f"--data={out / 'test/sampled'}", f"--out={out / 'test/rewarded'}",
         f"--reward={rewarded.parent / 'reward.py'}:letters")
-    run("evaluate.py", f"--model={out}", f"--ref_model={tiny}", f"--data={out / 'test/rewarded'}", f"--out={out}")
+    run("evaluate.py", f"--model={out}", f"--ref_model={tiny}", f"--data={out / 'test/rewarded'}",
+        f"--out={out}")
     for what in ("table", "figure6"):
         command(tmp_path, what)
-    with pytest.raises(SystemExit, match="2"):  # this model never ends: its references are all as long as they may be
+    with pytest.raises(SystemExit, match="2"):  # this model never stops: all its references have one length
         command(tmp_path, "figure4")
     table = sorted(read_rows(out / "test/rewarded"), key=lambda row: row["id"])
     report = protocol.halves(["None"] * len(table))[1]
