@@ -442,11 +442,12 @@ def get_batch(data, index, device):
             setattr(b, name, torch.as_tensor(getattr(data, name)[index], device=device))
     row = data.row[index]
     b.ref_rewards = torch.as_tensor(data.ref_rewards[row], device=device)
-    b.std = torch.as_tensor(data.std[row], device=device)
+    if hasattr(data, "std"):
+        b.std = torch.as_tensor(data.std[row], device=device)
     return b
 
 
-def micro_batches(lens, terms, budget):
+def micro_batches(lens, terms, budget, rank=0, world=1):
     """Split the terms of a step into micro-batches of similar length, for this rank.
 
     terms: (n, size) the completions of every term of the loss. budget: padded tokens in a micro-batch
@@ -454,7 +455,6 @@ def micro_batches(lens, terms, budget):
     get the same number, as DDP and FSDP wait for every rank: a rank without work gets a filler that
     does not. The longest come first, so what does not fit into memory shows at once.
     """
-    rank, world = rows.share()
     longest = lens[terms].max(1)
     order = np.argsort(-longest, kind="stable")
     while len(order):
@@ -474,7 +474,7 @@ def all_logps(policy, data, budget, device):
     out = torch.zeros(len(data.lens), dtype=torch.float32, device=device)
     every = np.arange(len(data.lens))[:, None]
     with tqdm(total=len(out), desc="log-probabilities", unit="completion", disable=rank != 0) as bar:
-        for index, works in micro_batches(data.lens, every, budget):
+        for index, works in micro_batches(data.lens, every, budget, rank, world):
             b = get_batch(data, index, device)
             logps = policy(b.tokens, b.prompt_lens, b.lens)
             if works:

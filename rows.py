@@ -54,8 +54,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; see --help")
 
-    def parse_args(self):
-        args, unknown = self.parse_known_args()
+    def parse_args(self, argv=None):
+        args, unknown = self.parse_known_args(argv)
         for flag in unknown:
             close = difflib.get_close_matches(flag.split("=")[0], self._option_string_actions, 1)
             hint = f"; did you mean {close[0]}?" if close else ""

@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -33,7 +34,7 @@ REWARD_OF = {"ref_completions": "ref_rewards", "samples": "sample_rewards", "com
 SAMPLED = "ref_completions", "samples"  # these hold lists of {"text", ...}
 
 
-def arguments():
+def arguments(argv=None):
     parser = rows.Parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, help="JSONL file or folder of rows with completions")
@@ -48,7 +49,7 @@ def arguments():
     add("--unsafe", action="store_true", help="tests: run programs without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
         add(f"--{name}", type=type(default), default=default, help=f"tests: {text}")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     kind = args.reward.split(":")[0]
     if kind not in REWARDS or kind == "function":
         kind = "function"  # FILE.py:NAME
@@ -98,7 +99,7 @@ def tests_settings(args):
     return {"reward": "tests"} | {name: getattr(args, name) for name in sandbox.FLAGS}
 
 
-def tests_rewards(todo, args):
+def tests_rewards(args, todo):
     """Share of the row's tests passed, in [0,1]; None where the sandbox itself failed. Needs `test`, `entry_point`."""
     waiting = {}  # row id: [row, rewards so far, how many are missing]
 
@@ -157,7 +158,7 @@ def function_settings(args):
     return {"reward": args.reward.rpartition(":")[2], "code": rows.fingerprint(code)}
 
 
-def function_rewards(todo, args):
+def function_rewards(args, todo):
     """A user's function, called once per row: prompts and every column come as lists, one entry per completion."""
     for row, completions in todo:
         n, prompt = len(completions), row["prompt"]
@@ -193,6 +194,7 @@ class RewardModel:
         model = load(kind, self.path, dtype=dtype, trust_remote_code=args.trust_remote_code)
         self.model = model.to(self.device).eval()
         self.limit = min(args.max_length, context_length(model))
+        self.budget = args.batch_tokens or (16384 if self.device.type == "cuda" else 1024)
         self.cut = 0  # completions whose end was not seen
 
     def ids(self, prompt, completion):
@@ -227,43 +229,42 @@ class RewardModel:
             rows.fail(f"{self.path}: gives {score.numel() // len(batch)} numbers per completion; a reward model gives one")
         return score.float().flatten().tolist()
 
-    def score_all(self, sequences, budget):
-        """Scores of many lists of token ids, in batches of similar length of at most `budget` padded tokens."""
+    def score_all(self, sequences):
+        """Scores of many lists of token ids, in batches of similar length."""
         scores = [None] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))  # the longest first: if memory runs out,
         while order:                                                             # then at once
-            size = max(1, budget // max(1, len(sequences[order[0]])))
+            size = max(1, self.budget // max(1, len(sequences[order[0]])))
             batch, order = order[:size], order[size:]
             for i, score in zip(batch, self.scores([sequences[i] for i in batch])):
                 scores[i] = score
         return scores
 
 
-def model_rewards(todo, args):
-    model = RewardModel(args)
-    budget = args.batch_tokens or (16384 if model.device.type == "cuda" else 1024)
-    group, sequences = [], []
-    for row, completions in itertools.chain(todo, [(None, [])]):
-        if row is None or sum(map(len, sequences)) >= GROUP * budget:
-            scores = iter(model.score_all(sequences, budget))
-            for scored, n in group:
-                yield scored, list(itertools.islice(scores, n))
-            group, sequences = [], []
-        group.append((row, len(completions)))
-        sequences += [model.ids(row["prompt"], completion) for completion in completions]
-    if model.cut:
-        print(f"{args.data}: the ends of {model.cut} completions were not seen, beyond {model.limit} tokens")
+    def __call__(self, todo):
+        """Yield (row, rewards) of an iterable of (row, completions)."""
+        group, sequences = [], []
+        for row, completions in itertools.chain(todo, [(None, [])]):
+            if row is None or sum(map(len, sequences)) >= GROUP * self.budget:
+                scores = iter(self.score_all(sequences))
+                for scored, n in group:
+                    yield scored, list(itertools.islice(scores, n))
+                group, sequences = [], []
+            group.append((row, len(completions)))
+            sequences += [self.ids(row["prompt"], completion) for completion in completions]
+        if self.cut:
+            print(f"the ends of {self.cut} completions were not seen, beyond {self.limit} tokens")
 
 
 class Kind(NamedTuple):
     settings: Callable  # args -> dict of what the rewards depend on
-    rewards: Callable   # (iterable of (row, completions), args) -> yields (row, list of float or None), in any order
+    load: Callable      # args -> f(iterable of (row, completions)), which yields (row, list of float or None)
 
 
 REWARDS = {  # --reward=KIND or KIND:...; a new kind of reward is one entry
-    "tests": Kind(tests_settings, tests_rewards),
-    "function": Kind(function_settings, function_rewards),  # FILE.py:NAME
-    "model": Kind(model_settings, model_rewards),
+    "tests": Kind(tests_settings, lambda args: partial(tests_rewards, args)),
+    "function": Kind(function_settings, lambda args: partial(function_rewards, args)),  # FILE.py:NAME
+    "model": Kind(model_settings, RewardModel),
 }
 
 
@@ -288,7 +289,7 @@ def main():
                 kept += 1
                 bar.update()
 
-    for row, rewards in args.kind.rewards(todo(), args):
+    for row, rewards in args.kind.load(args)(todo()):
         for (column, _), reward in zip(unrewarded(row, made_by), rewards):
             if reward is not None and not math.isfinite(reward):
                 rows.fail(f"{row['__at__']}: {args.reward} gave the reward {reward}; return a finite number, or None "

@@ -53,6 +53,7 @@ def pairs(values):
 LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
     "qrpo": (1, ("rewards", "targets"), lambda b, logps: qrpo.regression_loss(
         b.beta, logps, b.ref_logps, b.targets, args.norm)),
+    "forward_kl": (1, ("rewards", "targets"), lambda b, logps: qrpo.forward_kl_loss(logps, b.targets)),
     "dpo": (2, (), lambda b, logps: qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))),
     "rebel": (2, ("rewards",), lambda b, logps: qrpo.rebel_loss(
         args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))),
@@ -478,7 +479,7 @@ def evaluate(step):
     terms = np.arange(len(eval_data.lens)).reshape(-1, term_size)
     mean_length = (eval_data.lens - eval_data.prompt_lens).mean()
     totals = {}
-    for index, works in micro_batches(eval_data.lens, terms, micro_batch_tokens):
+    for index, works in micro_batches(eval_data.lens, terms, micro_batch_tokens, rank, world):
         b = load_batch(eval_data, index, mean_length)
         with autocast:
             logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)
@@ -512,7 +513,7 @@ for step in bar:
         group["lr"] = learning_rate(step)
     terms = step_terms(step)  # (n, term_size) completions, n <= batch_size
     mean_length = (train_data.lens - train_data.prompt_lens)[terms].mean()
-    batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens))  # of similar length
+    batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens, rank, world))  # of similar length
     totals = {}
     for i, (index, works) in enumerate(batches):
         policy.require_backward_grad_sync = i == len(batches) - 1  # DDP averages over ranks once, at the end
