@@ -18,7 +18,7 @@ import trl
 from datasets import load_dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from qrpo import qrpo_loss  # noqa: E402
+from qrpo import qrpo_loss
 
 REWARDS = "chosen_reward", "rejected_reward", "ref_rewards"
 
@@ -50,7 +50,8 @@ class QRPOTrainer(trl.DPOTrainer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument("--data", required=True, help="JSONL of rewarded pairs")
     parser.add_argument("--out", required=True, help="folder of the model")
