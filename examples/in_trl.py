@@ -1,13 +1,13 @@
-"""`qrpo_loss` in somebody else's training loop: TRL's DPOTrainer with its loss exchanged, 20 lines that matter.
+"""`qrpo_loss` in another training loop: TRL's DPOTrainer with its loss replaced, in some 20 lines.
 
-Reads rewarded rows with `chosen`, `rejected`, their rewards and `ref_rewards` (score.py's output, of one number in all
-rows and none null); saves a model. Run with TRL 1.16 (`pip install trl==1.16.0`; no requirement of this project):
+Reads rewarded rows with `chosen`, `rejected`, their rewards and `ref_rewards` (score.py's output; every row
+has the same number of ref_rewards, and none is null). Saves a model. It needs TRL 1.16
+(`pip install trl==1.16.0`), which the rest of this project does not:
 
-    python examples/in_trl.py --model=MODEL --data=out/rewarded/part-00000.jsonl --out=out/in_trl --beta=0.1
+    python examples/in_trl.py --model=MODEL --data=out/rewarded/part-00000.jsonl --out=out/in_trl
 
-What to know when you copy the loss elsewhere stands in the README. Here: TRL's log-probabilities (summed over
-completion tokens, float32) and reference log-probabilities (computed once, before training) are already what the loss
-needs.
+The README says what the loss needs when you copy it. TRL's log-probabilities (summed over completion tokens,
+in float32) and its reference log-probabilities (computed once, before training) already meet these needs.
 """
 import argparse
 import sys
@@ -50,7 +50,8 @@ class QRPOTrainer(trl.DPOTrainer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument("--data", required=True, help="JSONL of rewarded pairs")
     parser.add_argument("--out", required=True, help="folder of the model")
