@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def pytest_collection_modifyitems(items):
 
 def call(script, *flags):
     """Run a script in this process, as `python SCRIPT FLAGS` would. Returns its global names, a dict."""
-    argv = sys.argv
+    argv, path, modules = sys.argv, sys.path.copy(), set(sys.modules)
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = [str(script), *map(str, flags)]
     try:
@@ -61,9 +62,12 @@ def call(script, *flags):
     except SystemExit as end:
         code = end.code
     finally:
-        sys.argv = argv
+        sys.argv, sys.path[:] = argv, path
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+        for name in set(sys.modules) - modules:  # a test's own modules are loaded again, as in a new process
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(tempfile.gettempdir()):
+                del sys.modules[name]
     gc.collect()  # closes the files of the script, which it has locked
     raise SystemExit(code)
 
@@ -124,6 +128,35 @@ def start_ranks(world, script, *flags, before=None):
         mine = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(Process(script, *flags, env=mine, before=before))
     return ranks
+
+
+def die_at_write(n):
+    """Kill this process right before its n-th write: an appended row, or a file or folder moved into place."""
+    import rows
+    writes = []
+
+    def counted(function):
+        def wrapper(*args):
+            writes.append(function)
+            if len(writes) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+        return wrapper
+    rows.append = counted(rows.append)
+    os.replace = counted(os.replace)
+
+
+def start_until_finished(script, *flags):
+    """Start a script and kill it before its first write; start it again, kill it before its second; and so on to
+    its end. Returns how many kills that took.
+    """
+    kills = 0
+    while True:
+        code = Process(script, *flags, before=lambda: die_at_write(kills + 1)).wait()
+        if code == 0:
+            return kills
+        assert code == -signal.SIGKILL
+        kills += 1
 
 
 def run(script, *flags, ranks=0, check=True, env=None):

@@ -1,12 +1,18 @@
 """The documents: what they show is what happens."""
+import contextlib
 import doctest
+import io
+import os
 import re
-import subprocess
+import runpy
 import sys
 
+import pytest
 import torch
 
 from conftest import ROOT
+
+PATTERNS = "*.py", "data/*/prepare.py", "paper/*.py", "tests/bench*.py", "tests/kills.py"
 
 
 def test_the_derivation_prints_the_numbers_that_it_states():
@@ -17,17 +23,39 @@ def test_the_derivation_prints_the_numbers_that_it_states():
     assert failed == 0 and tried > 30
 
 
-def test_every_flag_that_the_readme_names_exists_and_help_fits_100_columns():
-    scripts = [path for pattern in ("*.py", "data/*/prepare.py", "paper/*.py", "tests/bench*.py", "tests/kills.py")
-               for path in ROOT.glob(pattern) if "__main__" in path.read_text() or path.name == "prepare.py"]
-    known = {"--nproc_per_node", "--standalone", "--gpus"}  # torchrun's and sbatch's
-    for path in scripts:
-        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=ROOT,
-                              env={"COLUMNS": "100", "PATH": "/usr/bin:/bin"})
-        assert done.returncode == 0, done.stderr
-        options = done.stdout[done.stdout.index("options:"):] if "options:" in done.stdout else done.stdout
+def scripts():
+    """The programs of the project: what reads a command line."""
+    found = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
+    return [path for path in found if "Parser(" in path.read_text() and "parse_args()" in path.read_text()]
+
+
+def help_page(path, monkeypatch):
+    """What `python PATH --help` prints; runs in this process, as one start of Python for all."""
+    printed = io.StringIO()
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.syspath_prepend(path.parent)
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not end.value.code, path
+    return printed.getvalue()
+
+
+def test_every_flag_that_the_documents_name_exists_and_help_fits_100_columns(monkeypatch):
+    known = {"--nproc_per_node", "--standalone", "--gpus", "--help"}  # torchrun's and sbatch's
+    assert len(scripts()) >= 12
+    for path in scripts():
+        page = help_page(path, monkeypatch)
+        options = page[page.index("options:"):] if "options:" in page else page
         assert max(map(len, options.splitlines())) <= 100, path
-        known |= set(re.findall(r"--[a-z_]+", done.stdout))
-    text = (ROOT / "README.md").read_text()
-    unknown = set(re.findall(r"(?<![\w-])--[a-z_]+", text)) - known
-    assert not unknown
+        known |= set(re.findall(r"--[a-z_]+", page))
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        unknown = set(re.findall(r"(?<![\w-])--[a-z_]+", document.read_text())) - known
+        assert not unknown, document
+
+
+@pytest.mark.skipif(not os.path.exists(ROOT / "docs"), reason="no docs folder")
+def test_every_file_that_the_documents_link_to_exists():
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            assert "://" in link or (document.parent / link).exists(), f"{document}: {link}"

@@ -1,35 +1,40 @@
-"""evaluate.py: the optimality gap, against numbers worked out by hand."""
+"""evaluate.py: the gain, the objective and its bound against numbers worked out by hand, and every picture of a run."""
 import json
 import math
 
 import numpy as np
+import pytest
 
-from conftest import read_rows, run, write_rows
+from conftest import call, read_rows, write_rows
+
+
+def soft_quantile(reward, others, beta):
+    """beta log of the mean of e^{u/beta} over the reward's cell among the others."""
+    lo = sum(r < reward for r in others) / (len(others) + 1)
+    hi = (sum(r <= reward for r in others) + 1) / (len(others) + 1)
+    return beta * math.log(beta * (math.exp(hi / beta) - math.exp(lo / beta)) / (hi - lo))
 
 
 def test_the_objective_of_the_reference_model_itself_and_its_bound(tiny, rewarded, tmp_path):
     table = read_rows(rewarded)
-    for row in table:  # as if the policy were the reference model: samples of equal reward are of equal quantile
+    for row in table:  # as if the policy were the reference model; one reward is unknown
         row["samples"], row["sample_rewards"] = row["ref_completions"][:3], [*row["ref_rewards"][:2], None]
     data = write_rows(tmp_path / "data.jsonl", table)
-    run("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}", "--beta=0.2")
+    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}", "--beta=0.2")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["KL to reference, nats"]["policy"] == [0.0, 0.0] and results["unknown_rewards"] == [0, 30]
     assert results["mean reward"]["policy"][0] == np.mean([row["sample_rewards"][:2] for row in table])
     best = 0.2 * math.log(0.2 * math.expm1(5))
     assert abs(results["optimality"]["best_possible"] - best) < 1e-6
 
-    def soft_quantile(reward, others):  # beta log of the mean of e^{u/beta} over the cell
-        lo = sum(r < reward for r in others) / (len(others) + 1)
-        hi = (sum(r <= reward for r in others) + 1) / (len(others) + 1)
-        return 0.2 * math.log(0.2 * (math.exp(hi / 0.2) - math.exp(lo / 0.2)) / (hi - lo))
-
-    by_hand = [np.mean([soft_quantile(r, row["ref_rewards"]) for r in row["sample_rewards"][:2]]) for row in table]
+    policy, reference = [], []
+    for row in table:
+        refs = row["ref_rewards"]
+        policy.append(np.mean([soft_quantile(r, refs, 0.2) for r in row["sample_rewards"][:2]]))
+        reference.append(np.mean([soft_quantile(r, refs[:k] + refs[k + 1:], 0.2) for k, r in enumerate(refs)]))
     mean, error = results["optimality"]["objective"]
-    assert abs(mean - np.mean(by_hand)) < 1e-5 and abs(error - np.std(by_hand, ddof=1) / 30 ** 0.5) < 1e-5
-    before = [np.mean([soft_quantile(r, row["ref_rewards"][:k] + row["ref_rewards"][k + 1:])
-                       for k, r in enumerate(row["ref_rewards"])]) for row in table]
-    assert abs(results["quantile reward"]["reference"][0] - np.mean(before)) < 1e-5
+    assert abs(mean - np.mean(policy)) < 1e-5 and abs(error - np.std(policy, ddof=1) / 30 ** 0.5) < 1e-5
+    assert abs(results["quantile reward"]["reference"][0] - np.mean(reference)) < 1e-5
     saved = np.load(tmp_path / "samples.npz")
     assert len(saved["log_ratio"]) == 60 and (saved["lo"] < saved["hi"]).all()
 
@@ -37,6 +42,42 @@ def test_the_objective_of_the_reference_model_itself_and_its_bound(tiny, rewarde
 def test_one_prompt_has_no_standard_error(tiny, rewarded, tmp_path):
     row = read_rows(rewarded)[0]
     row |= {"samples": row["ref_completions"], "sample_rewards": row["ref_rewards"]}
-    run("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={write_rows(tmp_path / 'one.jsonl', [row])}",
-        f"--out={tmp_path}", "--beta=0.2")
-    assert json.loads((tmp_path / "results.json").read_text())["mean reward"]["policy"] == [np.mean(row["ref_rewards"]), None]
+    data = write_rows(tmp_path / "one.jsonl", [row])
+    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}", "--beta=0.2")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["mean reward"]["policy"] == [np.mean(row["ref_rewards"]), None]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, rewarded, tmp_path_factory):
+    """A short but whole pipeline: references, rewards, a run with a checkpoint, samples of it, their rewards."""
+    folder = tmp_path_factory.mktemp("trained")
+    reward = f"--reward={rewarded.parent / 'reward.py'}:letters"
+    call("generate_refs.py", f"--model={tiny}", f"--data={rewarded.parent / 'prompts.jsonl'}",
+         f"--out={folder / 'refs'}", "--num_refs=16", "--max_new_tokens=20")
+    call("score.py", f"--data={folder / 'refs'}", f"--out={folder / 'rewarded'}", reward)
+    call("train.py", f"--model={tiny}", f"--data={folder / 'rewarded'}", f"--eval_data={folder / 'rewarded'}",
+         f"--out={folder / 'run'}", "--learning_rate=3e-3", "--batch_size=16", "--epochs=2", "--save_every=40",
+         "--beta=0.1", "--quantile=exact")
+    call("generate_refs.py", f"--model={folder / 'run'}", f"--data={folder / 'rewarded'}",
+         f"--out={folder / 'samples'}", "--field=samples", "--num_refs=4", "--max_new_tokens=20", "--seed=1")
+    call("score.py", f"--data={folder / 'samples'}", f"--out={folder / 'scored'}", reward)
+    return folder
+
+
+def test_a_trained_run_gains_and_all_its_pictures_are_drawn(tiny, trained, capsys):
+    run, data = trained / "run", f"--data={trained / 'scored'}"
+    checkpoint = run / "checkpoints" / "step_000040"
+    for model in (checkpoint, run):
+        call("evaluate.py", f"--model={model}", f"--ref_model={tiny}", data, f"--out={model}")
+    results = json.loads((run / "results.json").read_text())
+    gain, error = results["mean reward"]["difference"]
+    assert gain > 3 * error
+    assert results["optimality"]["beta"] == 0.1  # the run's own
+    assert results["optimality"]["objective"][0] < results["optimality"]["best_possible"]
+    assert results["quantile reward"]["reference"][0] < results["quantile reward"]["policy"][0]
+    assert results["KL to reference, nats"]["policy"][0] > 0
+    printed = capsys.readouterr().out
+    for picture in ("curves", "calibration", "results", "optimum"):
+        assert (run / f"{picture}.png").stat().st_size > 10_000 and f"{picture}.png" in printed
+    assert json.loads((checkpoint / "results.json").read_text())["step"] == 40

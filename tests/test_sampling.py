@@ -1,10 +1,10 @@
-"""generate_refs.py: the distribution, the ids, the sharing and the resuming."""
+"""generate_refs.py: tokens and completions follow the model's probabilities, whoever samples them and in whatever
+batches; prompts; kills; vLLM.
+"""
 import argparse
 import json
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -12,43 +12,84 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 import generate_refs
-import models
-from conftest import ROOT, read_rows, run, write_rows
+from conftest import call, make_tokenizer, read_rows, refused, start_ranks, start_until_finished, write_rows
+from model import completion_ids, end_ids, prompt_ids
+
+SETTINGS = {"num_refs": 1, "batch_size": 8, "seed": 0, "temperature": 1.0, "top_p": 1.0, "field": "samples"}
 
 
-def load(tiny):
-    return models.load_model(tiny, torch.float32, "cpu"), models.load_tokenizer(tiny)
+def arguments(**settings):
+    return argparse.Namespace(**SETTINGS | settings)
 
+
+def sample(model, prompts, limits, ends, **settings):
+    """generate_refs.sample on prompts of token ids -> {position of the prompt: its completions}."""
+    requests = [{"row": {"id": i}, "prompt": p, "limit": n} for i, (p, n) in enumerate(zip(prompts, limits))]
+    sampled = generate_refs.sample(model, requests, arguments(**settings), ends)
+    return {row["id"]: completions for row, completions in sampled}
+
+
+def likeliest(probs, top_p):
+    """probs (vocab,) with 0 after the token that crosses top_p, normalised."""
+    order = probs.argsort(descending=True)
+    kept = order[:int((probs[order].cumsum(0) < top_p).sum()) + 1]
+    found = torch.zeros_like(probs).index_copy(0, kept, probs[kept])
+    return found / found.sum()
+
+
+def assert_sampled_from(counts, probs, n):
+    """Chi-square, within five standard deviations; nothing impossible was drawn."""
+    possible = probs > 0
+    assert (counts[~possible] == 0).all()
+    expected = probs[possible] * n
+    freedom = int(possible.sum()) - 1
+    assert ((counts[possible] - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
+
+
+# ---- the distribution ----
 
 @pytest.mark.parametrize("temperature, top_p", ((1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (2.0, 0.9)))
 def test_tokens_follow_the_exact_probabilities(temperature, top_p):
     torch.manual_seed(0)
     logits, n = torch.randn(20) * 2, 200_000
-    probs = torch.softmax(logits.double() / temperature, -1)
-    order = probs.argsort(descending=True)
-    kept = order[: int((probs[order].cumsum(0) < top_p).sum()) + 1]  # likeliest tokens up to the one that crosses top_p
-    exact = torch.zeros(20, dtype=torch.float64).index_copy(0, kept, probs[kept])
-    exact /= exact.sum()
-    tokens = generate_refs.sample_tokens(logits.expand(n, 20), torch.rand(n), temperature, top_p)
-    counts = tokens.bincount(minlength=20).double()
-    assert (counts[exact == 0] == 0).all()
-    expected = exact[exact > 0] * n
-    chi_square, freedom = ((counts[exact > 0] - expected) ** 2 / expected).sum().item(), len(kept) - 1
-    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+    exact = likeliest(torch.softmax(logits.double() / temperature, -1), top_p)
+    args = arguments(temperature=temperature, top_p=top_p)
+    tokens = generate_refs.sample_tokens(logits.expand(n, 20), torch.rand(n), args)
+    assert_sampled_from(tokens.bincount(minlength=20), exact, n)
+
+
+def test_top_p_of_a_vocabulary_beyond_the_likeliest_few():
+    """A flat distribution over 5,000 tokens needs far more of them than are looked at first."""
+    probs = torch.softmax(torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)) / 10, -1)
+    kept = generate_refs.keep_top_p(probs, 0.9)
+    for ours, theirs in zip(kept, probs):
+        torch.testing.assert_close(ours / ours.sum(), likeliest(theirs, 0.9))
 
 
 def test_extreme_random_numbers_never_pick_an_impossible_token():
     logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]]).expand(2, 4)
-    tokens = generate_refs.sample_tokens(logits, torch.tensor([0.0, 1 - 2 ** -24]), 1.0, 1.0)
-    assert tokens.tolist() == [1, 2]
+    assert generate_refs.sample_tokens(logits, torch.tensor([0.0, 1 - 2 ** -24]), arguments()).tolist() == [1, 2]
 
 
-def sample(model, prompts, limits, ends, **settings):
-    """generate_refs.sample on prompts of token ids -> {position of the prompt: its completions}."""
-    args = argparse.Namespace(**{"num_refs": 1, "batch_size": 8, "seed": 0, "temperature": 1.0, "top_p": 1.0,
-                                 "field": "samples"} | settings)
-    requests = [{"row": {"id": i}, "prompt": p, "limit": n} for i, (p, n) in enumerate(zip(prompts, limits))]
-    return {row["id"]: completions for row, completions in generate_refs.sample(model, requests, args, ends)}
+@pytest.mark.parametrize("temperature, top_p", ((1.0, 1.0), (2.0, 0.8)))
+def test_completions_follow_the_exact_probabilities(temperature, top_p):
+    """Chi-square of 8,000 completions of two tokens against their exact probabilities."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.2)).eval()
+    prompt, n = [1, 2, 3], 8000
+
+    def next_token(ids):
+        return likeliest(torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / temperature, -1), top_p)
+
+    with torch.no_grad():
+        exact = next_token(prompt)[:, None] * torch.stack([next_token([*prompt, first]) for first in range(5)])
+    assert (exact > 0).sum() > 8
+    pairs = sample(model, [prompt, [4]], [2, 2], set(), num_refs=n, batch_size=256, temperature=temperature,
+                   top_p=top_p)[0]
+    counts = torch.tensor([5 * first + second for first, second in pairs]).bincount(minlength=25).view(5, 5)
+    assert_sampled_from(counts, exact, n)
 
 
 FAMILIES = {"Llama": {}, "Mistral": {"sliding_window": 8}, "Gemma2": {"sliding_window": 8}, "GPT2": {}}
@@ -56,7 +97,7 @@ FAMILIES = {"Llama": {}, "Mistral": {"sliding_window": 8}, "Gemma2": {"sliding_w
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_sampling_is_the_models_own(family):
-    """Through rows that are taken over, columns that run out, and windows that slide."""
+    """While completions end and others take their rows, columns run out, and windows slide."""
     torch.manual_seed(0)
     config = getattr(transformers, family + "Config")(
         vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
@@ -71,44 +112,26 @@ def test_greedy_sampling_is_the_models_own(family):
         assert ours[i] == [theirs, theirs]
 
 
-def test_a_completion_does_not_depend_on_its_batch(tiny):
-    model, tokenizer = load(tiny)
-    prompts = [models.prompt_ids(tokenizer, text) for text in ("a", "a", "hello there", "row xxxxxxx", "b")]
-    limits, ends = [30, 30, 5, 30, 30], models.end_ids(model, tokenizer)
+def test_a_completion_does_not_depend_on_its_batch(loaded):
+    tokenizer, model = loaded
+    prompts = [prompt_ids(tokenizer, text) for text in ("a", "a", "hello there", "row xxxxxxx", "b")]
+    limits, ends = [30, 30, 5, 30, 30], end_ids(model, tokenizer)
     together, few, alone = (sample(model, prompts, limits, ends, num_refs=3, batch_size=size) for size in (64, 4, 1))
     assert together == few == alone and max(map(len, together[2])) <= 5
     completions = [tuple(ids) for five in together.values() for ids in five]
-    assert len(set(completions)) == len(completions)  # equal prompts, too, have random numbers of their own
+    assert len(set(completions)) == len(completions)  # equal prompts have random numbers of their own, too
 
 
-@pytest.mark.parametrize("temperature, top_p", ((1.0, 1.0), (2.0, 0.8)))
-def test_completions_follow_the_exact_probabilities(temperature, top_p):
-    """Chi-square of 8,000 completions of two tokens against their exact probabilities."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.2)).eval()
-    prompt, n = [1, 2, 3], 8000
-
-    def next_token(ids):
-        probs = torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / temperature, -1)
-        order = probs.argsort(descending=True)
-        probs[order[int((probs[order].cumsum(0) < top_p).sum()) + 1:]] = 0  # after the token that crosses top_p
-        return probs / probs.sum()
-
-    with torch.no_grad():
-        exact = next_token(prompt)[:, None] * torch.stack([next_token([*prompt, first]) for first in range(5)])
-    pairs = sample(model, [prompt, [4]], [2, 2], set(), num_refs=n, batch_size=256, temperature=temperature,
-                   top_p=top_p)[0]
-    counts = torch.tensor([5 * first + second for first, second in pairs]).bincount(minlength=25).view(5, 5)
-    assert (counts[exact == 0] == 0).all()
-    expected, freedom = exact[exact > 0] * n, int((exact > 0).sum()) - 1
-    assert freedom >= 8
-    assert ((counts[exact > 0] - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
+def test_samples_of_a_policy_have_other_random_numbers_than_the_references(loaded):
+    """Otherwise a policy near its reference model would repeat its references."""
+    one, two = (arguments(field=field) for field in ("samples", "ref_completions"))
+    assert generate_refs.random_key(one, 0, 0) != generate_refs.random_key(two, 0, 0)
 
 
-def test_an_end_token_is_kept_only_where_it_was_sampled(tiny, rewarded):
-    eos = models.load_tokenizer(tiny).eos_token_id
+# ---- token ids ----
+
+def test_an_end_token_is_kept_only_where_it_was_sampled(loaded, rewarded):
+    eos = loaded[0].eos_token_id
     reasons = set()
     for row in read_rows(rewarded):
         for c in row["ref_completions"]:
@@ -119,55 +142,104 @@ def test_an_end_token_is_kept_only_where_it_was_sampled(tiny, rewarded):
     assert "length" in reasons
 
 
-def test_prompts_never_begin_with_two_bos_and_chat_goes_through_the_template(tiny):
-    tokenizer = models.load_tokenizer(tiny)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}")
+
+
+def test_chat_goes_through_the_template_which_writes_its_own_bos():
+    tokenizer = make_tokenizer()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}" \
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer.chat_template = CHAT_TEMPLATE
     chat = [{"role": "user", "content": "hi"}]
-    prompt = models.prompt_ids(tokenizer, chat)
+    prompt = prompt_ids(tokenizer, chat)
     assert prompt[0] == bos and prompt.count(bos) == 1
     assert tokenizer.decode(prompt) == "<bos>[user]hi<eos>\n[assistant]"
-    answer = models.completion_ids(tokenizer, chat, prompt, "yes", [eos])  # not the newline after the turn's end
+    answer = completion_ids(tokenizer, chat, prompt, "yes", [eos])  # not the newline after the turn's end
     assert tokenizer.decode(answer) == "yes<eos>"
-    assert models.completion_ids(tokenizer, chat, prompt, [{"role": "assistant", "content": "yes"}], [eos]) == answer
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # a tokenizer that puts BOS before, EOS behind a text
+    assert completion_ids(tokenizer, chat, prompt, [{"role": "assistant", "content": "yes"}], [eos]) == answer
+
+
+def test_text_never_begins_with_two_bos_and_a_prompt_never_ends_in_eos():
+    """With a tokenizer that puts BOS before a text and EOS after it."""
+    tokenizer = make_tokenizer()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)])
     for text in ("hi", "<bos>hi"):
-        start = models.prompt_ids(tokenizer, text)
+        start = prompt_ids(tokenizer, text)
         assert tokenizer.decode(start) == "<bos>hi"
-    assert tokenizer.decode(models.completion_ids(tokenizer, text, start, " there", [eos])) == " there<eos>"
+    assert tokenizer.decode(completion_ids(tokenizer, text, start, " there", [eos])) == " there<eos>"
 
 
-def test_processes_share_the_rows_and_a_killed_run_continues(tiny, tmp_path):
-    data = write_rows(tmp_path / "p.jsonl", [{"id": f"r{i}", "prompt": "row " + "x" * (i % 5), "tag": i} for i in range(40)])
+# ---- processes and kills ----
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """(flags, the rows of an undisturbed run by id, its folder)."""
+    folder = tmp_path_factory.mktemp("whole")
+    prompts = [{"id": f"r{i:02}", "prompt": "row " + "x" * (i % 5), "tag": i} for i in range(16)]
+    data = write_rows(folder / "prompts.jsonl", prompts)
     flags = [f"--model={tiny}", f"--data={data}", "--num_refs=3", "--max_new_tokens=30", "--batch_size=6"]
-    run("generate_refs.py", *flags, f"--out={tmp_path / 'whole'}")
-    run("generate_refs.py", *flags, f"--out={tmp_path / 'shared'}", ranks=2)
-    assert len(list((tmp_path / "shared").glob("part-*.jsonl"))) == 2
-    for task in (0, 1, 2):
-        run("generate_refs.py", *flags, f"--out={tmp_path / 'array'}", env={
-            "SLURM_ARRAY_TASK_ID": str(task + 4), "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_MAX": "6",
-            "SLURM_ARRAY_TASK_COUNT": "3"})
-    run("generate_refs.py", *flags, f"--out={tmp_path / 'fewer'}", env={"RANK": "1", "WORLD_SIZE": "2"})
-    assert len(read_rows(tmp_path / "fewer")) == 20
-    run("generate_refs.py", *flags, f"--out={tmp_path / 'fewer'}")  # one of two processes began, one alone goes on
-    process = subprocess.Popen([sys.executable, str(ROOT / "generate_refs.py"), *flags, f"--out={tmp_path / 'killed'}"],
-                               stderr=subprocess.DEVNULL)
-    part = tmp_path / "killed" / "part-00000.jsonl"
-    while not part.exists() or part.stat().st_size == 0:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with part.open("ab") as file:  # and in the middle of a line
-        file.write(b'{"id": "r39", "pro')
-    run("generate_refs.py", *flags, f"--out={tmp_path / 'killed'}")
-    whole = sorted(read_rows(tmp_path / "whole"), key=lambda row: row["tag"])
-    assert [row["tag"] for row in whole] == list(range(40)) and all(len(row["ref_completions"]) == 3 for row in whole)
-    for other in ("shared", "array", "fewer", "killed"):
-        assert sorted(read_rows(tmp_path / other), key=lambda row: row["tag"]) == whole, other
-    assert json.loads((tmp_path / "whole" / "run.json").read_text())["num_refs"] == "3"
+    call("generate_refs.py", *flags, f"--out={folder / 'out'}")
+    found = by_id(folder / "out")
+    assert [row["tag"] for row in found] == list(range(16)) and all(len(row["ref_completions"]) == 3 for row in found)
+    return flags, found, folder / "out"
 
+
+def by_id(folder):
+    return sorted(read_rows(folder), key=lambda row: row["id"])
+
+
+def test_the_settings_are_written_beside_the_rows(whole):
+    assert json.loads((whole[2] / "settings.json").read_text())["num_refs"] == "3"
+
+
+def test_two_processes_share_the_rows(whole, tmp_path):
+    assert [rank.wait() for rank in start_ranks(2, "generate_refs.py", *whole[0], f"--out={tmp_path}")] == [0, 0]
+    assert len(list(tmp_path.glob("part-*.jsonl"))) == 2 and by_id(tmp_path) == whole[1]
+
+
+def test_what_one_of_two_processes_began_one_alone_finishes(whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    call("generate_refs.py", *whole[0], f"--out={tmp_path}")
+    assert len(read_rows(tmp_path)) == 8
+    monkeypatch.undo()
+    call("generate_refs.py", *whole[0], f"--out={tmp_path}")
+    assert by_id(tmp_path) == whole[1]
+
+
+def test_a_run_killed_before_any_of_its_writes_has_the_same_rows(whole, tmp_path):
+    assert start_until_finished("generate_refs.py", *whole[0], f"--out={tmp_path}") >= 4
+    assert by_id(tmp_path) == whole[1]
+
+
+def test_a_run_killed_in_the_middle_of_a_line_has_the_same_rows(whole, tmp_path):
+    call("generate_refs.py", *whole[0], f"--out={tmp_path}")
+    part = tmp_path / "part-00000.jsonl"
+    part.write_bytes(b"".join(part.read_bytes().splitlines(keepends=True)[:9]) + b'{"id": "r15", "pro')
+    call("generate_refs.py", *whole[0], f"--out={tmp_path}")
+    assert by_id(tmp_path) == whole[1]
+
+
+def test_told_to_stop_it_exits_with_75_and_continues(whole, tmp_path, monkeypatch):
+    import rows
+    append = rows.append
+
+    def append_and_signal(file, row):
+        append(file, row)
+        signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(rows, "append", append_and_signal)
+    with pytest.raises(SystemExit) as end:
+        call("generate_refs.py", *whole[0], f"--out={tmp_path}")
+    assert end.value.code == 75 and len(read_rows(tmp_path)) == 1
+    monkeypatch.undo()
+    call("generate_refs.py", *whole[0], f"--out={tmp_path}")
+    assert by_id(tmp_path) == whole[1]
+
+
+# ---- vLLM ----
 
 VLLM = """
 import types, torch, transformers, generate_refs
@@ -192,31 +264,53 @@ class LLM:
         while len(ids) < s.max_tokens and not (ids and ids[-1] in s.stop_token_ids):
             assert len(prompt) + len(ids) < self.most
             logits = self.model(torch.tensor([prompt + ids])).logits[:, -1]
-            ids.append(generate_refs.sample_tokens(logits, torch.rand(1, generator=random), s.temperature, s.top_p).item())
+            ids.append(generate_refs.sample_tokens(logits, torch.rand(1, generator=random), s).item())
         reason = "stop" if ids[-1] in s.stop_token_ids else "length"
         return types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(ids), finish_reason=reason)])
 """
 
 
-def test_vllm_writes_the_same_rows(tiny, tmp_path):
-    """vLLM itself is not here: this is a stand-in with the part of its interface that is used."""
+@pytest.fixture
+def vllm(tiny, tmp_path, monkeypatch):
+    """The flags of a run with the stand-in."""
     data = write_rows(tmp_path / "p.jsonl", [{"prompt": "row " + "x" * (i % 3), "tag": i} for i in range(6)])
-    flags = [f"--model={tiny}", f"--data={data}", "--num_refs=8", "--max_new_tokens=9", "--batch_size=1", "--engine=vllm"]
-    missing = run("generate_refs.py", *flags, f"--out={tmp_path / 'out'}", check=False)
-    assert missing.returncode == 2 and "vLLM is not installed" in missing.stderr and not (tmp_path / "out").exists()
-    (tmp_path / "vllm.py").write_text(VLLM)
-    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    run("generate_refs.py", *flags, f"--out={tmp_path / 'out'}", env=env)
-    run("generate_refs.py", *flags, f"--out={tmp_path / 'two'}", env=env, ranks=2)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "vllm.py").write_text(VLLM)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    yield f"--model={tiny}", f"--data={data}", "--num_refs=8", "--max_new_tokens=9", "--engine=vllm"
+    sys.modules.pop("vllm", None)
+
+
+def test_vllm_that_is_not_installed(tiny, tmp_path, capsys, monkeypatch):
+    data = write_rows(tmp_path / "p.jsonl", [{"prompt": "row"}])
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(capsys, ["vLLM is not installed"], "generate_refs.py", f"--model={tiny}", f"--data={data}",
+            f"--out={tmp_path / 'out'}", "--engine=vllm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_vllm_gets_some_prompts_at_a_time(vllm, tiny, monkeypatch):
+    requests = [{"row": {"id": i}, "prompt": [66 + i], "limit": 4} for i in range(5)]
+    args = arguments(model=tiny, num_refs=2, dtype="float32", trust_remote_code=False)
+    together = list(generate_refs.sample_vllm(None, requests, args, [0]))
+    monkeypatch.setattr(generate_refs, "VLLM_PROMPTS", 2)
+    assert list(generate_refs.sample_vllm(None, requests, args, [0])) == together and len(together) == 5
+
+
+def test_vllm_writes_rows_as_the_sampler_does_alone_or_shared_and_continues_after_a_kill(vllm, loaded, tmp_path):
+    """With a stand-in for the part of vLLM's interface that is used: vLLM itself is not a requirement."""
+    call("generate_refs.py", *vllm, f"--out={tmp_path / 'out'}")
     part = tmp_path / "out" / "part-00000.jsonl"
-    whole = read_rows(part)
+    whole = by_id(part.parent)
     part.write_bytes(b"\n".join(part.read_bytes().split(b"\n")[:3])[:-9])  # as a kill leaves it
-    run("generate_refs.py", *flags, f"--out={tmp_path / 'out'}", env=env)
-    for other in (read_rows(part), read_rows(tmp_path / "two")):
-        assert sorted(other, key=lambda row: row["id"]) == sorted(whole, key=lambda row: row["id"])
-    tokenizer = models.load_tokenizer(tiny)
+    call("generate_refs.py", *vllm, f"--out={tmp_path / 'out'}")
+    assert by_id(part.parent) == whole
+    assert [rank.wait() for rank in start_ranks(2, "generate_refs.py", *vllm, f"--out={tmp_path / 'two'}")] == [0, 0]
+    assert by_id(tmp_path / "two") == whole
+    eos = loaded[0].eos_token_id
     for row in whole:
         assert len({tuple(c["token_ids"]) for c in row["ref_completions"]}) == 8 and row["tag"] == row["id"]
         for c in row["ref_completions"]:
-            assert (c["finish_reason"] == "stop") == (c["token_ids"][-1] == tokenizer.eos_token_id)
-            assert c["text"] == tokenizer.decode(c["token_ids"], skip_special_tokens=True)
+            assert (c["finish_reason"] == "stop") == (c["token_ids"][-1] == eos)
+            assert c["text"] == loaded[0].decode(c["token_ids"], skip_special_tokens=True)

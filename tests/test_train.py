@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 
 import rows
-from conftest import Process, call, read_rows, refused, run, start_ranks, write_rows
+from conftest import Process, call, read_rows, refused, run, start_ranks, start_until_finished, write_rows
 
 FLAGS = ("--beta=0.1", "--learning_rate=1e-3", "--batch_size=16", "--micro_batch_tokens=160", "--dtype=float32")
 STEPS = 8  # of 16 completions: 30 rows of 4
@@ -119,9 +119,7 @@ def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path, cap
         "def init(**settings): assert settings['project'] == 'qrpo' and settings['config']['beta'] == 0.1\n"
         "def log(row, step): print(json.dumps(row | {'step': step}), file=file, flush=True)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "trackio", raising=False)
     call("train.py", *flags(tiny, rewarded, tmp_path / "run", "--track=trackio"))
-    monkeypatch.delitem(sys.modules, "trackio")
     assert read_rows(tmp_path / "sent.jsonl") == read_rows(tmp_path / "run" / "metrics.jsonl")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     refused(capsys, ["install it"], "train.py", *flags(tiny, rewarded, tmp_path / "other", "--track=wandb"))
@@ -331,26 +329,6 @@ def test_a_second_process_on_the_same_run_is_refused(tiny, rewarded, tmp_path, c
 
 # ---- kills, signals and full disks ----
 
-def counted(function, reached):
-    """The function, which calls reached() before its work."""
-    def wrapper(*args):
-        reached()
-        return function(*args)
-    return wrapper
-
-
-def die_at_write(n):
-    """Kill this process right before its n-th write: an appended row, or a file or folder moved into place."""
-    writes = []
-
-    def reached():
-        writes.append(1)
-        if len(writes) == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-    rows.append = counted(rows.append, reached)
-    os.replace = counted(os.replace, reached)
-
-
 def die_after_saving(step):
     """Kill this process when OUT/resume/step_N has been moved into place."""
     replace = os.replace
@@ -363,12 +341,9 @@ def die_after_saving(step):
 
 
 def test_a_run_killed_before_any_of_its_writes_ends_in_the_same_bits(tiny, rewarded, undisturbed, tmp_path):
-    """Start it, kill it before its first write; start it again, kill it before its second; and so on to its end."""
     out = tmp_path / "run"
-    command = flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume")
-    kills = 0
-    while Process("train.py", *command, before=lambda: die_at_write(kills + 1)).wait() == -signal.SIGKILL:
-        kills += 1
+    kills = start_until_finished("train.py", *flags(
+        tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume"))
     assert kills > 10
     assert weights(out) == weights(undisturbed) and names(out) == names(undisturbed)
     assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, *range(1, STEPS + 1), STEPS]

@@ -1,0 +1,133 @@
+"""model.py with other families than Llama, made on the spot: what trains is what the model itself computes, and what
+was sampled.
+"""
+import argparse
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import generate_refs
+from conftest import call, make_tokenizer, write_rows
+from model import Policy, end_ids, load_model, load_tokenizer, pad, prompt_ids
+
+CPU = torch.device("cpu")
+SMALL = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": 256,
+         "eos_token_id": 257, "pad_token_id": 257}
+FAMILIES = {  # the start of its class names: what is special about it
+    "Llama": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "Mistral": {"num_key_value_heads": 1, "sliding_window": 8},
+    "Qwen2": {"num_key_value_heads": 1},  # biases in attention
+    "Qwen3": {"num_key_value_heads": 1, "head_dim": 16},  # norms of queries and keys
+    "Gemma2": {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 3.0},
+    "Gemma3": {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},  # learned positions, dropout in its config
+    "GPTNeoX": {"attention_dropout": 0.1, "hidden_dropout": 0.1},  # parallel residual, biases
+    "Cohere": {"num_key_value_heads": 1, "logit_scale": 0.3},
+    "Granite": {"num_key_value_heads": 1, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "Phi": {}, "Olmo2": {"num_key_value_heads": 1}}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """The folder of a random model of this family."""
+    settings = SMALL | FAMILIES[request.param]
+    name = request.param + ("Text" if request.param == "Gemma3" else "")
+    config = getattr(transformers, f"{name}Config")(**settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # zero biases and unit norms would hide a mistake
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+ARGS = argparse.Namespace(num_refs=1, batch_size=8, seed=0, temperature=1.0, top_p=1.0, field="samples")
+
+
+def sampled(model, tokenizer):
+    """Three prompts and a sampled completion of each, as lists of token ids."""
+    prompts = [prompt_ids(tokenizer, text) for text in ("one", "another prompt", "x")]
+    requests = [{"row": {"id": i}, "prompt": p, "limit": 20 - i} for i, p in enumerate(prompts)]
+    found = generate_refs.sample(model, requests, ARGS, set(end_ids(model, tokenizer)))
+    completions = [completion for _, (completion,) in sorted((row["id"], c) for row, c in found)]
+    return prompts, completions
+
+
+def as_batch(prompts, completions):
+    tokens = pad([p + c for p, c in zip(prompts, completions)], "cpu")
+    prompt_lens = torch.tensor([len(p) for p in prompts])
+    lens = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions)])
+    return tokens, prompt_lens, lens
+
+
+def test_log_probabilities_are_the_models_own_and_the_samplers(family):
+    model, tokenizer = load_model(family, torch.float32, CPU), load_tokenizer(family)
+    prompts, completions = sampled(model, tokenizer)
+    logps = Policy(model)(*as_batch(prompts, completions))
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1].float()
+        own = torch.log_softmax(logits, -1)[torch.arange(len(completion)), completion].sum().item()
+        assert abs(logps[i].item() - own) < 2e-4 * max(1, abs(own))
+        generator = np.random.Generator(np.random.Philox(generate_refs.random_key(ARGS, i, 0)))
+        u = generator.random(len(completion), np.float32)
+        for t, token in enumerate(completion):  # drawn from these probabilities: u lies in its token's part
+            cdf = torch.softmax(logits[t], 0).cumsum(0)
+            below = cdf[token - 1].item() if token else 0.0
+            assert below - 1e-4 < u[t] < cdf[token].item() + 1e-4
+
+
+def test_every_parameter_gets_a_gradient_and_groups_change_nothing(family):
+    model, tokenizer = load_model(family, torch.float32, CPU), load_tokenizer(family)
+    policy, batch = Policy(model), as_batch(*sampled(model, tokenizer))
+    logps = policy(*batch)
+    torch.testing.assert_close(policy(*batch, groups=2), logps, rtol=1e-5, atol=1e-4)
+    logps.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_what_training_saves_is_the_trained_policy(family, tmp_path):
+    """train.py on one row: the log-probabilities of the model in memory and of the one on disk, to the bit."""
+    tokenizer = load_tokenizer(family)
+    completions = []
+    for text in "abcd":
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        completions.append({"text": text, "token_ids": ids, "finish_reason": "length"})
+    data = write_rows(tmp_path / "d.jsonl", [
+        {"prompt": "p", "ref_completions": completions, "ref_rewards": [0, 1, 2, 3]}])
+    script = call("train.py", f"--model={family}", f"--data={data}", f"--out={tmp_path / 'run'}",
+                  "--learning_rate=1e-2")
+    again = load_model(tmp_path / "run", torch.float32, CPU)
+    batch = as_batch([tokenizer("p").input_ids], [completions[0]["token_ids"]])
+    with torch.no_grad():
+        trained, before = script["policy"](*batch), Policy(load_model(family, torch.float32, CPU))(*batch)
+        assert torch.equal(Policy(again)(*batch), trained) and not torch.equal(before, trained)
+    assert again.config.to_dict() | {"_name_or_path": 0} == script["model"].config.to_dict() | {"_name_or_path": 0}
+
+
+def test_bfloat16_autocast_is_near_float32(family):
+    """Within 0.05 nats per token on these random models, whose logits are far larger than a trained model's."""
+    policy = Policy(load_model(family, torch.float32, CPU))
+    tokens = torch.randint(0, 256, (4, 40), generator=torch.Generator().manual_seed(0))
+    prompt_lens, lens = torch.full((4,), 10), torch.full((4,), 40)
+    with torch.no_grad():
+        exact = policy(tokens, prompt_lens, lens)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = policy(tokens, prompt_lens, lens)
+    assert half.dtype == torch.float32 and ((half - exact).abs() / 30).max() < 0.05
+
+
+def test_completions_of_4000_tokens_and_log_probabilities_of_minus_1e4():
+    config = transformers.LlamaConfig(**SMALL | {"max_position_embeddings": 4200, "initializer_range": 0.05})
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 256, (1, 4100))
+    with torch.no_grad():
+        logps = Policy(model)(tokens, torch.tensor([100]), torch.tensor([4100]))
+        each = torch.log_softmax(model(tokens).logits[0, 99:-1].double(), -1).gather(1, tokens[0, 100:, None])
+    assert logps.item() < -1e4 and abs(logps.item() / each.sum().item() - 1) < 1e-6
