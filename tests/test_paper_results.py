@@ -229,6 +229,15 @@ def test_figures_and_the_numbers_behind_them(sweep):
         ("chosen", 1.5, 0.5), ("rejected", -2.0, 0.0)]
 
 
+def test_figure_4_omits_prompts_whose_references_all_have_one_length(tmp_path):
+    write_run(tmp_path / "a", 0, lambda i, k: 0.5)
+    evaluation = protocol.read_evaluation(tmp_path / "a/test/rewarded")
+    assert len(results.normalised_samples(evaluation)) == 16
+    evaluation.ref_length.iloc[2] = 6.0
+    samples = results.normalised_samples(evaluation)
+    assert len(samples) == 14 and np.isfinite(samples.normalised_length).all()
+
+
 def test_checkpoints_are_selected_too(tmp_path):
     write_run(tmp_path / "runs/a", 0, lambda i, k: 0.1, steps=30)
     for step, reward in ((10, 0.6), (20, 0.9)):  # step 20 was not evaluated to its end

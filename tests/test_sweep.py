@@ -300,7 +300,8 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     slow.write_text("import runpy, sys, time, torch\nfrom pathlib import Path\n"
                     f"sys.path.insert(0, {str(ROOT)!r})\n"
                     "step, sleep = torch.optim.AdamW.step, 0 if Path(sys.argv[1], 'resume').exists() else 1\n"
-                    "def slow_step(*args, **kwargs):\n    time.sleep(sleep)\n    return step(*args, **kwargs)\n"
+                    "def slow_step(*args, **kwargs):\n    time.sleep(sleep)\n"
+                    "    return step(*args, **kwargs)\n"
                     "torch.optim.AdamW.step = slow_step\n"
                     f"del sys.argv[1]\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
     out, go, slurmd = tmp_path / "out", tmp_path / "go", ("slurmd", "-D", "-N", "node0")
