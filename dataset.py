@@ -1,8 +1,9 @@
-"""Rewarded rows as flat arrays on disk: what a training regime takes from each row, as token ids, rewards and reference
-rewards; and batches of them as tensors.
+"""Rewarded rows as flat arrays on disk: what a training regime takes from each row, as token ids,
+rewards and reference rewards; and batches of them as tensors.
 
-Reads the rows that score.py writes. Every completion is a slice of one long array of tokens; pairs are side by side,
-chosen before rejected. Sampled completions keep the ids that were sampled; only a dataset's own text is tokenised.
+Reads the rows that score.py writes. Every completion is a slice of one long array of tokens; pairs are
+side by side, chosen before rejected. Sampled completions keep the ids that were sampled; only a
+dataset's own text is tokenised.
 
     python -c 'import dataset; help(dataset.build)'
 """
@@ -29,7 +30,7 @@ from model import completion_ids, context_length, decode, end_ids, identity, pad
 # ---- regimes: which completions of a row are trained on ----
 
 class Completion(NamedTuple):
-    ids: list                 # token ids, with an end token only where one was sampled (or belongs: a whole answer)
+    ids: list                 # token ids, with an end token where one was sampled, or after a whole answer
     reward: float             # NaN if unknown
     among_refs: bool = False  # whether its reward is one of the ref_rewards that its quantile is taken among
     truncated: bool = False   # whether it ran out of tokens
@@ -80,7 +81,7 @@ class Regime(NamedTuple):
 REGIMES = {  # a new regime is one function and one entry
     "refs": Regime(1, True, refs, "all reference completions"),
     "best_worst": Regime(2, True, best_worst, "the best and the worst of them"),
-    "random_pairs": Regime(2, True, random_pairs, "references 0 and 1, 2 and 3, ... (an odd one is left out)"),
+    "random_pairs": Regime(2, True, random_pairs, "references 0 and 1, 2 and 3, ... (not an odd one)"),
     "samples": Regime(1, True, samples, "what generate_refs.py --field=samples sampled"),
     "chosen_rejected": Regime(2, False, chosen_rejected, "the dataset's pairs"),
     "chosen": Regime(1, False, chosen, "the chosen completions of these pairs"),
@@ -97,7 +98,7 @@ class Choices(NamedTuple):
     min_reward: float = None    # drop completions of a lower reward
     num_candidates: int = 0     # take only the first N sampled completions; 0: all
     num_ref_rewards: int = 0    # use only the first N reference rewards; 0: all
-    max_length: int = 0         # drop what has more tokens, prompt and completion; 0: refuse what exceeds the context
+    max_length: int = 0         # drop what has more tokens, with prompt; 0: refuse what exceeds the context
 
 
 # ---- from a row to its completions ----
@@ -114,8 +115,9 @@ class Reader:
     def sampled(self, row, field, rewards_field):
         """The completions that generate_refs.py sampled, with their rewards."""
         at, completions, rewards = row["__at__"], row.get(field), row.get(rewards_field)
-        if not isinstance(completions, list) or not isinstance(rewards, list) or len(completions) != len(rewards):
-            rows.fail(f"{at}: needs {field} and as many {rewards_field}; run generate_refs.py and score.py first")
+        both_lists = isinstance(completions, list) and isinstance(rewards, list)
+        if not both_lists or len(completions) != len(rewards):
+            rows.fail(f"{at}: needs {field} and as many {rewards_field}; run generate_refs.py and score.py")
         if self.choices.num_candidates:
             completions = completions[:self.choices.num_candidates]
         pool = []
@@ -132,11 +134,11 @@ class Reader:
             rows.fail(f"{at} has no list of token_ids; sample with generate_refs.py")
         ids = np.array(completion["token_ids"])
         if ids.dtype.kind != "i" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= self.vocab:
-            rows.fail(f"{at}: its token_ids are empty, or not all in the model's vocabulary of {self.vocab}; sample "
-                      "again with this model")
+            rows.fail(f"{at}: its token_ids are empty, or not all in the model's vocabulary of {self.vocab}; "
+                      "sample again with this model")
         if check_text and completion.get("text") != decode(self.tokenizer, completion["token_ids"]):
-            rows.fail(f"{at}: its token_ids are not its text in this model's tokenizer; train the model that sampled "
-                      "them, or sample again")
+            rows.fail(f"{at}: its token_ids are not its text in this model's tokenizer; train the model that "
+                      "sampled them, or sample again")
         return ids
 
     def text(self, row, field, reward_field):
@@ -157,8 +159,8 @@ class Reader:
             rows.fail(f"{row['__at__']}: ref_rewards must be a list of numbers; run score.py")
         wanted = max(self.choices.num_ref_rewards, self.choices.needs_refs)
         if len(listed) < wanted:
-            rows.fail(f"{row['__at__']}: has {len(listed)} ref_rewards and {wanted} are needed; sample and score "
-                      "references, or lower --num_ref_rewards")
+            rows.fail(f"{row['__at__']}: has {len(listed)} ref_rewards and {wanted} are needed; sample and "
+                      "score references, or lower --num_ref_rewards")
         if self.choices.num_ref_rewards:
             listed = listed[:self.choices.num_ref_rewards]
         return np.array([number(value, row["__at__"], "ref_rewards") for value in listed], np.float32)
@@ -178,14 +180,16 @@ class Reader:
         if self.choices.min_reward is not None and not min(rewards) >= self.choices.min_reward:
             return f"of reward below {self.choices.min_reward}"
         if length > limit and not self.choices.max_length:
-            rows.fail(f"{row['__at__']}: prompt and completion have {length} tokens and the model's context holds "
-                      f"{limit}; drop the row, or give --max_length={limit} to drop all such")
+            rows.fail(f"{row['__at__']}: prompt and completion have {length} tokens and the model's context "
+                      f"holds {limit}; drop the row, or give --max_length={limit} to drop all such")
         if length > limit:
             return "too long"
         return None
 
     def read(self, chunk):
-        """(position of the first line, [(at, line)]) -> the arrays of these rows, as in `build`, and what was dropped."""
+        """(position of the first line, [(at, line)]) -> the arrays of these rows, as in `build`, and
+        what was dropped.
+        """
         first, chunk_lines = chunk
         table = collections.defaultdict(list)
         table["dropped"] = collections.Counter()
@@ -244,12 +248,14 @@ KINDS = {"prompt_lens": np.int64, "lens": np.int64, "rewards": np.float32, "row"
 
 
 def build(folder, path, tokenizer, model, choices):
-    """Write the completions of a dataset that a regime trains on to `folder`, as arrays of n completions of R rows:
+    """Write the completions of a dataset that a regime trains on to `folder`, as arrays of n
+    completions of R rows:
 
-    tokens (total,) all ids, each prompt followed by its completion; starts (n,) where each begins; lens (n,) tokens of
-    prompt and completion; prompt_lens (n,); rewards (n,) NaN if unknown; row (n,); side (n,) see `side_of`; among_refs,
-    truncated (n,); tied (n,) the share of the other references with the same reward; ref_rewards (R, num_ref_rewards)
-    NaN where unknown; ids (R,). Also about.json: a fingerprint of them all, and one line that describes them.
+    tokens (total,) all ids, each prompt followed by its completion; starts (n,) where each begins; lens
+    (n,) tokens of prompt and completion; prompt_lens (n,); rewards (n,) NaN if unknown; row (n,); side
+    (n,) see `side_of`; among_refs, truncated (n,); tied (n,) the share of the other references with the
+    same reward; ref_rewards (R, num_ref_rewards) NaN where unknown; ids (R,). Also about.json: a
+    fingerprint of them all, and one line that describes them.
     """
     reader = Reader(tokenizer, model, choices)
     tables, seen, ids, ref_rewards, dropped = [], {}, [], [], collections.Counter()
@@ -290,7 +296,7 @@ def build(folder, path, tokenizer, model, choices):
     rows.write_json(folder / "about.json", {"fingerprint": digest.hexdigest()[:16], "summary": summary(data)})
 
 
-CHUNK = 1 << 22  # bytes of rows that a process takes at a time: hundreds of rows of text, a few of many completions
+CHUNK = 1 << 22  # bytes of rows that a process takes at a time: a few rows of many long completions
 
 
 def chunks(path):
@@ -344,13 +350,14 @@ def result_of(future, pool):
 def summary(data):
     """One line about a dataset: its size, and what QRPO should know of its rewards."""
     refs, tied = data["ref_rewards"], data["tied"]
-    text = (f"{len(tied):,} completions of {len(np.unique(data['row'])):,} prompts, {data['lens'].sum():,} tokens with "
-            "prompts")
+    prompts = len(np.unique(data["row"]))
+    text = f"{len(tied):,} completions of {prompts:,} prompts, {data['lens'].sum():,} tokens with prompts"
     if data["truncated"].any():
         text += f"; {data['truncated'].mean():.1%} of the completions ran out of tokens"
     if refs.shape[1]:
-        text += (f"; mean reward {np.nanmean(data['rewards']):.4g}, of references {np.nanmean(refs):.4g}"
-                 f"; {(tied > 0).mean():.1%} of the completions tie with a reference, {(tied == 1).mean():.1%} with all")
+        text += (f"; mean reward {np.nanmean(data['rewards']):.4g}, of references {np.nanmean(refs):.4g}; "
+                 f"{(tied > 0).mean():.1%} of the completions tie with a reference, {(tied == 1).mean():.1%} "
+                 "with all")
         if (tied > 0).mean() > 0.5:
             text += " (--quantile=exact is for ties)"
         if np.isnan(refs).any():
@@ -362,8 +369,9 @@ CODE = "dataset.py", "model.py", "rows.py"  # the arrays are made again when one
 
 
 def load(path, cache, model_path, tokenizer, model, choices):
-    """The arrays of `build` as attributes, mapped from a folder in `cache`, where they are made by the main process if
-    they are not there. Runs on the same data share them. Also: fingerprint, and std (R,), see `relative_std`.
+    """The arrays of `build` as attributes, mapped from a folder in `cache`, where they are made by the
+    main process if they are not there. Runs on the same data share them. Also: fingerprint, and std
+    (R,), see `relative_std`.
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
     code = [Path(__file__).with_name(name).read_text() for name in CODE]
@@ -409,22 +417,22 @@ def subset(data, index):
     return data
 
 
-def show(data, tokenizer, b):
-    """Print the first completions of a dataset, and what batch `b` of them asks for."""
-    for i in range(len(b.lens)):
+def show(data, tokenizer, index, b):
+    """Print the completions `index`, and what their batch b asks for."""
+    for k, i in enumerate(index):
         start, n, end = data.starts[i], data.prompt_lens[i], data.lens[i]
         tokens = data.tokens[start:start + end]
-        asked = f"; target log-ratio {b.targets[i]:.3f} nats" if hasattr(b, "targets") else ""
-        print(f"---- row {data.ids[data.row[i]]}, reward {data.rewards[i]:.4g}{asked}; {n} tokens of prompt, {end - n} "
-              "trained, between >>> and <<<\n"
-              f"{tokenizer.decode(tokens[:n])}>>>{tokenizer.decode(tokens[n:])}<<<")
+        prompt, completion = tokenizer.decode(tokens[:n]), tokenizer.decode(tokens[n:])
+        target = f"; target log-ratio {b.targets[k]:.3f} nats" if hasattr(b, "targets") else ""
+        print(f"---- row {data.ids[data.row[i]]}: {n} tokens of prompt, {end - n} trained, between >>> and "
+              f"<<<; reward {data.rewards[i]:.4g}{target}\n{prompt}>>>{completion}<<<")
 
 
 # ---- batches ----
 
 def get_batch(data, index, device):
-    """Completions `index` (B,) as tensors: tokens (B, T) right-padded; prompt_lens, lens, rewards, side, among_refs, std,
-    and ref_logps if they are known (B,); ref_rewards (B, num_ref_rewards).
+    """Completions `index` (B,) as tensors: tokens (B, T) right-padded; prompt_lens, lens, rewards,
+    side, among_refs, std, and ref_logps if they are known (B,); ref_rewards (B, num_ref_rewards).
     """
     b = SimpleNamespace()
     spans = zip(data.starts[index], data.lens[index])
@@ -441,10 +449,10 @@ def get_batch(data, index, device):
 def micro_batches(lens, terms, budget):
     """Split the terms of a step into micro-batches of similar length, for this rank.
 
-    terms: (n, size) the completions of every term of the loss. budget: padded tokens in a micro-batch (one term may
-    exceed it). Yields (index, works): the completions, and whether they count. All ranks get the same number, as DDP and
-    FSDP wait for every rank: a rank without work gets a filler that does not. The longest come first, so what does not
-    fit into memory shows at once.
+    terms: (n, size) the completions of every term of the loss. budget: padded tokens in a micro-batch
+    (one term may exceed it). Yields (index, works): the completions, and whether they count. All ranks
+    get the same number, as DDP and FSDP wait for every rank: a rank without work gets a filler that
+    does not. The longest come first, so what does not fit into memory shows at once.
     """
     rank, world = rows.share()
     longest = lens[terms].max(1)
@@ -459,7 +467,9 @@ def micro_batches(lens, terms, budget):
 
 @torch.no_grad()
 def all_logps(policy, data, budget, device):
-    """log pi of every completion, float32 numpy (n,): a forward pass shared by the ranks. policy: a model.Policy."""
+    """log pi of every completion, float32 numpy (n,): a forward pass shared by the ranks. policy: a
+    model.Policy.
+    """
     rank, world = rows.share()
     out = torch.zeros(len(data.lens), dtype=torch.float32, device=device)
     every = np.arange(len(data.lens))[:, None]

@@ -1,18 +1,22 @@
-"""The mathematics of QRPO (Quantile Reward Policy Optimization, arXiv 2507.08068): losses, quantiles, partition
-functions, log-probabilities. Pure functions of tensors that need only torch, so copy this file, or a function of it.
+"""The mathematics of QRPO (Quantile Reward Policy Optimization, arXiv 2507.08068): losses, quantiles,
+partition functions, log-probabilities. Pure functions of tensors that need only torch, so copy this
+file, or a function of it.
 
-The policy pi* that maximises E[R] - beta KL(pi || pi_ref) satisfies, for every single completion y of a prompt x,
+The policy pi* that maximises E[R] - beta KL(pi || pi_ref) satisfies, for every single completion y of a
+prompt x,
 
-    beta log( pi*(y|x) / pi_ref(y|x) ) = R(x,y) - beta log Z(x),    Z(x) = E_{y ~ pi_ref} exp( R(x,y) / beta ).
+    beta log( pi*(y|x) / pi_ref(y|x) ) = R(x,y) - beta log Z(x),   Z(x) = E_{y ~ pi_ref} exp( R(x,y) / beta ).
 
-For a raw reward, Z is unknown. QRPO takes R = f(q), where q is the quantile of the reward among the rewards of the
-reference model's own completions. Under pi_ref, q is uniform on [0,1], so Z = integral_0^1 exp(f(t)/beta) dt is known,
-and log(pi/pi_ref) can be regressed on its value at the optimum, one completion at a time.
+For a raw reward, Z is unknown. QRPO takes R = f(q), where q is the quantile of the reward among the
+rewards of the reference model's own completions. Under pi_ref, q is uniform on [0,1], so Z =
+integral_0^1 exp(f(t)/beta) dt is known, and log(pi/pi_ref) can be regressed on its value at the
+optimum, one completion at a time.
 
     python -c 'import torch, qrpo; print(qrpo.log_partition(torch.tensor([0.1])))'
 
-Shapes: `batch` completions, each with `num_ref_rewards` rewards of reference completions of the same prompt. beta > 0 is
-(1,) or (batch,). logps are natural logs, summed over the tokens of the completion, in float32.
+Shapes: `batch` completions, each with `num_ref_rewards` rewards of reference completions of the same
+prompt. beta > 0 is (1,) or (batch,). logps are natural logs, summed over the tokens of the completion,
+in float32.
 """
 import math
 from typing import Callable, NamedTuple
@@ -48,11 +52,10 @@ NORMS = {"mse": torch.square, "mae": torch.abs}
 def target_log_ratios(beta, rewards, ref_rewards, transform="identity", quantile="paper", among_refs=None):
     """log(pi*/pi_ref) of every completion, R/beta - log Z, (batch,) nats: where the loss is 0.
 
-    beta, rewards, ref_rewards: as in `qrpo_loss`; NaN in ref_rewards is an unknown reward, which does not count.
-    transform: a name in TRANSFORMS, a Transform, or any increasing function f of a tensor in [0,1].
-    quantile: a name in QUANTILES, "paper" or "exact".
-    among_refs: (batch,) bool, True where the completion is itself one of its references; None: nowhere.
-    Raises ValueError for an unknown name.
+    beta, rewards, ref_rewards: as in `qrpo_loss`; NaN in ref_rewards is an unknown reward, which does
+    not count. transform: a name in TRANSFORMS, a Transform, or any increasing function f of a tensor in
+    [0,1]. quantile: a name in QUANTILES, "paper" or "exact". among_refs: (batch,) bool, True where the
+    completion is itself one of its references; None: nowhere. Raises ValueError for an unknown name.
     """
     transform = get_transform(transform)
     if quantile not in QUANTILES:
@@ -65,13 +68,14 @@ def target_log_ratios(beta, rewards, ref_rewards, transform="identity", quantile
 def paper_quantile(beta, rewards, ref_rewards, transform, among_refs=None):
     """R/beta = f(q)/beta as published, (batch,); q = #(ref_rewards <= reward) / num_ref_rewards.
 
-    Where f is infinite at 0 or 1, q is clamped to [1/n, (n-1)/n], as in the authors' code. This assumes a continuous
-    reward: with ties, e^target does not average to 1 over the references (all rewards equal asks for +log(1/beta)).
+    Where f is infinite at 0 or 1, q is clamped to [1/n, (n-1)/n], as in the authors' code. This assumes
+    a continuous reward: with ties, e^target does not average to 1 over the references (all rewards
+    equal asks for +log(1/beta)).
     """
     n = (~ref_rewards.isnan()).sum(1)
     q = (ref_rewards <= rewards[:, None]).to(rewards.dtype).sum(1) / n
     if 1 in transform.infinite_at and (n < 2).any():
-        raise ValueError("this transform with quantile='paper' needs at least 2 reference rewards; use 'exact'")
+        raise ValueError("this transform needs at least 2 reference rewards, or quantile='exact'")
     if 0 in transform.infinite_at:
         q = q.maximum(1 / n)
     if 1 in transform.infinite_at:
@@ -80,10 +84,12 @@ def paper_quantile(beta, rewards, ref_rewards, transform, among_refs=None):
 
 
 def exact_quantile(beta, rewards, ref_rewards, transform, among_refs=None):
-    """R/beta = log mean_{u in (lo, hi]} exp(f(u)/beta), over the completion's cell of quantiles, (batch,).
+    """R/beta = log mean_{u in (lo, hi]} exp(f(u)/beta), over the completion's cell of quantiles,
+    (batch,).
 
-    e^target then averages to exactly 1 over the reference pool, whatever the ties, the transform, beta, and the number
-    of references. No clamp is needed. All rewards equal gives a target of 0: no signal, no change.
+    e^target then averages to exactly 1 over the reference pool, whatever the ties, the transform, beta,
+    and the number of references. No clamp is needed. All rewards equal gives a target of 0: no signal,
+    no change.
     """
     lo, hi = quantile_cells(rewards, ref_rewards, among_refs)
     return log_mean_exp(beta, transform, lo, hi)
@@ -95,8 +101,8 @@ QUANTILES = {"paper": paper_quantile, "exact": exact_quantile}
 def quantile_cells(rewards, ref_rewards, among_refs=None):
     """The interval (lo, hi] of quantiles that a completion occupies; two tensors (batch,).
 
-    Among the m *other* reference completions: lo = #(ref < r)/(m+1), hi = (#(ref <= r) + 1)/(m+1). A continuous reward
-    gives cells of width 1/(m+1); completions of equal reward share one wide cell.
+    Among the m *other* reference completions: lo = #(ref < r)/(m+1), hi = (#(ref <= r) + 1)/(m+1). A
+    continuous reward gives cells of width 1/(m+1); completions of equal reward share one wide cell.
     """
     itself = torch.zeros_like(rewards) if among_refs is None else among_refs.to(rewards.dtype)
     size = (~ref_rewards.isnan()).sum(1) + 1 - itself  # m + 1
@@ -108,7 +114,9 @@ def quantile_cells(rewards, ref_rewards, among_refs=None):
 # ---- transforms of the quantile and their partition functions ----
 
 class Transform(NamedTuple):
-    """R = f(q). A closed form that is None is computed by quadrature, so `Transform(f)` is enough for a new one."""
+    """R = f(q). A closed form that is None is computed by quadrature, so `Transform(f)` is enough for a
+    new one.
+    """
     f: Callable                    # increasing, of a tensor in [0,1]
     log_Z: Callable = None         # beta -> log integral_0^1 exp(f(t)/beta) dt
     log_mean_exp: Callable = None  # (beta, lo, hi) -> log of the mean of exp(f(u)/beta) over u in (lo, hi]
@@ -116,7 +124,9 @@ class Transform(NamedTuple):
 
 
 def identity_log_Z(beta):
-    """Z = beta (e^{1/beta} - 1). The published one-liner drops the last term, which matters from about beta = 0.1."""
+    """Z = beta (e^{1/beta} - 1). The published one-liner drops the last term, which matters from about
+    beta = 0.1.
+    """
     a = 1 / beta
     return beta.log() + a + torch.log1p(-torch.exp(-a))
 
@@ -157,8 +167,8 @@ def normal_log_mean_exp(beta, lo, hi):
     return a.square() / 2 + upper + torch.log1p(-(lower - upper).exp()) - w.log()
 
 
-# The paper's scaled-normal-icdf, f = sigma Phi^-1 with a sigma for each prompt, is normal-icdf at beta / sigma.
-# Z of the square is sqrt(pi beta)/2 erfi(1/sqrt(beta)), for which torch has no function.
+# The paper's scaled-normal-icdf, f = sigma Phi^-1 with a sigma for each prompt, is normal-icdf at beta
+# / sigma. Z of the square is sqrt(pi beta)/2 erfi(1/sqrt(beta)), for which torch has no function.
 TRANSFORMS = {
     "identity": Transform(lambda t: t, identity_log_Z, identity_log_mean_exp),
     "log": Transform(torch.log, log_log_Z, log_log_mean_exp, infinite_at=(0,)),
@@ -169,18 +179,23 @@ TRANSFORMS = {
 
 
 def get_transform(transform):
-    """The Transform of a name, a function of a tensor in [0,1], or a Transform. Raises ValueError for an unknown name."""
+    """The Transform of a name, a function of a tensor in [0,1], or a Transform. Raises ValueError for
+    an unknown name.
+    """
     if isinstance(transform, Transform):
         return transform
     if callable(transform):
         return Transform(transform)
     if transform not in TRANSFORMS:
-        raise ValueError(f"unknown transform {transform!r}; choose from {', '.join(TRANSFORMS)}, or pass a function")
+        names = ", ".join(TRANSFORMS)
+        raise ValueError(f"unknown transform {transform!r}; choose from {names}, or pass a function")
     return TRANSFORMS[transform]
 
 
 def log_partition(beta, transform="identity"):
-    """log Z = log integral_0^1 exp(f(t)/beta) dt, the shape of beta. Stable from beta = 3e-4 to 5 and beyond."""
+    """log Z = log integral_0^1 exp(f(t)/beta) dt, the shape of beta. Stable from beta = 3e-4 to 5 and
+    beyond.
+    """
     transform = get_transform(transform)
     if transform.log_Z:
         return transform.log_Z(beta)
@@ -198,7 +213,9 @@ def log_mean_exp(beta, transform, lo, hi):
 
 
 def quadrature(dtype, device, n=400, reach=2.9):
-    """Tanh-sinh nodes in (0,1) and the logs of their weights: dense at both ends, where exp(f/beta) is steep."""
+    """Tanh-sinh nodes in (0,1) and the logs of their weights: dense at both ends, where exp(f/beta) is
+    steep.
+    """
     s = torch.linspace(-reach, reach, n, dtype=torch.float64)
     nodes = torch.sigmoid(math.pi * s.sinh())
     weights = s.cosh() * nodes * (1 - nodes)
@@ -213,12 +230,17 @@ def dpo_loss(beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_
 
 
 def simpo_loss(beta, gamma_beta_ratio, chosen_logps, rejected_logps, chosen_lens, rejected_lens):
-    """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta (logp_c/|c| - logp_r/|r| - gamma/beta)); lens in tokens."""
-    return -F.logsigmoid(beta * (chosen_logps / chosen_lens - rejected_logps / rejected_lens - gamma_beta_ratio))
+    """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta (logp_c/|c| - logp_r/|r| - gamma/beta)); lens
+    in tokens.
+    """
+    margin = chosen_logps / chosen_lens - rejected_logps / rejected_lens
+    return -F.logsigmoid(beta * (margin - gamma_beta_ratio))
 
 
 def rebel_loss(beta, chosen_log_ratios, rejected_log_ratios, chosen_rewards, rejected_rewards):
-    """REBEL (arXiv 2404.16767, eq. 1): ((r_c - r_r)/beta - (l_c - l_r))^2, with log-ratios l = logps - ref_logps."""
+    """REBEL (arXiv 2404.16767, eq. 1): ((r_c - r_r)/beta - (l_c - l_r))^2, with log-ratios l = logps -
+    ref_logps.
+    """
     return ((chosen_rewards - rejected_rewards) / beta - (chosen_log_ratios - rejected_log_ratios)).square()
 
 
@@ -230,11 +252,12 @@ CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a 
 def completion_logps(hidden, tokens, prompt_lens, lens, output_layer):
     """log pi(y|x), summed over the completion's tokens in float32; (batch,).
 
-    hidden: (batch, time, dim), the last hidden states of right-padded tokens (batch, time); the state at t predicts the
-    token at t+1. prompt_lens, lens: (batch,) tokens of the prompt, and of prompt and completion together. The mask comes
-    from these lengths alone, so pad may equal eos. output_layer: maps (n, dim) to logits (n, vocab). It runs at
-    completion positions only, CHUNK of them at a time, and once more in the backward pass (except for the last chunk,
-    where the backward pass begins), so that no (batch, time, vocab) tensor ever exists.
+    hidden: (batch, time, dim), the last hidden states of right-padded tokens (batch, time); the state
+    at t predicts the token at t+1. prompt_lens, lens: (batch,) tokens of the prompt, and of prompt and
+    completion together. The mask comes from these lengths alone, so pad may equal eos. output_layer:
+    maps (n, dim) to logits (n, vocab). It runs at completion positions only, CHUNK of them at a time,
+    and once more in the backward pass (except for the last chunk, where the backward pass begins), so
+    that no (batch, time, vocab) tensor ever exists.
     """
     position = torch.arange(1, tokens.shape[1], device=tokens.device)
     in_completion = (position >= prompt_lens[:, None]) & (position < lens[:, None])  # (batch, time-1)
@@ -254,8 +277,8 @@ def completion_logps(hidden, tokens, prompt_lens, lens, output_layer):
 class TokenLogps(torch.autograd.Function):
     """logits (n, vocab), labels (n,) -> log-probabilities of the labels, float32 (n,).
 
-    As -cross_entropy, except that the backward pass writes the gradient over the saved log-probabilities: one (n, vocab)
-    tensor less, of the largest of all.
+    As -cross_entropy, except that the backward pass writes the gradient over the saved
+    log-probabilities: one (n, vocab) tensor less, of the largest of all.
     """
 
     @staticmethod

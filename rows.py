@@ -33,11 +33,23 @@ def fail(message):
 
 # ---- the command line ----
 
+class HelpFormat(argparse.RawDescriptionHelpFormatter):
+    """Help of at most 100 columns that ends with each flag's default, if it has one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with help that fits 100 columns, and errors in one line that name the flag you may have meant."""
+    """argparse with errors in one line, which name the flag that you may have meant."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=help_format)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormat)
 
     def error(self, message):
         fail(f"{message}; see --help")
@@ -49,10 +61,6 @@ class Parser(argparse.ArgumentParser):
             hint = f"; did you mean {close[0]}?" if close else ""
             fail(f"no such flag: {flag}{hint} See --help")
         return args
-
-
-def help_format(prog):
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100)
 
 
 # ---- reading ----
@@ -231,12 +239,13 @@ def share():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def continue_stage(data, out, settings, require=()):
+def continue_stage(data, out, settings, check, require=("prompt",)):
     """Start or continue a stage. Returns (left, part): the ids of the rows that are left for this process, a set of
     strings, and the open file to append to.
 
-    settings: what the output depends on; an OUT that was made with others is refused. Every process checks all rows
-    before the first is worked on. Its share depends on its rank alone, so two processes never take the same row.
+    settings: what the output depends on; an OUT that was made with others is refused. check(row) fails if the stage
+    cannot use a row; it is called on all rows before the first is worked on. The share of a process depends on its rank
+    alone, so two processes never take the same row.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # complete rows are on disk: "start me again"
     rank, world = share()
@@ -245,6 +254,7 @@ def continue_stage(data, out, settings, require=()):
         fail(f"{out}: is a file; --out must name a folder")
     ids, digest = [], 0
     for row in stream(data, require):
+        check(row)
         ids.append(row["id"])
         del row["__at__"]
         content = hashlib.sha256(marshal.dumps(row, 2)).digest()  # version 2 writes equal rows as equal bytes

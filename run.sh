@@ -24,7 +24,6 @@ trap 'exit $(($? ? $? : 143))' TERM  # when the stage in hand has saved, with it
 [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "${BASH_SOURCE[0]}")/train.py" ] && cd "$SLURM_SUBMIT_DIR" \
     || cd "$(dirname "${BASH_SOURCE[0]}")"  # SLURM runs a copy of this file from its spool folder
 # shellcheck disable=SC2086
-unset ${!SLURM_ARRAY_@}  # a task of an array is a whole run here, not a share of one run's rows
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # idle threads sleep: on a busy machine, spinning costs 20 times
 
 if [ -z "${PYTHON:-}" ]; then
@@ -99,8 +98,8 @@ fi
 run=$OUT/$RUN
 launch train.py --model="$MODEL" --data="$OUT/train/rewarded" --eval_data="$OUT/test/rewarded" --out="$run" \
     --cache="$OUT/cache" --seed="$SEED" --resume "$@"
-for step in "$run"/checkpoints/step_*; do  # the last one is the run's model itself
-    [ ! -d "$step" ] || cmp -s "$step/model.safetensors" "$run/model.safetensors" || evaluate "$step" "$step"
+for step in "$run"/checkpoints/step_*; do  # those of --save_every
+    [ ! -d "$step" ] || evaluate "$step" "$step"
 done
 evaluate "$run" "$run"
 for ((round = 2; round <= ROUNDS; round++)); do  # the reference stays: quantiles and log-ratios are against $MODEL

@@ -1031,7 +1031,7 @@ def cores():
 
 
 def main():
-    parser = flags.parser(__doc__)
+    parser = rows.Parser(__doc__)
     parser.add_argument("--data", required=True, help="JSONL of programs")
     parser.add_argument("--out", required=True, help="JSONL of verdicts; what stands there already is not run again")
     parser.add_argument("--workers", type=int, default=0, help="workers; 0: one for each core given (default 0)")
@@ -1042,7 +1042,7 @@ def main():
     parser.add_argument("--unsafe", action="store_true", help="no isolation, only limits: not for programs of a model")
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default %(default)s)")
-    args = vars(flags.parse(parser))
+    args = vars(parser.parse_args())
     data, out = args.pop("data"), args.pop("out")
     programs = rows.read(data, require=("completion", "test", "entry_point"))
     for row in programs:
@@ -1072,6 +1072,6 @@ def main():
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].startswith("--worker="):
         supervise(json.loads(sys.argv[1][9:]))
-    import flags, rows
+    import rows
     from tqdm import tqdm
     main()

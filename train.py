@@ -1,14 +1,15 @@
 """Train a language model from pointwise rewards with QRPO (or DPO, REBEL, SimPO, SFT on the same data).
 
-Reads rewarded rows (score.py's output). Writes to OUT the trained model as a Hugging Face folder, run.json (settings,
-versions), metrics.jsonl, and checkpoints/ to resume from. One process, or several under torchrun:
+Reads rewarded rows (score.py's output). Writes to OUT the trained model as a Hugging Face folder,
+run.json (settings, versions), metrics.jsonl, and checkpoints/ to resume from. One process, or several
+under torchrun:
 
-    python train.py --model=data/minicode/model --data=out/rewarded --out=out/run --beta=0.1 --learning_rate=3e-4
+    python train.py --model=MODEL --data=out/rewarded --out=out/run --beta=0.1 --learning_rate=1e-6
     torchrun --nproc_per_node=8 train.py --model=... --data=... --out=... --shard --gradient_checkpointing
 
-The policy starts as the reference model, so ref_logps are its own log-probabilities before step 0, and no second model
-is in memory (except with --ref_model, until they are computed). SIGTERM and SIGUSR1 save a checkpoint and exit with 75:
-start the same command again with --resume.
+The policy starts as the reference model, so ref_logps are its own log-probabilities before step 0, and
+no second model is in memory (except with --ref_model, until they are computed). SIGTERM and SIGUSR1
+save a checkpoint and exit with 75: start the same command again with --resume.
 """
 import datetime
 import importlib
@@ -40,63 +41,63 @@ from model import (Policy, flops_per_token, get_device, get_dtype, identity, kee
 # settings: every flag with its default and its unit
 
 parser = rows.Parser(__doc__)
-group = parser.add_argument_group("files")
-group.add_argument("--data", required=True, help="JSONL file or folder of rewarded rows")
-group.add_argument("--eval_data", help="held-out rows, of the same form")
-group.add_argument("--out", required=True, help="folder of the run")
-group.add_argument("--cache", help="folder for tokens and ref_logps, which runs on the same data can share (default: OUT/cache)")
+add = parser.add_argument_group("files").add_argument
+add("--data", required=True, help="JSONL file or folder of rewarded rows")
+add("--eval_data", help="held-out rows, of the same form")
+add("--out", required=True, help="folder of the run")
+add("--cache", help="folder for tokens and ref_logps, which runs can share (default OUT/cache)")
 
-group = parser.add_argument_group("model and data")
-group.add_argument("--model", required=True, help="folder or hub name of the model to train, which is also the reference model")
-group.add_argument("--ref_model", help="the reference model, if the policy does not start from it (a second round)")
-group.add_argument("--train_on", default="refs", choices=REGIMES,
-                   help="; ".join(f"{name}: {regime.help}" for name, regime in REGIMES.items()) + " (default refs)")
-group.add_argument("--num_candidates", type=int, default=0, help="train on the first N sampled completions only; 0: all")
-group.add_argument("--num_ref_rewards", type=int, default=0, help="use the first N ref_rewards for quantiles; 0: all")
-group.add_argument("--min_reward", type=float, help="train and evaluate only on completions of at least this reward")
-group.add_argument("--max_length", type=int, default=0,
-                   help="drop what has more tokens, prompt and completion; 0: refuse what exceeds the context")
+add = parser.add_argument_group("model and data").add_argument
+add("--model", required=True, help="folder or hub name of the model to train; it is also the reference model")
+add("--ref_model", help="the reference model, if the policy does not start from it (a second round)")
+add("--train_on", default="refs", choices=REGIMES,
+    help="; ".join(f"{name}: {regime.help}" for name, regime in REGIMES.items()))
+add("--num_candidates", type=int, default=0, help="train on the first N sampled completions only; 0: all")
+add("--num_ref_rewards", type=int, default=0, help="use the first N ref_rewards for quantiles; 0: all")
+add("--min_reward", type=float, help="train and evaluate only on completions of at least this reward")
+add("--max_length", type=int, default=0,
+    help="drop what has more tokens, prompt and completion; 0: refuse what exceeds the context")
 
-group = parser.add_argument_group("loss")
-group.add_argument("--loss", default="qrpo", help="qrpo, dpo, rebel, simpo or sft (default %(default)s)")
-group.add_argument("--beta", type=float, default=0.1, help="QRPO: strength of the KL term; else the loss's own (default %(default)s)")
-group.add_argument("--transform", default="identity", choices=(*qrpo.TRANSFORMS, "scaled-normal-icdf"),
-                   help="QRPO: f in R = f(quantile) (default %(default)s)")
-group.add_argument("--quantile", default="paper", choices=qrpo.QUANTILES,
-                   help="QRPO: as published, or exact, which is right when rewards tie, too (default %(default)s)")
-group.add_argument("--norm", default="mse", choices=qrpo.NORMS, help="QRPO: squared or absolute error (default %(default)s)")
-group.add_argument("--length_normalize", action="store_true", help="QRPO: beta / tokens of the completion in every term")
-group.add_argument("--max_beta", type=float, default=0.0, help="QRPO: upper limit of that beta; 0: none")
-group.add_argument("--gamma_beta_ratio", type=float, default=0.5, help="SimPO: margin in nats per token (default %(default)s)")
+add = parser.add_argument_group("loss").add_argument
+add("--loss", default="qrpo", help="qrpo, dpo, rebel, simpo or sft")
+add("--beta", type=float, default=0.1, help="strength of the KL term, or the beta of another loss")
+add("--transform", default="identity", choices=(*qrpo.TRANSFORMS, "scaled-normal-icdf"),
+    help="QRPO: f in R = f(quantile)")
+add("--quantile", default="paper", choices=qrpo.QUANTILES,
+    help="QRPO: paper, as published, or exact, which is also right when rewards tie")
+add("--norm", default="mse", choices=qrpo.NORMS, help="QRPO: squared or absolute error")
+add("--length_normalize", action="store_true", help="QRPO: divide beta by the tokens of the completion")
+add("--max_beta", type=float, default=0.0, help="QRPO: upper limit of that beta; 0: none")
+add("--gamma_beta_ratio", type=float, default=0.5, help="SimPO: margin in nats per token")
 
-group = parser.add_argument_group("optimisation")
-group.add_argument("--learning_rate", type=float, default=1e-6, help="AdamW's, at the peak of the schedule (default %(default)s)")
-group.add_argument("--batch_size", type=int, default=256,
-                   help="completions (pairs, for losses of pairs) per step over all ranks (default %(default)s)")
-group.add_argument("--epochs", type=int, default=1, help="passes over the data (default %(default)s)")
-group.add_argument("--max_grad_norm", type=float, default=0.0, help="clip the gradient norm; 0: do not, as the paper")
-group.add_argument("--seed", type=int, default=0, help="of the order of the data (default %(default)s)")
-group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                   help="of forward and backward; weights are float32. auto: bfloat16 on a GPU")
+add = parser.add_argument_group("optimisation").add_argument
+add("--learning_rate", type=float, default=1e-6, help="AdamW's, at the peak of the schedule")
+add("--batch_size", type=int, default=256,
+    help="completions (pairs, for losses of pairs) per step, over all ranks")
+add("--epochs", type=int, default=1, help="passes over the data")
+add("--max_grad_norm", type=float, default=0.0, help="clip the gradient norm; 0: do not, as the paper")
+add("--seed", type=int, default=0, help="of the order of the data")
+add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+    help="of forward and backward; weights are float32. auto: bfloat16 on a GPU")
 
-group = parser.add_argument_group("machine")
-group.add_argument("--micro_batch_tokens", type=int, default=0,
-                   help="padded tokens in a forward pass; the gradient does not depend on it. 0: 16384 on a GPU, 1024 on a CPU")
-group.add_argument("--shard", action="store_true", help="shard weights, gradients and optimizer across ranks (FSDP2), not DDP")
-group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
-group.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
+add = parser.add_argument_group("machine").add_argument
+add("--micro_batch_tokens", type=int, default=0,
+    help="padded tokens in a forward pass, without effect on the gradient; 0: 16384 on a GPU, 1024 on a CPU")
+add("--shard", action="store_true", help="shard weights, gradients and optimizer across ranks (FSDP2)")
+add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
 
-group = parser.add_argument_group("run")
-group.add_argument("--eval_every", type=int, default=0, help="steps between evaluations; 0: only before and after training")
-group.add_argument("--save_every", type=int, default=0, help="steps between checkpoints; 0: only at the end")
-group.add_argument("--resume", action="store_true", help="continue the run in OUT from its newest checkpoint")
-group.add_argument("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
-group.add_argument("--dry_run", action="store_true", help="show a batch and its targets, time a step, write nothing, and exit")
+add = parser.add_argument_group("run").add_argument
+add("--eval_every", type=int, default=0, help="steps between evaluations; 0: before and after training")
+add("--save_every", type=int, default=0, help="steps between checkpoints; 0: none but the trained model")
+add("--resume", action="store_true", help="continue the run in OUT from where it last saved")
+add("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
+add("--dry_run", action="store_true", help="show some of the data, time a step, write nothing, and exit")
 args = parser.parse_args()
 
 # What a run may change when it is resumed; all else must stay as it was.
-FREE = ("data", "eval_data", "out", "cache", "micro_batch_tokens", "shard", "gradient_checkpointing", "eval_every",
-        "save_every", "resume", "track", "dry_run")
+FREE = ("data", "eval_data", "out", "cache", "micro_batch_tokens", "shard", "gradient_checkpointing",
+        "eval_every", "save_every", "resume", "track", "dry_run")
 WARMUP = 0.1  # of the steps, as the paper
 
 # -----------------------------------------------------------------------------
@@ -108,49 +109,35 @@ def pairs(values):
     return values[0::2], values[1::2]
 
 
-def qrpo_loss(b, logps):
-    """qrpo.qrpo_loss, for any transform and quantile."""
-    return qrpo.regression_loss(b.beta, logps, b.ref_logps, b.targets, args.norm)
-
-
-def dpo_loss(b, logps):
-    return qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))
-
-
-def rebel_loss(b, logps):
-    return qrpo.rebel_loss(args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))
-
-
-def simpo_loss(b, logps):
-    return qrpo.simpo_loss(args.beta, args.gamma_beta_ratio, *pairs(logps), *pairs(b.lens - b.prompt_lens))
-
-
-def sft_loss(b, logps):
-    """Its mean over a step is the mean negative log-likelihood of the step's completion tokens."""
-    return -logps / b.mean_length
-
-
-LOSSES = {  # name: (completions in a term, what it needs, f(b, logps (B,)) -> (terms,)); a new loss is one entry
-    "qrpo": (1, ("rewards", "ref_rewards"), qrpo_loss),
-    "dpo": (2, (), dpo_loss),
-    "rebel": (2, ("rewards",), rebel_loss),
-    "simpo": (2, (), simpo_loss),
-    "sft": (1, (), sft_loss),
+# A new loss is a function in qrpo.py and one entry here. The completions of a term are 1, or 2: chosen
+# and rejected.
+LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
+    "qrpo": (1, ("rewards", "targets"), lambda b, logps: qrpo.regression_loss(
+        b.beta, logps, b.ref_logps, b.targets, args.norm)),
+    "dpo": (2, (), lambda b, logps: qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))),
+    "rebel": (2, ("rewards",), lambda b, logps: qrpo.rebel_loss(
+        args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))),
+    "simpo": (2, (), lambda b, logps: qrpo.simpo_loss(
+        args.beta, args.gamma_beta_ratio, *pairs(logps), *pairs(b.lens - b.prompt_lens))),
+    # its mean over a step is the mean negative log-likelihood of the step's completion tokens
+    "sft": (1, (), lambda b, logps: -logps / b.mean_length),
 }
 
 
 def metrics(b, logps, loss):
-    """What is logged: each name with its values, whose mean over the whole batch is logged. NaN: does not apply."""
+    """What is logged: each name with its values, whose mean over the whole batch is logged. NaN: does
+    not apply.
+    """
     log_ratio = logps - b.ref_logps
     values = {
         "loss": loss,
         "log_ratio": log_ratio,
-        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # better than its row's mean reference, or of its pair
-        "log_ratio_rejected": log_ratio.where(b.side < 0, math.nan),  # worse
-        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token; 0 before the first step
+        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # the better, see dataset.side_of
+        "log_ratio_rejected": log_ratio.where(b.side < 0, math.nan),  # the worse
+        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token; 0 at the start
     }
     if args.loss == "qrpo":
-        values["loss_down"] = loss * (log_ratio > b.targets)  # the part of the loss that pushes completions down
+        values["loss_down"] = loss * (log_ratio > b.targets)  # the part that pushes completions down
     return values
 
 
@@ -174,7 +161,7 @@ if args.loss == "sft" and paired:
     rows.fail(f"--loss=sft would also imitate the rejected completions of --train_on={args.train_on}; give "
               "--train_on=chosen, or refs with --min_reward")
 if paired and args.min_reward is not None:
-    rows.fail(f"--min_reward selects single completions, and --train_on={args.train_on} gives pairs; drop one of them")
+    rows.fail(f"--min_reward selects single completions, --train_on={args.train_on} pairs; drop one")
 if args.shard and "RANK" not in os.environ:
     rows.fail("--shard needs several processes: start it with torchrun --nproc_per_node=N train.py ...")
 
@@ -213,8 +200,8 @@ if (out / "run.json").exists() and not args.dry_run:
         rows.fail(f"{out}: already holds a run; continue it with --resume, or give another --out")
     for name, value in defining(vars(args)).items():
         if record["config"].get(name) != value:
-            rows.fail(f"{out}: was started with --{name}={record['config'].get(name)}, now {value}; use the same "
-                      "settings, or another --out")
+            rows.fail(f"{out}: was started with --{name}={record['config'].get(name)}, now {value}; use the "
+                      "same settings, or another --out")
     if record["finished"]:
         print(f"{out}: this run has finished, nothing to do")
         sys.exit(0)
@@ -226,16 +213,16 @@ tokenizer = load_tokenizer(args.model, args.trust_remote_code)
 model = load_model(args.model, torch.float32, device, args.trust_remote_code)
 choices = dataset.Choices(
     train_on=args.train_on, pairs=term_size == 2,
-    needs_reward="rewards" in needs or args.min_reward is not None, needs_refs="ref_rewards" in needs,
+    needs_reward="rewards" in needs or args.min_reward is not None, needs_refs="targets" in needs,
     min_reward=args.min_reward, num_candidates=args.num_candidates, num_ref_rewards=args.num_ref_rewards,
     max_length=args.max_length)
 train_data = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
 eval_data = None
 if args.eval_data:
     eval_data = dataset.load(args.eval_data, cache, args.model, tokenizer, model, choices)
-if args.loss == "qrpo" and (train_data.tied == 1).all():
-    rows.fail(f"{args.data}: no completion's reward differs from its references', so there is nothing to learn; look "
-              "at the reward, or sample more references")
+if "targets" in needs and (train_data.tied == 1).all():
+    rows.fail(f"{args.data}: no completion's reward differs from its references', so there is nothing to "
+              "learn; look at the reward, or sample more references")
 
 num_terms = len(train_data.lens) // term_size  # terms of the loss: completions or pairs
 steps_per_epoch = math.ceil(num_terms / args.batch_size)
@@ -243,7 +230,9 @@ num_steps = args.epochs * steps_per_epoch
 
 
 def step_terms(step):
-    """The completions of a step, (terms, term_size), the same on every rank: each epoch is one seeded shuffle."""
+    """The completions of a step, (terms, term_size), the same on every rank: each epoch is one seeded
+    shuffle.
+    """
     epoch, i = divmod(step, steps_per_epoch)
     order = np.random.default_rng([args.seed, epoch]).permutation(num_terms)
     terms = order[i * args.batch_size:(i + 1) * args.batch_size]
@@ -257,7 +246,7 @@ def load_batch(data, index, mean_length):
     b.beta = torch.full_like(b.rewards, args.beta)
     if args.length_normalize:
         b.beta = (b.beta / (b.lens - b.prompt_lens)).clamp(max=args.max_beta or math.inf)
-    if args.loss == "qrpo":
+    if "targets" in needs:
         scaled = args.transform == "scaled-normal-icdf"  # sigma Phi^-1(q) is Phi^-1(q) at beta / sigma
         b.targets = qrpo.target_log_ratios(
             b.beta / b.std if scaled else b.beta, b.rewards, b.ref_rewards,
@@ -349,7 +338,9 @@ def learning_rate(step):
 
 
 def resume_state():
-    """Weights and AdamW's state by name. Nothing in a step is random except the order of the data, which the step gives."""
+    """Weights and AdamW's state by name. Nothing in a step is random except the order of the data,
+    which the step gives.
+    """
     state = {}
     for name, parameter in model.named_parameters():
         if parameter not in optimizer.state:
@@ -379,7 +370,9 @@ def save_resume(step):
 
 
 def save_model(folder):
-    """The policy as a Hugging Face folder in float32, complete or not at all: what is saved is what was trained."""
+    """The policy as a Hugging Face folder in float32, complete or not at all: what is saved is what was
+    trained.
+    """
     state, gathered = {}, {}
     for name, tensor in model.state_dict().items():
         local = tensor.to_local() if args.shard else tensor
@@ -395,12 +388,8 @@ def save_model(folder):
             config = rows.load_json(new / "config.json")
             rows.write_json(new / "config.json", config | {"dtype": "float32"})
             tokenizer.save_pretrained(new)
-            if folder == out / "model":
-                for file in new.iterdir():  # the trained model is OUT itself
-                    os.replace(file, out / file.name)
-                new.rmdir()
-            elif not folder.exists():
-                os.replace(new, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(new, folder)
     barrier()
 
 
@@ -419,12 +408,14 @@ metrics_file = None
 tracker = None
 if main_process and not args.dry_run:
     config = defining(vars(args)) | {"data_fingerprint": train_data.fingerprint, "steps": num_steps}
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                "transformers": transformers.__version__}
     new_record = {"config": config, "command": " ".join(sys.argv), "versions": versions, "finished": False}
     if (out / "run.json").exists():
         before = rows.load_json(out / "run.json")["config"]["data_fingerprint"]
         if before != train_data.fingerprint:
-            rows.fail(f"{out}: was started with other data (rows, rewards or tokenizer); restore it, or give another --out")
+            rows.fail(f"{out}: was started with other data (rows, rewards or tokenizer); restore it, or give "
+                      "another --out")
     metrics_file = rows.open_part(out / "metrics.jsonl")
     rows.write_json(out / "run.json", new_record)
     # drop what was logged after the checkpoint; the evaluation before step 0 is done again, too
@@ -434,12 +425,12 @@ if main_process and not args.dry_run:
         try:
             tracker = importlib.import_module(args.track)  # trackio has the interface of wandb
         except ImportError as error:
-            rows.fail(f"--track={args.track}: {error}; install it, or omit the flag (metrics.jsonl holds everything)")
+            rows.fail(f"--track={args.track}: {error}; install it, or omit the flag")
         tracker.init(project="qrpo", name=str(out), config=config, resume="allow")
 if main_process:
     memory = 16e-9 * num_parameters / (world if args.shard else 1)
-    print(f"{num_parameters / 1e6:,.2f}M parameters: {memory:.2f} GB per process for weights, gradients and AdamW, and "
-          f"more for activations; {num_terms:,} {'pairs' if term_size == 2 else 'completions'}, "
+    print(f"{num_parameters / 1e6:,.2f}M parameters: {memory:.2f} GB per process for weights, gradients and "
+          f"AdamW, and more for activations; {num_terms:,} {'pairs' if term_size == 2 else 'completions'}, "
           f"{num_steps - start_step} steps of {train_data.lens.sum() / steps_per_epoch:,.0f} tokens on "
           f"{world} x {device.type}, {dtype}", flush=True)
 
@@ -483,8 +474,8 @@ def evaluate(step):
 # -----------------------------------------------------------------------------
 # the training loop
 
-# The policy before its first step is the reference model, so its log-probabilities may differ from ref_logps by
-# rounding only: in nats per token, averaged over the first step.
+# The policy before its first step is the reference model, so its log-probabilities may differ from
+# ref_logps by rounding only: in nats per token, averaged over the first step.
 DRIFT_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 stop_requested = False
 
@@ -506,29 +497,33 @@ for step in bar:
         group["lr"] = learning_rate(step)
     terms = step_terms(step)  # (n, term_size) completions, n <= batch_size
     mean_length = (train_data.lens - train_data.prompt_lens)[terms].mean()
-    batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens))  # similar lengths; as many on every rank
+    batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens))  # of similar length
     totals = {}
     for i, (index, works) in enumerate(batches):
-        policy.require_backward_grad_sync = i == len(batches) - 1  # DDP: the ranks average their gradients once, at the end
-        b = load_batch(train_data, index, mean_length)  # tokens (B, T); lens, rewards, ref_logps, targets (B,); ref_rewards (B, n)
+        policy.require_backward_grad_sync = i == len(batches) - 1  # DDP averages over ranks once, at the end
+        # tokens (B, T); prompt_lens, lens, rewards, ref_logps, beta, targets (B,); ref_rewards (B,
+        # num_ref_rewards)
+        b = load_batch(train_data, index, mean_length)
         with autocast:
-            logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)  # (B,) log pi(y|x), summed over completion tokens
-        loss = loss_terms(b, logps)  # (B / term_size,)
-        # The ranks average, so times world makes the gradient that of the mean over the step's terms, however they are
-        # split. A filler of a rank without work counts 0.
+            logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)  # (B,) log pi(y|x), summed over tokens
+        loss = loss_terms(b, logps)                                     # (B / term_size,)
+        # The ranks average, so times world makes the gradient that of the mean over the step's terms,
+        # however they are split. A filler of a rank without work counts 0.
         (loss.sum() * works * world / len(terms)).backward()
         add(totals, metrics(b, logps.detach(), loss.detach()), works)
     row = means(totals)
     if step == 0 and not args.ref_model and not row["drift"] < DRIFT_LIMIT[dtype]:
-        rows.fail(f"step 0: the policy's log-probabilities are {row['drift']:.2g} nats per token from the reference's "
-                  f"(limit {DRIFT_LIMIT[dtype]}). Most likely {cache} was made with another model (delete it), or the "
-                  "model is not deterministic (dropout, or a kernel that depends on the batch)")
+        rows.fail(f"step 0: the policy's log-probabilities are {row['drift']:.2g} nats per token from the "
+                  f"reference's (limit {DRIFT_LIMIT[dtype]}). Most likely {cache} was made with another "
+                  "model (delete it), or the model is not deterministic (dropout, or a kernel that depends on the "
+                  "batch)")
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
     grad_norm = grad_norm.full_tensor().item() if args.shard else grad_norm.item()
     if not math.isfinite(grad_norm):
         ids = sorted(set(train_data.ids[train_data.row[terms.reshape(-1)]].tolist()))
-        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; nothing was saved since the last "
-                  f"checkpoint. Lower --learning_rate or raise --beta, and look at the rows of this step: {', '.join(ids)}")
+        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; nothing was saved since "
+                  "the last checkpoint. Lower --learning_rate or raise --beta, and look at the rows of this step: "
+                  f"{', '.join(ids)}")
     optimizer.step()
     optimizer.zero_grad()
 
@@ -540,7 +535,8 @@ for step in bar:
     if peak_flops(device):
         row["share_of_peak"] = flops * tokens_per_second / world / peak_flops(device)
     log({"step": done} | row)
-    bar.set_postfix(loss=f"{row['loss']:.4g}", log_ratio=f"{row['log_ratio']:.3g}", tokens_s=f"{tokens_per_second:,.0f}")
+    bar.set_postfix(loss=f"{row['loss']:.4g}", log_ratio=f"{row['log_ratio']:.3g}",
+                    tokens_s=f"{tokens_per_second:,.0f}")
     if args.dry_run:
         continue
 
@@ -563,17 +559,22 @@ for step in bar:
 
 if args.dry_run:
     if main_process:
-        dataset.show(train_data, tokenizer, load_batch(train_data, step_terms(0)[:4].reshape(-1), mean_length))
+        first = step_terms(0)[:4].reshape(-1)
+        dataset.show(train_data, tokenizer, first, load_batch(train_data, first, mean_length))
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(
             resource.RUSAGE_SELF).ru_maxrss
-        print(f"a step takes {seconds:.2f} s; {full_steps} steps and the reference pass: "
-              f"{seconds * full_steps * (1 + 1 / (3 * args.epochs)) / 60:.1f} minutes; {peak / 1e9:.2f} GB per process")
+        minutes = seconds * full_steps * (1 + 1 / (3 * args.epochs)) / 60  # that pass: a third of an epoch
+        print(f"a step takes {seconds:.2f} s; {full_steps} steps and the reference pass {minutes:.1f} "
+              f"minutes; {peak / 1e9:.2f} GB per process")
     barrier()
     if main_process:
         shutil.rmtree(cache)
 else:
-    save_model(out / "model")
+    save_model(out / ".trained")
     if main_process:
+        for file in (out / ".trained").iterdir():  # the trained model is OUT itself
+            os.replace(file, out / file.name)
+        (out / ".trained").rmdir()
         rows.write_json(out / "run.json", new_record | {"finished": True})
         shutil.rmtree(out / "resume")
         print(f"{out}: the trained model, run.json and metrics.jsonl")
