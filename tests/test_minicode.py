@@ -1,11 +1,17 @@
-"""data/minicode/prepare.py: the rows are sound, the tokenizers agree, and the model is a plain Hugging Face model."""
+"""data/minicode/prepare.py: the rows are sound, the tokenizers agree, and transformers loads the model.
+
+    python -m pytest -q tests/test_minicode.py
+"""
 import collections
+import hashlib
 import importlib.util
 import json
 import os
 import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -13,17 +19,13 @@ import torch
 from tiktoken.load import load_tiktoken_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data", "minicode", "prepare.py")
-TINY = "--num_train=24 --num_test=12 --corpus_size=400 --vocab_size=320 --width=32 --layers=1 --steps=12".split()
-
-
-def read(path):
-    with open(path, "rb") as f:
-        return f.read()
+SCRIPT = str(Path(__file__).resolve().parents[1] / "data" / "minicode" / "prepare.py")
+TINY = ["--num_train=24", "--num_test=12", "--corpus_size=400", "--vocab_size=320", "--width=32",
+        "--layers=1", "--steps=12"]
 
 
 def rows(folder, part):
-    return [json.loads(line) for line in read(folder / f"{part}.jsonl").splitlines()]
+    return [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
 
 
 def share_passed(row, program):
@@ -69,16 +71,48 @@ def folder(tmp_path_factory, prepare):
 
 def test_same_seed_same_bytes_and_a_rerun_reuses(folder, tmp_path, prepare, capsys):
     prepare(tmp_path)
-    names = ["train.jsonl", "test.jsonl", "model/minicode.tiktoken", "model/tokenizer.json", "model/model.safetensors"]
+    names = ["train.jsonl", "test.jsonl", "model/minicode.tiktoken", "model/tokenizer.json",
+             "model/model.safetensors"]
     for name in names:
-        assert read(tmp_path / name) == read(folder / name), name
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
     assert "reused" not in capsys.readouterr().out
     command = [sys.executable, SCRIPT, f"--out={tmp_path}", *TINY]
     assert "reused" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
     prepare(tmp_path, "--seed=1")  # other settings are made anew, the vocabulary included
     for name in names:
-        assert read(tmp_path / name) != read(folder / name), name
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+        assert (tmp_path / name).read_bytes() != (folder / name).read_bytes(), name
+    assert sorted(os.listdir(tmp_path)) == ["model", "test.jsonl", "train.jsonl"]
+
+
+def test_a_killed_run_leaves_the_old_files_and_the_next_one_completes(folder, tmp_path, prepare):
+    prepare(tmp_path)
+    command = [sys.executable, SCRIPT, f"--out={tmp_path}", *TINY, "--seed=1"]
+    process = subprocess.Popen([*command, "--steps=100000"], stderr=subprocess.DEVNULL)
+    while not (tmp_path / ".model.new" / "tokenizer.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    for name in "train.jsonl", "test.jsonl", "model/model.safetensors":
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+    prepare(tmp_path, "--seed=1")
+    assert sorted(os.listdir(tmp_path)) == ["model", "test.jsonl", "train.jsonl"]
+    assert json.loads((tmp_path / "model" / "recipe.json").read_text())["seed"] == 1
+
+
+def test_seed_0_gives_the_rows_that_published_figures_were_made_with(module):
+    train, test, taken = module.make_rows(random.Random(0), 320, 128, 12)
+    corpus = module.make_corpus(random.Random(0), 100, 0.3, taken)
+    text = json.dumps([train, test, corpus])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "532a59e18a3e9b5c"
+
+
+def test_bad_flags_are_named(tmp_path):
+    cases = {"--width=40": "multiple of 32", "--vocab_size=700": "259 to 600", "--step=3": "--steps"}
+    for flag, said in cases.items():
+        command = [sys.executable, SCRIPT, f"--out={tmp_path}", flag]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 2 and said in run.stderr and "Traceback" not in run.stderr
 
 
 def test_rows_are_complete_and_disjoint(folder):
@@ -136,12 +170,16 @@ def test_fast_tokenizer_equals_tiktoken(folder, module):
     ranks = load_tiktoken_bpe(str(folder / "model" / "minicode.tiktoken"))
     hf = AutoTokenizer.from_pretrained(folder / "model")
     special = {name: len(ranks) + i for i, name in enumerate(["<bos>", "<eos>", "<pad>"])}
-    encoding = tiktoken.Encoding("minicode", pat_str=module.PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    assert [hf.bos_token_id, hf.eos_token_id, hf.pad_token_id] == list(special.values()) and len(hf) == encoding.n_vocab
+    encoding = tiktoken.Encoding(
+        "minicode", pat_str=module.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    assert [hf.bos_token_id, hf.eos_token_id, hf.pad_token_id] == list(special.values())
+    assert len(hf) == encoding.n_vocab
     rng = random.Random(0)
     corpus = module.make_corpus(rng, 2000, 0.3, set())
-    texts = [row[k] for part in ("train", "test") for row in rows(folder, part) for k in ("prompt", "chosen", "test")]
-    texts += [prompt + code for prompt, code in corpus] + ["", "\n\n  x\t1234", "na\u00efve \u65e5\u672c \U0001f600"]
+    texts = ["", "\n\n  x\t1234", "na\u00efve \u65e5\u672c \U0001f600"]
+    texts += [prompt + code for prompt, code in corpus]
+    for row in rows(folder, "train") + rows(folder, "test"):
+        texts += [row["prompt"], row["chosen"], row["test"]]
     for text in texts:
         ids = hf(text, add_special_tokens=False)["input_ids"]
         assert ids == encoding.encode_ordinary(text), text

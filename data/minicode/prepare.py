@@ -1,19 +1,24 @@
-"""
-MiniCode: LeetCode in miniature, made from a seed in about a minute, with nothing to download.
+"""MiniCode: LeetCode in miniature. Makes prompts, tests and a reference model from a seed.
 
-A row asks in English for a one-line Python function and carries a dozen tests. The pieces of the tables below (where
-the items come from, which to keep, what to do to each, what to return) compose to some nine thousand specifications;
-those of test.jsonl are not in train.jsonl, and those of neither are in the corpus. The reference model is a tiny Llama
-trained on a corpus of such functions with everyday mistakes (< for <=, range(n) for range(n + 1), min for max, a
-forgotten filter, a missing parenthesis), so it writes a right program only some of the time.
+A row asks in English for a one-line Python function and has a dozen tests. A specification is put
+together from the tables below: where the items come from, which to keep, what to do to each, and what to
+return. There are some nine thousand. No specification of test.jsonl is in train.jsonl, and none of either
+is in the corpus.
 
-Input: none. Output, in --out: train.jsonl and test.jsonl (rows: id, prompt, entry_point, preamble, test, chosen: the
-right program, rejected: one with mistakes, fenced, difficulty) and model/ (a Hugging Face folder, with the vocabulary
-in tiktoken's format too).
+The reference model is a tiny Llama trained on a corpus of such functions with everyday mistakes (< for
+<=, range(n) for range(n + 1), min for max, a forgotten filter, a missing parenthesis), so only some of
+its programs are right.
+
+Takes no input. Writes to --out, in about a minute:
+- train.jsonl and test.jsonl with the fields id, prompt, entry_point, preamble, test, chosen (the right
+  program), rejected (one with mistakes), fenced and difficulty;
+- model/, a Hugging Face folder, which also holds the vocabulary in tiktoken's format.
+
+The same seed gives the same rows everywhere. The model's weights also depend, by rounding, on the machine
+and its number of threads.
 
     python data/minicode/prepare.py
 """
-import argparse
 import base64
 import hashlib
 import json
@@ -22,22 +27,28 @@ import os
 import random
 import re
 import shutil
-
-# TikTokenConverter reads the vocabulary through tiktoken's cache, which knows a file by its path alone and would hand
-# back the vocabulary of an earlier run. An empty name turns the cache off.
-os.environ["TIKTOKEN_CACHE_DIR"] = ""
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 import torch
 from tiktoken._educational import bpe_train
 from tokenizers.processors import TemplateProcessing
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils.logging import disable_progress_bar
 
-# A piece is (English, right code, mistakes). English has synonyms, separated by "/". {k} and {c} are a number and a
-# letter drawn for each specification, {j} is a number off by one from k. In code, x is the item at hand.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import rows  # noqa: E402
+
+# ---- the pieces of specifications ----
+
+# A piece is (English, right code, mistakes). English has synonyms, separated by "/". {k} and {c} are a
+# number and a letter drawn for each specification, and {j} is off by one from k. In code, x is the
+# current item.
 SOURCES = {  # kind: (English, arguments, right code, mistakes)
     "int": [
         ("the numbers in xs", "xs", "xs", ["xs[1:]"]),
@@ -61,7 +72,8 @@ FILTERS = {
         ("are less than {k}/are below {k}", "x < {k}", ["x <= {k}", "x > {k}"]),
         ("are at least {k}/are {k} or more", "x >= {k}", ["x > {k}", "x <= {k}"]),
         ("are at most {k}/are {k} or less", "x <= {k}", ["x < {k}", "x >= {k}"]),
-        ("are divisible by {k}/are multiples of {k}", "x % {k} == 0", ["x % {k} != 0", "x // {k} == 0", "x % {k}"]),
+        ("are divisible by {k}/are multiples of {k}", "x % {k} == 0",
+         ["x % {k} != 0", "x // {k} == 0", "x % {k}"]),
         ("differ from {k}/are not {k}", "x != {k}", ["x == {k}", "x > {k}"]),
     ],
     "word": [
@@ -148,99 +160,156 @@ OPERATORS = [  # of two numbers a and b, each mapped first
     ("whether {} is less than {}/whether {} is below {}", "{} < {}", ["{} <= {}", "{} > {}"]),
     ("whether {} is at least {}", "{} >= {}", ["{} > {}", "{} <= {}"]),
 ]
+NO_FILTER = ("", "", [])
+NO_MAP = ("{}", "x", [])
 PREAMBLE = "from math import prod\n"
-# Pre-tokens: words, single digits, runs of punctuation, each with the space before it, and other white space. Every
-# character falls under some branch: tiktoken would drop the rest, the fast tokenizer would not.
-PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 
 
-def fill(rng, english, right, mistakes):
-    """One piece with a synonym and its constants drawn: (English, [right code, *mistakes], (number, letter))."""
+class Piece(NamedTuple):
+    english: str
+    codes: list       # the right one, then mistakes
+    constants: tuple  # the number and the letter that were drawn for it
+
+
+class Spec(NamedTuple):
+    kind: str    # int, word, char, or pair: an operator on two numbers
+    args: str    # names of the function's arguments
+    key: tuple   # right code of its pieces, without constants: specifications with the same key are variants
+    pieces: list  # source, filter, map, return; of a pair: operator, map of a, map of b
+    difficulty: str
+
+
+def fill(rng, piece):
+    """A piece of a table as a Piece, with a synonym and constants drawn."""
+    english, *codes = piece[0], piece[1], *piece[2]
     k, c = rng.randint(2, 5), rng.choice("aers")
-    put = lambda text: text.replace("{k}", str(k)).replace("{j}", str(k + rng.choice([-1, 1]))).replace("{c}", c)
-    return put(rng.choice(english.split("/"))), [put(code) for code in [right, *mistakes]], (k, c)
+    filled = []
+    for text in [rng.choice(english.split("/")), *codes]:
+        j = k + rng.choice([-1, 1])
+        filled.append(text.replace("{k}", str(k)).replace("{j}", str(j)).replace("{c}", c))
+    return Piece(filled[0], filled[1:], (k, c))
 
 
 def draw_spec(rng):
-    """A specification: its pieces, its arguments, and its key: the pieces without constants, synonyms and mistakes."""
+    """A random specification."""
     kind = rng.choices(["int", "word", "char", "pair"], [6, 3, 1, 2])[0]
     if kind == "pair":
-        parts = [rng.choice(OPERATORS), rng.choice(MAPS["int"]), rng.choice(MAPS["int"])]
-        pieces = [fill(rng, *part) for part in parts]
-        for i, name in (1, "a"), (2, "b"):
-            english, codes, constants = pieces[i]
-            codes = [re.sub(r"\bx\b", name, code) for code in codes + ["x"]]
-            pieces[i] = english.replace("*", "").format(name), codes, constants
-        args = "a, b"
-    else:
-        english, args, *codes = rng.choice(SOURCES[kind])
-        keep = rng.choice(FILTERS[kind]) if rng.random() < 0.7 else ("", "", [])
-        each = rng.choice(MAPS[kind]) if rng.random() < 0.7 else ("{}", "x", [])
-        numeric = kind == "int" or each[1] == "len(x)"
-        parts = [(english, *codes), keep, each, rng.choice(RETURNS["any"] + RETURNS["int" if numeric else "str"])]
-        pieces = [fill(rng, *part) for part in parts]
-        for i, nothing in (1, ""), (2, "x"):  # one more mistake: to forget the filter or the map
-            pieces[i][1].extend([nothing] if parts[i][1] != nothing else [])
-    english, codes, constants = zip(*pieces)
-    num_pieces = sum(len(part[2]) > 0 for part in parts)
-    return {"kind": kind, "args": args, "key": tuple(part[1] for part in parts), "english": english, "codes": codes,
-            "constants": constants, "difficulty": ["easy", "medium", "hard"][num_pieces - 2]}
+        return draw_pair(rng)
+    english, args, *codes = rng.choice(SOURCES[kind])
+    keep = rng.choice(FILTERS[kind]) if rng.random() < 0.7 else NO_FILTER
+    each = rng.choice(MAPS[kind]) if rng.random() < 0.7 else NO_MAP
+    numeric = kind == "int" or each[1] == "len(x)"
+    returns = RETURNS["any"] + RETURNS["int" if numeric else "str"]
+    parts = [(english, *codes), keep, each, rng.choice(returns)]
+    pieces = [fill(rng, part) for part in parts]
+    if keep != NO_FILTER:
+        pieces[1].codes.append("")   # to forget the filter is a mistake, too
+    if each != NO_MAP:
+        pieces[2].codes.append("x")  # and so is to forget the map
+    key = tuple(part[1] for part in parts)
+    difficulty = ["easy", "medium", "hard"][(keep != NO_FILTER) + (each != NO_MAP)]
+    return Spec(kind, args, key, pieces, difficulty)
 
+
+def draw_pair(rng):
+    """A random specification of an operator on two numbers a and b, each mapped first."""
+    parts = [rng.choice(OPERATORS), rng.choice(MAPS["int"]), rng.choice(MAPS["int"])]
+    pieces = [fill(rng, part) for part in parts]
+    for i, name in (1, "a"), (2, "b"):
+        english, codes, constants = pieces[i]
+        codes = [*codes, "x"]  # to forget the map is a mistake, too
+        codes = [re.sub(r"\bx\b", name, code) for code in codes]
+        pieces[i] = Piece(english.replace("*", "").format(name), codes, constants)
+    return Spec("pair", "a, b", tuple(part[1] for part in parts), pieces, "medium")
+
+
+# ---- its prompt and its programs ----
 
 def prompt(spec, rng):
-    """The specification in words, as one phrase or in steps, and a newline: the program starts at a token boundary."""
-    english = spec["english"]
-    if spec["kind"] == "pair":
-        return f"f({spec['args']}): {english[0].format(*english[1:])}\n"
+    """The specification in English, as one phrase or in steps. It ends in a newline, so that the program
+    starts at a token boundary.
+    """
+    head = f"f({spec.args}):"
+    english = [piece.english for piece in spec.pieces]
+    if spec.kind == "pair":
+        operator, a, b = english
+        return f"{head} {operator.format(a, b)}\n"
     source, keep, each, give = english
-    items, each = source + (f" that {keep}" if keep else ""), each.replace("*", "s")
+    items = f"{source} that {keep}" if keep else source
+    each = each.replace("*", "s")
     if rng.random() < 0.5:
-        return f"f({spec['args']}): {give.format(each.format(items))}\n"
-    steps = f"take {items}; " + (f"then {each.format('these')}; " if each != "{}" else "")
-    return f"f({spec['args']}): {steps}return {give.format('these')}\n"
+        return f"{head} {give.format(each.format(items))}\n"
+    steps = f"take {items}; "
+    if each != "{}":
+        steps += f"then {each.format('these')}; "
+    return f"{head} {steps}return {give.format('these')}\n"
 
 
 def program(spec, choice=(0, 0, 0, 0)):
-    """The function as text, with the given one of each piece's codes; all zero is the right one."""
-    codes = [codes[i] for codes, i in zip(spec["codes"], choice)]
-    if spec["kind"] == "pair":
-        body = codes[0].format(*codes[1:])
+    """The function as text, with code number choice[i] of piece i. All zeros make the right program."""
+    codes = [piece.codes[i] for piece, i in zip(spec.pieces, choice)]
+    if spec.kind == "pair":
+        operator, a, b = codes
+        body = operator.format(a, b)
     else:
         source, keep, each, give = codes
-        body = give.format(f"{each} for x in {source}" + (f" if {keep}" if keep else ""))
-    return f"def f({spec['args']}): return {body}"
+        items = f"{each} for x in {source}"
+        body = give.format(f"{items} if {keep}" if keep else items)
+    return f"def f({spec.args}): return {body}"
 
 
 def weak_program(spec, rng, rate):
-    """The function as a weak programmer writes it: pieces wrong with probability rate, at times a slip of syntax."""
-    wrong = [len(codes) > 1 and rng.random() < rate for codes in spec["codes"]]
-    code = program(spec, [rng.randrange(1, len(codes)) if w else 0 for codes, w in zip(spec["codes"], wrong)])
+    """The function as a weak programmer writes it: each piece is wrong with probability rate, and
+    with probability rate / 10 there is a slip of syntax.
+    """
+    wrong = [len(piece.codes) > 1 and rng.random() < rate for piece in spec.pieces]
+    choice = [rng.randrange(1, len(piece.codes)) if w else 0 for piece, w in zip(spec.pieces, wrong)]
+    code = program(spec, choice)
     if rng.random() < rate / 10:
-        code = rng.choice([code[:-1], *(code.replace(piece, "", 1) for piece in (":", "return ", ")"))])
+        slips = [code.replace(symbol, "", 1) for symbol in (":", "return ", ")")]
+        code = rng.choice([code[:-1], *slips])
     return code
 
 
 def mistaken(spec):
-    """A program of the weak programmer that is not the right one; the same for the same specification."""
-    rng = random.Random(program(spec))
-    return next(code for code in iter(lambda: weak_program(spec, rng, 0.5), None) if code != program(spec))
+    """A wrong program of the weak programmer, the same whenever it is asked for."""
+    right = program(spec)
+    rng = random.Random(right)
+    code = right
+    while code == right:
+        code = weak_program(spec, rng, 0.5)
+    return code
 
+
+# ---- rows: a prompt and its tests ----
 
 def draw_input(rng, args, constants):
-    """One call's arguments, {name: value}; values near the specification's own constants come up often."""
+    """The arguments of one call, {name: value}. Values near the specification's constants are frequent."""
     numbers, letters = zip(*constants)
-    number = lambda: rng.choice([rng.randint(-9, 12), rng.choice(numbers) + rng.randint(-1, 1)])
-    word = lambda: "".join(rng.choice(rng.choice(["abceorstnlm", letters])) for _ in range(rng.randint(1, 8)))
+
+    def number():
+        return rng.choice([rng.randint(-9, 12), rng.choice(numbers) + rng.randint(-1, 1)])
+
+    def word():
+        length = rng.randint(1, 8)
+        return "".join(rng.choice(rng.choice(["abceorstnlm", letters])) for _ in range(length))
+
     words = [word() for _ in range(rng.choice([0, 1, 3, 4, 5, 6]))]
     a = number()
-    draw = {"xs": lambda: [number() for _ in range(rng.choice([0, 1, 3, 5, 6, 7, 8]))], "n": lambda: rng.randint(0, 20),
-            "m": lambda: rng.randint(0, 10 ** rng.randint(1, 5)), "a": lambda: a, "ws": lambda: words,
-            "b": lambda: a + rng.randint(-2, 14), "s": lambda: " ".join(words)}
+    draw = {
+        "xs": lambda: [number() for _ in range(rng.choice([0, 1, 3, 5, 6, 7, 8]))],
+        "n": lambda: rng.randint(0, 20),
+        "m": lambda: rng.randint(0, 10 ** rng.randint(1, 5)),
+        "a": lambda: a,
+        "b": lambda: a + rng.randint(-2, 14),
+        "s": lambda: " ".join(words),
+        "ws": lambda: words,
+    }
     return {name: draw[name]() for name in args.split(", ")}
 
 
 def run(code, inputs):
-    """What a program of this file answers to each of the inputs; None where it fails."""
+    """What a program of this file returns for each of the inputs; None where it fails."""
     try:
         exec(PREAMBLE + code, scope := {})
     except SyntaxError:
@@ -254,169 +323,247 @@ def run(code, inputs):
     return answers
 
 
-def make_row(spec, rng, num_tests):
-    """A row of the dataset, or None where the tests could not tell the right program from one that skips a piece."""
-    pool = [draw_input(rng, spec["args"], spec["constants"]) for _ in range(5 * num_tests)]
-    right = run(program(spec), pool)
-    if None in right or len(set(map(repr, right))) < 4 or max(len(repr(answer)) for answer in right) > 80:
-        return None
-    picked = []  # first the inputs that expose a mistake which the ones before do not
-    for slot, codes in enumerate(spec["codes"]):
-        for i in range(1, len(codes)):
-            answers = run(program(spec, [i * (slot == other) for other in range(4)]), pool)
-            exposing = [n for n in range(len(pool)) if answers[n] != right[n]]
-            if not exposing and codes[i] in ("", "x", "a", "b"):
+def pick_inputs(spec, pool, right):
+    """Positions in the pool of inputs that expose the mistakes of a specification, one for each mistake
+    that no earlier one exposes; None if no input shows that a piece was forgotten. right: the right
+    answers to the pool.
+    """
+    picked = []
+    for i, piece in enumerate(spec.pieces):
+        for n, code in enumerate(piece.codes[1:], 1):
+            choice = [0] * 4
+            choice[i] = n
+            answers = run(program(spec, choice), pool)
+            exposing = [k for k in range(len(pool)) if answers[k] != right[k]]
+            if not exposing and code in ("", "x", "a", "b"):
                 return None
             if exposing and not set(exposing) & set(picked):
                 picked.append(exposing[0])
-    picked = (picked + [n for n in range(len(pool)) if n not in picked])[:num_tests]
-    call = lambda arguments: ", ".join(f"{name} = {value!r}" for name, value in arguments.items())
-    tests = "".join(f"    assert candidate({call(pool[n])}) == {right[n]!r}\n" for n in sorted(picked))
-    return {"prompt": prompt(spec, rng), "entry_point": "f", "preamble": PREAMBLE,
-            "test": "def check(candidate):\n" + tests, "chosen": program(spec), "rejected": mistaken(spec),
-            "fenced": False, "difficulty": spec["difficulty"]}
+    return picked
+
+
+def make_row(spec, rng, num_tests):
+    """A row of the dataset, or None if tests could not tell the right program from wrong ones."""
+    constants = [piece.constants for piece in spec.pieces]
+    pool = [draw_input(rng, spec.args, constants) for _ in range(5 * num_tests)]
+    right = run(program(spec), pool)
+    texts = [repr(answer) for answer in right]
+    if None in right or len(set(texts)) < 4 or max(map(len, texts)) > 80:
+        return None
+    picked = pick_inputs(spec, pool, right)
+    if picked is None:
+        return None
+    others = [k for k in range(len(pool)) if k not in picked]
+    test = "def check(candidate):\n"
+    for k in sorted((picked + others)[:num_tests]):
+        arguments = ", ".join(f"{name} = {value!r}" for name, value in pool[k].items())
+        test += f"    assert candidate({arguments}) == {texts[k]}\n"
+    return {
+        "prompt": prompt(spec, rng),
+        "entry_point": "f",
+        "preamble": PREAMBLE,
+        "test": test,
+        "chosen": program(spec),
+        "rejected": mistaken(spec),
+        "fenced": False,
+        "difficulty": spec.difficulty,
+    }
 
 
 def make_rows(rng, num_train, num_test, num_tests):
-    """(train rows, test rows, taken): no two rows share a key or a program; taken holds all of both, for the corpus."""
-    rows, taken = [], set()
-    while len(rows) < num_train + num_test:
+    """(train rows, test rows, taken). No two rows share a key or a program; taken holds those of all rows."""
+    train, test, taken = [], [], set()
+    while len(train) + len(test) < num_train + num_test:
         spec = draw_spec(rng)
-        row = None if taken & {spec["key"], program(spec)} else make_row(spec, rng, num_tests)
-        if row:
-            taken |= {spec["key"], program(spec)}
-            part, number = ("train", len(rows)) if len(rows) < num_train else ("test", len(rows) - num_train)
-            rows.append({"id": f"minicode-{part}-{number:04d}", **row})
-    return rows[:num_train], rows[num_train:], taken
+        names = {spec.key, program(spec)}
+        if names & taken:
+            continue
+        row = make_row(spec, rng, num_tests)
+        if row is None:
+            continue
+        taken |= names
+        if len(train) < num_train:
+            train.append({"id": f"minicode-train-{len(train):04d}", **row})
+        else:
+            test.append({"id": f"minicode-test-{len(test):04d}", **row})
+    return train, test, taken
 
 
 def make_corpus(rng, size, rate, taken):
-    """(prompt, completion) pairs by a weak programmer; no specification of any row is among them."""
+    """(prompt, program) pairs of a weak programmer, of specifications that are not in `taken`."""
     corpus = []
     while len(corpus) < size:
         spec = draw_spec(rng)
-        if not taken & {spec["key"], program(spec)}:
+        if not taken & {spec.key, program(spec)}:
             corpus.append((prompt(spec, rng), weak_program(spec, rng, rate)))
     return corpus
 
 
+# ---- the reference model ----
+
+# A token lies within a word, a digit or a run of punctuation, each with the space before it, or is one
+# character of white space. Every character must match: tiktoken drops what does not, and the fast
+# tokenizer keeps it.
+PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+
+
 def make_tokenizer(corpus, vocab_size, folder):
-    """Write FOLDER/minicode.tiktoken and the same vocabulary as a fast tokenizer, which puts <bos> first by itself."""
-    ranks = bpe_train("".join(p + c for p, c in corpus[:120]), vocab_size - 3, PATTERN, visualise=None)
+    """Byte-pair encoding learned from the corpus. Writes FOLDER/minicode.tiktoken and, with the same
+    vocabulary, a fast tokenizer that puts <bos> before a text. Returns both: (tiktoken.Encoding,
+    PreTrainedTokenizerFast).
+    """
+    text = "".join(prompt + code for prompt, code in corpus[:120])
+    ranks = bpe_train(text, vocab_size - 3, PATTERN, visualise=None)
     special = {name: len(ranks) + i for i, name in enumerate(["<bos>", "<eos>", "<pad>"])}
     path = os.path.join(folder, "minicode.tiktoken")
-    with open(path, "wb") as f:  # as tiktoken.load.dump_tiktoken_bpe does, which needs one more package
+    with open(path, "wb") as f:  # tiktoken.load.dump_tiktoken_bpe writes the same, but needs one more package
         f.writelines(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items())
+    # TikTokenConverter reads the file through tiktoken's cache, which knows a file by its path only, and
+    # so would return the vocabulary of an earlier run. An empty name turns the cache off.
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
     fast = TikTokenConverter(vocab_file=path, pattern=PATTERN, extra_special_tokens=special).converted()
     fast.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", special["<bos>"])])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
-                                        model_max_length=256, clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        model_max_length=256, clean_up_tokenization_spaces=False)
     tokenizer.save_pretrained(folder)
-    return tiktoken.Encoding("minicode", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special), tokenizer
+    encoding = tiktoken.Encoding("minicode", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return encoding, tokenizer
 
 
-def train_model(corpus, encoding, tokenizer, args):
-    """A tiny Llama trained on <bos> prompt completion <eos>, with the cross-entropy of completion and <eos>."""
+def make_model(tokenizer, args):
+    """A tiny Llama with random weights."""
     torch.manual_seed(args.seed)
-    disable_progress_bar()  # of transformers, which shows one for each file it writes
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("bos", "eos", "pad")}
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=encoding.n_vocab, hidden_size=args.width, intermediate_size=3 * args.width,
-        num_hidden_layers=args.layers, num_attention_heads=args.width // 32, max_position_embeddings=256,
-        initializer_range=args.width ** -0.5,  # the usual 0.02 suits wide models and learns far more slowly here
-        tie_word_embeddings=True, **ids))
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=64, **ids)
-    tokens, prompt_lengths = [], []
-    for text, code in corpus:
-        prompt_ids = [ids["bos_token_id"], *encoding.encode_ordinary(text)]
-        tokens.append(prompt_ids + encoding.encode_ordinary(code) + [ids["eos_token_id"]])
-        prompt_lengths.append(len(prompt_ids))
-    # a batch holds sequences of about one length, so that little is padding; batches come in random order
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+        vocab_size=len(tokenizer),
+        hidden_size=args.width,
+        intermediate_size=3 * args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 32,
+        max_position_embeddings=256,
+        initializer_range=args.width ** -0.5,  # the usual 0.02 suits wide models; this one would learn slowly
+        tie_word_embeddings=True,
+        **special))
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=64, **special)
+    return model
+
+
+def train_model(model, corpus, encoding, args):
+    """Train on <bos> prompt program <eos>, with the cross-entropy of the program and <eos>.
+
+    Why not train.py --loss=sft: its model is as good but takes 1.4 times as long, because it pads random
+    batches and first computes the reference log-probabilities of the whole corpus.
+    """
+    config = model.config
+    examples = []  # (tokens, labels), both (time,); label -100: no loss
+    for prompt, code in corpus:
+        prompt_ids = [config.bos_token_id, *encoding.encode_ordinary(prompt)]
+        code_ids = [*encoding.encode_ordinary(code), config.eos_token_id]
+        labels = [-100] * len(prompt_ids) + code_ids
+        examples.append((torch.tensor(prompt_ids + code_ids), torch.tensor(labels)))
+    # the sequences of a batch are of similar length, so there is little padding; the batches come in
+    # random order
+    examples.sort(key=lambda example: len(example[0]))
+    batches = [examples[i:i + args.batch_size] for i in range(0, len(examples), args.batch_size)]
     rng = random.Random(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = 0.1 * args.steps + 1
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # linear warm-up, then a cosine down to 0
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / max(1, args.steps))))
-    for step in (bar := tqdm(range(args.steps), desc="training the reference model")):
-        batch = rng.choice(batches)
-        longest = max(len(tokens[i]) for i in batch)
-        x = torch.full((len(batch), longest), ids["pad_token_id"])  # [batch, time]
-        labels = torch.full_like(x, -100)  # -100: no loss, on prompts and padding
-        for row, i in enumerate(batch):
-            length = len(tokens[i])
-            x[row, :length] = torch.tensor(tokens[i])
-            labels[row, prompt_lengths[i]:length] = x[row, prompt_lengths[i]:length]
-        loss = model(input_ids=x, labels=labels).loss  # causal: padding on the right is seen by nobody
-        optimizer.zero_grad()
+    bar = tqdm(range(args.steps), desc="training the reference model")
+    for step in bar:
+        # linear warm-up and a cosine to 0, whichever is lower
+        share = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * share
+        tokens, labels = zip(*rng.choice(batches))
+        tokens = pad_sequence(tokens, batch_first=True, padding_value=config.pad_token_id)  # (batch, time)
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)  # (batch, time)
+        # no attention mask: the padding comes after everything that a causal model can look at
+        loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        optimizer.zero_grad()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval()
 
 
-def write_rows(path, rows):
-    with open(path + ".tmp", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
+# ---- the command ----
+
+def arguments():
+    parser = rows.Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent,
+                        help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of rows, corpus and model")
+    group = parser.add_argument_group("rows")
+    group.add_argument("--num_train", type=int, default=320, help="prompts to train on")
+    group.add_argument("--num_test", type=int, default=128, help="held-out prompts")
+    group.add_argument("--num_tests", type=int, default=12, help="tests per prompt")
+    group = parser.add_argument_group("corpus")
+    group.add_argument("--corpus_size", type=int, default=20000, help="programs to train the model on")
+    group.add_argument("--mistake_rate", type=float, default=0.3, help="probability that a piece is wrong")
+    group = parser.add_argument_group("reference model")
+    group.add_argument("--vocab_size", type=int, default=512, help="with 256 bytes and 3 special tokens")
+    group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32")
+    group.add_argument("--layers", type=int, default=3, help="number of layers")
+    group.add_argument("--steps", type=int, default=700, help="training steps")
+    group.add_argument("--batch_size", type=int, default=32, help="sequences per step")
+    group.add_argument("--learning_rate", type=float, default=4e-3, help="at the peak of the schedule")
+    args = parser.parse_args()
+    if args.width % 32:
+        rows.fail("--width must be a multiple of 32")
+    if not 259 <= args.vocab_size <= 600:
+        rows.fail("--vocab_size must be from 259 to 600")
+    if args.num_train + args.num_test > 2000:
+        rows.fail("--num_train and --num_test must be at most 2000 together")
+    return args
+
+
+def write_rows(path, table):
+    """Write a JSONL file completely or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    with rows.writing(path):
+        with open(new, "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in table)
+        os.replace(new, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def flag(name, default, text):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: %(default)s)")
-
-    flag("out", os.path.dirname(os.path.abspath(__file__)), "folder to write to")
-    flag("seed", 0, "random seed of rows, corpus and model")
-    # rows
-    flag("num_train", 320, "prompts to train on")
-    flag("num_test", 128, "held-out prompts")
-    flag("num_tests", 12, "tests a prompt")
-    # corpus
-    flag("corpus_size", 20000, "programs in the corpus of the reference model")
-    flag("mistake_rate", 0.3, "probability that a piece of a program in the corpus is wrong")
-    # reference model
-    flag("vocab_size", 512, "tokens, 256 bytes and 3 special tokens among them")
-    flag("width", 128, "hidden size, a multiple of 32")
-    flag("layers", 3, "number of layers")
-    flag("steps", 700, "training steps")
-    flag("batch_size", 32, "sequences a training step")
-    flag("learning_rate", 4e-3, "peak learning rate of AdamW")
-    args = parser.parse_args()
-    if args.width % 32 or not 259 <= args.vocab_size <= 600 or args.num_train + args.num_test > 2000:
-        parser.error("needs width a multiple of 32, vocab_size from 259 to 600, at most 2000 prompts in all")
-
-    with open(__file__, "rb") as f:  # what the outputs depend on; the model carries a copy
-        recipe = {**vars(args), "prepare.py": hashlib.sha256(f.read()).hexdigest()}
-    del recipe["out"]
-    outputs = [os.path.join(args.out, name) for name in ("train.jsonl", "test.jsonl", "model")]
-    train_file, test_file, model_dir = outputs
-    if all(map(os.path.exists, outputs)):
-        with open(os.path.join(model_dir, "recipe.json")) as f:
-            if json.load(f) == recipe:
-                return print(f"{args.out}: complete, reused")
+    args = arguments()
+    train_file, test_file, folder = args.out / "train.jsonl", args.out / "test.jsonl", args.out / "model"
+    # what the outputs depend on; the model carries a copy
+    recipe = {name: value for name, value in vars(args).items() if name != "out"}
+    recipe["prepare.py"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    if train_file.exists() and test_file.exists() and folder.exists():
+        if rows.load_json(folder / "recipe.json") == recipe:
+            print(f"{args.out}: complete, reused")
+            return
 
     rng = random.Random(args.seed)
     train, test, taken = make_rows(rng, args.num_train, args.num_test, args.num_tests)
     corpus = make_corpus(rng, args.corpus_size, args.mistake_rate, taken)
-    shutil.rmtree(model_dir + ".tmp", ignore_errors=True)
-    os.makedirs(model_dir + ".tmp")
-    encoding, tokenizer = make_tokenizer(corpus, args.vocab_size, model_dir + ".tmp")
-    model = train_model(corpus, encoding, tokenizer, args)
-    model.save_pretrained(model_dir + ".tmp")
-    with open(os.path.join(model_dir + ".tmp", "recipe.json"), "w") as f:
-        json.dump(recipe, f, indent=2)
-    # the old model goes first and the new one comes last: where a model stands, the rows beside it are its own
-    shutil.rmtree(model_dir, ignore_errors=True)
+    new = args.out / ".model.new"
+    shutil.rmtree(new, ignore_errors=True)  # of a killed run
+    with rows.writing(new):
+        new.mkdir(parents=True)
+    disable_progress_bar()  # of transformers, which shows one for each file it writes
+    encoding, tokenizer = make_tokenizer(corpus, args.vocab_size, new)
+    model = make_model(tokenizer, args)
+    train_model(model, corpus, encoding, args)
+    model.save_pretrained(new)
+    rows.write_json(new / "recipe.json", recipe)
+    # the old model goes first and the new one comes last, so the rows beside a model are always its own
+    shutil.rmtree(folder, ignore_errors=True)
     write_rows(train_file, train)
     write_rows(test_file, test)
-    os.rename(model_dir + ".tmp", model_dir)
-    print(f"{args.out}: {len(train)} train rows, {len(test)} test rows, model of {model.num_parameters():,} parameters")
+    os.rename(new, folder)
+    print(f"{args.out}: {len(train)} train rows, {len(test)} test rows, "
+          f"model of {model.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":
