@@ -300,7 +300,7 @@ def test_nothing_is_left_behind(hostile):
 @pytest.mark.parametrize("name, word", [
     ("endless loop", "timeout"), ("sleep", "timeout"), ("memory in one go", "memory"),
     ("os._exit in the call", "killed"),
-    ("large value", "output"), ("f", "output"), ("BaseException in the call", "exception"), ("None", "wrong"),
+    ("large value", "output"), ("f", "wrong"), ("BaseException in the call", "exception"), ("None", "wrong"),
     ("no code", "no_code"), ("not closed", "no_code"), ("syntax error", "exception"), ("bytes not JSON", "output"),
     ("segfault in the call", "killed"), ("ignored signals", "timeout")])
 def test_verdict_words(hostile, name, word):
@@ -400,7 +400,7 @@ keep = [bytes(text) for _ in range(500)]""")
 found = os.listdir('/tmp') + [m.__name__ for m in list(sys.modules.values()) if hasattr(m, 'mark')]
 low = min(map(id, gc.get_objects())) & -4096
 heap = ctypes.string_at(low, 1 << 19)
-return found + list(os.environ.keys() - {'HOME', 'LANG'}) + [1] * (b'ma' + b'rk' * 50 in heap)""")
+return found + list(os.environ.keys() - {'HOME', 'LANG'}) + [1] * bool(__import__('re').search(rb'ma(?:rk){50}', heap))""")
     # (they are distinct programs, so that none is answered from memory)
     rows = [row(n, (marks if n % 2 == 0 else finds) + f"# {n}", ASKED if n % 2 == 0 else
                 "def check(candidate):\n assert candidate(0) == []") for n in range(10)]
@@ -545,7 +545,13 @@ def test_several_blocks_the_first_python_block_counts():
 
 @pytest.mark.parametrize("change", [{"test": "def check(candidate) assert"}, {"test": "x = 1"},
                                     {"preamble": "import no_such_module"},
-                                    {"test": "def check(candidate):\n assert candidate(lambda: 1) == 1"}])
+                                    {"test": "def check(candidate):\n assert candidate(object()) == 1"},
+                                    {"test": "def check(candidate):\n import no_such\n assert candidate(3) == 1"},
+                                    {"test": "def check(candidate, other):\n assert candidate(3) == 1"},
+                                    {"test": "def check(candidate):\n assert isclose(candidate(3), 1)"},
+                                    {"test": "def check(candidate):\n yield candidate(3)"},
+                                    {"test": "def test_f(candidate):\n assert candidate(3) == 1"},
+                                    {"solution": "def f(x): return 0", "completion": "```python\ndef f(x): return 1\n```"}])
 def test_what_the_judge_cannot_judge_is_null(change):
     verdict = verdicts([{**HONEST, **change}])["honest"]
     assert verdict["reward"] is None and verdict["verdict"] == "infra"
