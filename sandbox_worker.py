@@ -70,17 +70,21 @@ class Candidate(Line):
         """Run the program, up to its function."""
         self.space = module_space()
         if job["entry_point"] == "__main__":
-            self.refer(script(compile(job["program"], "<program>", "exec", dont_inherit=True)))
+            self.refer(script([compile(job[part], f"<{part}>", "exec", dont_inherit=True)
+                               for part in ("preamble", "program")]))
             return
         try:
             parts = [compile(job[part], f"<{part}>", "exec", dont_inherit=True) for part in ("preamble", "program")]
         except SyntaxError:  # perhaps a program that goes on inside the preamble's last function
             parts = [compile(job["preamble"] + "\n" + job["program"], "<program>", "exec", dont_inherit=True)]
-        for part in parts:
-            exec(part, self.space)
-            self.classes = self.classes or classes_of(self.space)
+        exec(parts[0], self.space)
+        self.classes = classes_of(self.space)
         if len(parts) == 2:  # the program's own class of such a name takes the place of the preamble's
+            exec(parts[1], self.space)
             self.classes = {name: self.space.get(name, kind) for name, kind in self.classes.items()}
+        else:
+            names = {node.name for node in ast.parse(job["preamble"] + "\n    pass").body if isinstance(node, ast.ClassDef)}
+            self.classes = {name: kind for name, kind in self.classes.items() if name in names}
         function = eval(job["entry_point"], self.space)
         if not callable(function):
             raise TypeError("the entry point is not callable")
@@ -157,9 +161,10 @@ def is_plain(args):
     return SCALARS.issuperset(map(type, args))
 
 
-def script(code):
+def script(codes):
     """A function that runs a whole program on a text: what the program prints."""
     def run(text):
+        silence()  # the last run may have closed what it read
         with open("/tmp/.in", "w+b") as stdin, open("/tmp/.out", "w+b") as stdout:
             stdin.write(text.encode("utf-8", "surrogateescape"))
             stdin.seek(0)
@@ -168,7 +173,9 @@ def script(code):
             sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
             sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
             try:
-                exec(code, module_space("__main__"))
+                space = module_space("__main__")
+                for code in codes:
+                    exec(code, space)
             except SystemExit as end:
                 if end.code not in (None, 0):
                     raise RuntimeError(f"exit status {end.code}") from None
@@ -728,6 +735,7 @@ def supervise(options):
     for name in WARM + options["warm"]:
         with contextlib.suppress(ImportError):
             __import__(name)
+    builtins.exit = builtins.quit = sys.exit  # as in an interactive Python, which contest programs rely on
     LIBC.mount, LIBC.capset  # looked up here, not in each clone
     os.environ.clear()
     os.environ.update(HOME="/tmp", LANG="C.UTF-8")
@@ -805,7 +813,8 @@ def silence():
     null = os.open("/dev/null", os.O_RDWR)  # opened here: the flags of an open file are shared
     for stream in (0, 1, 2):
         os.dup2(null, stream)
-    os.close(null)
+    if null > 2:
+        os.close(null)
 
 
 def end_judge(box):
