@@ -39,6 +39,13 @@ class Frozen(list):
     """Values whose iterators are left alone."""
 
 
+class Rest:
+    """What remains of an iterator: it stays here."""
+
+    def __init__(self, iterator):
+        self.iterator = iterator
+
+
 class CandidateError(Exception):
     """The other side raised something that has no counterpart here."""
 
@@ -75,7 +82,8 @@ KINDS = {  # tag: (type, its parts as a list, the value of such a list)
     "frozenset": (frozenset, list, frozenset),
     "Counter": (collections.Counter, mapping, lambda parts: collections.Counter(unzip(parts))),
     "OrderedDict": (collections.OrderedDict, mapping, lambda parts: collections.OrderedDict(unzip(parts))),
-    "defaultdict": (collections.defaultdict, mapping, lambda parts: collections.defaultdict(None, unzip(parts))),
+    "defaultdict": (collections.defaultdict, lambda value: [value.default_factory, *mapping(value)],
+                    lambda parts: collections.defaultdict(parts[0], unzip(parts[1:]))),
     "dict": (dict, mapping, unzip),
     "list": (list, list, list),
     "deque": (collections.deque, lambda value: [list(value), value.maxlen], lambda parts: collections.deque(*parts)),
@@ -171,8 +179,10 @@ class Line:
                 return [self.pack(item) for item in value]
             finally:
                 self.frozen = False
-        if isinstance(value, collections.abc.Iterator):
-            return {"same": 0} if self.frozen else {"iterator": self.piece(value, FIRST)}
+        if isinstance(value, collections.abc.Iterator) and not callable(value):
+            return {"same": 0} if self.frozen else {"iterator": self.pack(self.piece(value, FIRST))}
+        if kind is Rest:
+            return self.refer(value.iterator)
         for base in (int, float, str):
             if isinstance(value, base):
                 return self.pack(base(value))
@@ -195,15 +205,16 @@ class Line:
         return {"there": number}
 
     def piece(self, iterator, count):
-        """[the next items, a reference to the rest, or None at the end]. What the iterator raises comes in its turn."""
+        """[the next items, the rest, or None at the end]. What the iterator raises comes in its turn."""
         items = []
         try:
             for item in itertools.islice(iterator, count):
                 items.append(item)
         except BaseException as error:
-            iterator, count = raising(error), len(items)
-        rest = self.refer(iterator) if len(items) == count else None
-        return [[self.pack(item) for item in items], rest]
+            if not items:
+                raise
+            return [items, Rest(raising(error))]
+        return [items, Rest(iterator) if len(items) == count else None]
 
     # ---- and back: an exception for whatever pack() does not write ----
 
@@ -239,8 +250,7 @@ class Line:
         return self.objects[body]
 
     def unpack_iterator(self, body, depth):
-        items, rest = body
-        return self.stream([self.unpack(item, depth) for item in items], rest and self.unpack(rest, 1))
+        return self.stream(*self.unpack(body, depth))
 
     def unpack_same(self, body, depth):
         return Same
@@ -296,7 +306,7 @@ class Line:
     def answer(self, operation, values):
         raise NotImplementedError
 
-    def error(self, names, args, fields):
+    def error(self, names, args, fields, after=None):
         return exception_of(names, args, fields, self.classes)
 
     def dump(self, head, values):
@@ -421,7 +431,7 @@ def set_fields(thing, fields):
 def describe(error):
     """[names of the classes of an exception as [module, name], nearest first; its arguments; its attributes]."""
     names = [[kind.__module__, kind.__qualname__] for kind in type(error).__mro__[:-2]]
-    return [names, list(error.args), vars(error)]
+    return [names, list(error.args), dict(vars(error))]
 
 
 def exception_of(names, args, fields, classes):
@@ -461,7 +471,7 @@ def restore(old, new):
         (old.update if kind is set else old.extend)(new)
     elif kind in (bytearray, array.array):
         old[:] = new
-    elif kind is tuple and len(old) == len(new):
+    elif isinstance(old, tuple) and len(old) == len(new):
         for pair in zip(old, new):
             restore(*pair)
     else:

@@ -97,6 +97,7 @@ class Candidate(Line):
             self.answer(*self.load(self.receive()))
 
     def answer(self, operation, values):
+        self.after = None
         try:
             reply = self.dump("value", self.operations[operation](*values))
         except BaseException as error:  # the program's, or of a value that cannot be sent
@@ -107,14 +108,14 @@ class Candidate(Line):
             self.send(self.failure(error))
 
     def failure(self, error):
-        with contextlib.suppress(BaseException):  # an exception class may break its own parts
-            reply = self.dump("error", describe(error))
-            if len(reply) < 100_000:
-                return reply
-        names, text = [[type(error).__module__, type(error).__name__], ["builtins", "Exception"]], "?"
-        with contextlib.suppress(BaseException):
-            text = str(error)[:200]
-        return json.dumps(["error", [names, [text], {"dict": [[], []]}], []])
+        """The message of an exception, with as much of it as can be sent."""
+        names = [[type(error).__module__, type(error).__name__], ["builtins", "Exception"]]
+        for describe_it in (lambda: [*describe(error), self.after], lambda: [names, [str(error)[:200]], {}, None]):
+            with contextlib.suppress(BaseException):  # an exception class may break its own parts
+                reply = self.dump("error", describe_it())
+                if len(reply) < self.longest["send"] // 4:
+                    return reply
+        return self.dump("error", [names, [], {}, None])
 
     def received(self, head, body, table):
         self.before = None
@@ -136,10 +137,10 @@ class Candidate(Line):
         finally:
             if world:
                 sys.stdin, sys.stdout, builtins.input = saved
-        after = Frozen([args, keywords])
-        if before and marshal.dumps(self.flatten("", after)[1:], 2) == before:
-            before = None
-        return [value, after if before else None, printed.getvalue()]
+            if before:
+                after = Frozen([args, keywords])
+                self.after = after if marshal.dumps(self.flatten("", after)[1:], 2) != before else None
+        return [value, self.after if before else None, printed.getvalue()]
 
     def get(self, thing, name):
         return [getattr(thing, name)]
@@ -304,18 +305,21 @@ class Judge(Line):
         for name, now, usual in zip(("stdin", "stdout", "input"), (sys.stdin, sys.stdout, builtins.input), self.usual):
             if now is not usual:
                 world[name] = now.read() if name == "stdin" else True if name == "stdout" else now
-        reply = self.ask("call", [thing, args, keywords, world])
-        value, after, printed = self.trusting_nothing(lambda: [reply[0], reply[1], str(reply[2])])
-        if after is not None:
-            self.trusting_nothing(lambda: restore([args, keywords], after))
+        self.after = None
+        try:
+            reply = self.ask("call", [thing, args, keywords, world])
+            value, self.after, printed = self.trusting_nothing(lambda: [reply[0], reply[1], str(reply[2])])
+        finally:
+            if self.after is not None:
+                self.trusting_nothing(lambda: restore([args, keywords], self.after))
         if "stdout" in world:
             sys.stdout.write(printed)
         return value
 
-    def error(self, names, args, fields):
+    def error(self, names, args, fields, after=None):
         """The exception that the candidate raised. Never one that ends `all(map(candidate, ...))` early, and with
         success, unless the tests speak of it."""
-        name = names[0][1]
+        self.after, name = after, names[0][1]
         code = {"MemoryError": "m", "TooLarge": "o"}.get(name, "e")
         if not self.tests.expects_stop and any(name in ITERATION_ENDS for _, name in names):
             names = []
@@ -324,7 +328,7 @@ class Judge(Line):
 
     def refer(self, value):
         """What can be called is called there by its name, if that is the standard library's, or else here."""
-        if isinstance(value, Remote) or isinstance(value, collections.abc.Iterator):
+        if isinstance(value, (Remote, collections.abc.Iterator)) and (isinstance(value, Remote) or not callable(value)):
             return super().refer(value)
         if not callable(value):
             raise TypeError
@@ -530,6 +534,7 @@ def judge_one(line, space, entry_point):
     random.seed(0)  # tests that draw numbers draw the same for every program
     os.write(line.report, b"%08x" % line.tests.total)
     line.remotes[0] = candidate = Thing(line, {"here": 0})
+    vars(candidate)["__name__"] = entry_point
     space["__judge__"] = line
     for name in line.tests.names - set(space) - set(vars(builtins)):
         space[name] = Thing(line, {"global": name})
