@@ -26,6 +26,7 @@ import zoneinfo
 
 SCALARS = {type(None), bool, int, float, str}
 LONG = 14000  # bits of an int that is sent in hexadecimal: Python refuses to write long ones in decimal
+ENCODER = json.JSONEncoder(ensure_ascii=False)
 FIRST, PIECE = 8, 4096  # items of an iterator that travel at first, and at most in one piece
 TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, tuple, set, frozenset, bytes, complex,
                                           type(None))}
@@ -118,7 +119,7 @@ class Remote:
         self.__dict__.update(_line=line, _reference=reference)
 
     def __call__(self, *args, **keywords):
-        return self._line.ask("call", [self, list(args), keywords])
+        return self._line.ask("call", [self, list(args), list(keywords), list(keywords.values()), {}])
 
 
 class Line:
@@ -173,6 +174,8 @@ class Line:
         return {"object": number}
 
     def pack_rare(self, value, kind):
+        if isinstance(value, Remote):
+            return value._reference
         if kind is Frozen:
             self.frozen = True
             try:
@@ -197,8 +200,6 @@ class Line:
 
     def refer(self, value):
         """A reference to what is not sent."""
-        if isinstance(value, Remote):
-            return value._reference
         number = self.numbers.setdefault(id(value), len(self.things))
         if number == len(self.things):
             self.things.append(value)
@@ -313,10 +314,10 @@ class Line:
         """A message: [head, values packed, table of instances]."""
         self.careful = False
         try:
-            return json.dumps(self.flatten(head, values), ensure_ascii=False)
+            return ENCODER.encode(self.flatten(head, values))
         except ValueError:  # an int in decimal that is too long
             self.careful = True
-            return json.dumps(self.flatten(head, values), ensure_ascii=False)
+            return ENCODER.encode(self.flatten(head, values))
 
     def flatten(self, head, values):
         self.table, self.queue = {}, []

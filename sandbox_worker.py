@@ -119,28 +119,27 @@ class Candidate(Line):
 
     def received(self, head, body, table):
         self.before = None
-        if head == "call" and (body[2] != {"dict": [[], []]} or not is_plain(body[1])):
-            self.before = marshal.dumps([body[1:3], table], 2)
+        if head == "call" and not (SCALARS.issuperset(map(type, body[1])) and SCALARS.issuperset(map(type, body[3]))):
+            self.before = marshal.dumps([body[1], body[3], table], 2)
 
-    def run_call(self, function, args, keywords, world=None):
+    def run_call(self, function, args, names, values, world):
         """[the value of a call, its arguments if they changed, what it printed if the test asks for that]."""
-        before, world = self.before, world or {}
+        before, keywords = self.before, dict(zip(names, values))
+        if not before and not world:
+            return [function(*args, **keywords), None, ""]
         saved, printed = (sys.stdin, sys.stdout, builtins.input), io.StringIO()
-        if "stdin" in world:
-            sys.stdin = io.StringIO(world["stdin"])
-        if "input" in world:
-            builtins.input = world["input"]
-        if "stdout" in world:
-            sys.stdout = printed
+        sys.stdin = io.StringIO(world["stdin"]) if "stdin" in world else sys.stdin
+        sys.stdout = printed if "stdout" in world else sys.stdout
+        builtins.input = world.get("input", builtins.input)
         try:
             value = function(*args, **keywords)
         finally:
-            if world:
-                sys.stdin, sys.stdout, builtins.input = saved
+            sys.stdin, sys.stdout, builtins.input = saved
             if before:
-                after = Frozen([args, keywords])
-                self.after = after if marshal.dumps(self.flatten("", after)[1:], 2) != before else None
-        return [value, self.after if before else None, printed.getvalue()]
+                after = Frozen([args, values])
+                _, body, table = self.flatten("", after)
+                self.after = after if marshal.dumps([*body, table], 2) != before else None
+        return [value, self.after, printed.getvalue()]
 
     def get(self, thing, name):
         return [getattr(thing, name)]
@@ -156,10 +155,6 @@ class Candidate(Line):
         """A function or class of the standard library."""
         module, name = body
         return operator.attrgetter(name)(importlib.import_module(module))
-
-
-def is_plain(args):
-    return SCALARS.issuperset(map(type, args))
 
 
 def script(codes):
@@ -291,8 +286,8 @@ class Judge(Line):
             raise ValueError("not a thing of the test")
         try:
             if operation == "call":
-                args, keywords = rest
-                reply = self.dump("value", thing(*args, **keywords))
+                args, names, values, _ = rest
+                reply = self.dump("value", thing(*args, **dict(zip(names, values))))
             else:
                 reply = self.dump("value", {"more": self.piece}[operation](thing, *rest))
         except Exception as error:
@@ -301,17 +296,21 @@ class Judge(Line):
 
     def call(self, thing, args, keywords):
         """The value of a call. The arguments are changed as the call changed them."""
-        world, args = {}, list(args)
-        for name, now, usual in zip(("stdin", "stdout", "input"), (sys.stdin, sys.stdout, builtins.input), self.usual):
-            if now is not usual:
-                world[name] = now.read() if name == "stdin" else True if name == "stdout" else now
+        args, names, values, world = list(args), list(keywords), list(keywords.values()), {}
+        stdin, stdout, read = self.usual
+        if sys.stdin is not stdin:
+            world["stdin"] = sys.stdin.read()
+        if sys.stdout is not stdout:
+            world["stdout"] = True
+        if builtins.input is not read:
+            world["input"] = builtins.input
         self.after = None
         try:
-            reply = self.ask("call", [thing, args, keywords, world])
+            reply = self.ask("call", [thing, args, names, values, world])
             value, self.after, printed = self.trusting_nothing(lambda: [reply[0], reply[1], str(reply[2])])
         finally:
             if self.after is not None:
-                self.trusting_nothing(lambda: restore([args, keywords], self.after))
+                self.trusting_nothing(lambda: restore([args, values], self.after))
         if "stdout" in world:
             sys.stdout.write(printed)
         return value
@@ -328,9 +327,9 @@ class Judge(Line):
 
     def refer(self, value):
         """What can be called is called there by its name, if that is the standard library's, or else here."""
-        if isinstance(value, (Remote, collections.abc.Iterator)) and (isinstance(value, Remote) or not callable(value)):
-            return super().refer(value)
         if not callable(value):
+            if isinstance(value, collections.abc.Iterator):
+                return super().refer(value)
             raise TypeError
         owner = getattr(value, "__objclass__", value)
         module, name = getattr(owner, "__module__", None), getattr(value, "__qualname__", "")
