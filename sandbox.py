@@ -48,7 +48,7 @@ FLAGS = {  # name: (default, what it means); the limits travel to the workers
     "depth": (500, "levels of nesting of one value"),
 }
 LIMITS = {name: default for name, (default, _) in FLAGS.items()}
-PATIENCE = 1.0  # s after which a program waits for those that have not run yet
+PATIENCE = 0.25  # s after which a program waits for those that have not run yet
 SIDE = 3  # such programs that may go on meanwhile, for each worker
 SILENCE = 60.0  # s without a sign of life after which a worker is ended
 TRIES = 3  # workers that a program may lose
@@ -241,7 +241,7 @@ class Job:
 
 
 class Jobs:
-    """All jobs: those that have not run yet, then those that have used up their first second."""
+    """All jobs: those that have not run yet, then those that were put off, to run when cores are free."""
 
     def __init__(self, rows, block):
         self.rows, self.block = iter(rows), block

@@ -1,7 +1,7 @@
 """A worker of the sandbox: the warm process in a container that runs programs against their tests, one after another.
 
 In: jobs on stdin, each as three numbers (sizes of the candidate's and of the judge's part, patience) and the two parts,
-in JSON. Out: lines on stdout: a verdict as JSON; while a program runs, a sign of life each second ("running" or
+in JSON. Out: lines on stdout: a verdict as JSON; while a program runs, a sign of life four times a second ("running" or
 "waiting"). sandbox.py starts it, and says what a verdict is.
 
     echo | python sandbox_worker.py '{"no": "options"}'  # a worker by itself does nothing: run sandbox.py
@@ -42,7 +42,7 @@ import types
 from sandbox_line import SCALARS, Frozen, Line, Remote, TooLarge, classes_of, describe, is_builtin, restore
 
 TICK = 0.02  # s between two looks of the supervisor at its clocks
-SIGN = 1.0  # s between two signs of life
+SIGN = 0.25  # s between two signs of life
 NOBODY = 65534
 WORDS = {"w": "wrong", "e": "exception", "m": "memory", "o": "output", "k": "killed"}
 WARM = """abc array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq itertools
@@ -868,7 +868,7 @@ class Run:
         return bool(states & {b"R", b"D"})
 
     def watch(self):
-        """Stop the program at its limits, until the judge is done. Say that it runs, once a second."""
+        """Stop the program at its limits, until the judge is done. Say that it runs, every SIGN seconds."""
         os.set_blocking(self.results, False)
         poller = select.poll()
         for pipe in (self.results, 0):
