@@ -422,9 +422,12 @@ def cores():
 
 
 def slowest(verdicts, count=5):
-    """A line about the programs that took longest."""
-    longest = sorted(verdicts, key=lambda verdict: -verdict["seconds"])[:count]
-    return "slowest: " + ", ".join(f"{v['id']} {v['seconds']:.1f} s ({v['verdict']})" for v in longest)
+    """The verdicts of the programs that took longest."""
+    return sorted(verdicts, key=lambda verdict: -verdict["seconds"])[:count]
+
+
+def about(verdicts):
+    return "slowest: " + ", ".join(f"{v['id']} {v['seconds']:.1f} s ({v['verdict']})" for v in verdicts)
 
 
 def main():
@@ -453,24 +456,22 @@ def main():
         part.seek(0)
         done = {str(json.loads(line)["id"]) for line in part}
         left = [row for row in programs if str(row["id"]) not in done]
-        verdicts = []
+        words, total, longest = collections.Counter(), 0.0, []
         with tqdm(total=len(programs), initial=len(done), unit=" programs", desc="sandbox") as bar:
             try:
                 for verdict in judge(left, **args):
                     rows.append(part, verdict)
-                    verdicts.append(verdict)
-                    bar.set_postfix(mean_reward=f"{mean_reward(verdicts):.4f}", refresh=False)
+                    words[verdict["verdict"]] += 1
+                    total += verdict["reward"] or 0.0
+                    longest = slowest([*longest, verdict])
+                    mean = f"{total / max(1, words.total() - words['infra']):.4f}"
+                    bar.set_postfix(mean_reward=mean, refresh=False)
                     bar.update()
             except RuntimeError as error:
                 rows.fail(error)
-    words = collections.Counter(verdict["verdict"] for verdict in verdicts)
-    print(f"{out}: {len(verdicts)} new verdicts ({', '.join(f'{n} {word}' for word, n in words.most_common())}), "
-          f"mean reward {mean_reward(verdicts):.4f}\n{slowest(verdicts)}")
-
-
-def mean_reward(verdicts):
-    known = [verdict["reward"] for verdict in verdicts if verdict["reward"] is not None]
-    return sum(known) / max(1, len(known))
+    counts = ", ".join(f"{count} {word}" for word, count in words.most_common())
+    print(f"{out}: {words.total()} new verdicts ({counts}), mean reward "
+          f"{total / max(1, words.total() - words['infra']):.4f}\n{about(longest)}")
 
 
 if __name__ == "__main__":

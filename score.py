@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import flags
+import formats
 import rows
 import sandbox
 
@@ -38,6 +39,9 @@ def arguments():
     add("--reward", required=True, help="tests, FILE.py:NAME or model:PATH (see above)")
     # the sandbox
     add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES), help="tests: default is the first that works")
+    add("--packages", default=sandbox.PACKAGES, help="tests: import names of installed packages that programs and tests "
+        "may use, such as numpy (default %(default)s)")
+    add("--block", default="answer", choices=tuple(sandbox.BLOCKS), help="tests: the program in an answer (see sandbox.py)")
     add("--unsafe", action="store_true", help="tests: run programs without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
         add(f"--{name}", type=type(default), default=default, help=f"tests: {text} (default %(default)s)")
@@ -54,7 +58,7 @@ def settings(args):
     """What the rewards depend on, for rows.continue_stage: a reward that was changed is no longer the same."""
     kind, _, name = args.reward.rpartition(":")
     if args.reward == "tests":
-        return {"reward": "tests"} | {name: getattr(args, name) for name in sandbox.FLAGS}
+        return {"reward": "tests"} | {name: getattr(args, name) for name in ("packages", "block", *sandbox.FLAGS)}
     if kind == "model":
         import models
         return {"reward": args.reward, "files": rows.fingerprint(models.identity(name)),
@@ -88,24 +92,26 @@ def text_of(completion):
 # ---- three kinds of reward: each takes an iterable of rows and yields (row, rewards), in any order ----
 
 def tests_reward(todo, args):
-    """Share of the row's tests passed, in [0,1]; None where the sandbox itself failed. Needs `test`, `entry_point`."""
-    waiting = {}
+    """Share of the row's tests passed, in [0,1]; None where there is no verdict. Formats: docs/test_formats.md."""
+    waiting, verdicts = {}, []
 
     def programs():
         for row in todo:
-            for field in ("test", "entry_point"):
-                if not isinstance(row.get(field), str):
-                    rows.fail(f"{row['__at__']}: has no {field!r}, which --reward=tests needs")
+            try:
+                tests = formats.normalize(row)
+            except ValueError as error:
+                rows.fail(f"{row['__at__']}: {error}, for --reward=tests")
             completions = [c for _, c in unrewarded(row)]
             waiting[row["id"]] = [row, len(completions), [None] * len(completions)]
             for k, completion in enumerate(completions):
-                yield {"id": (row["id"], k), "completion": text_of(completion), "preamble": row.get("preamble", ""),
-                       "test": row["test"], "entry_point": row["entry_point"], "fenced": row.get("fenced", True)}
+                yield {"id": (row["id"], k), "completion": text_of(completion), "fenced": row.get("fenced", True), **tests}
 
     limits = {name: getattr(args, name) for name in sandbox.FLAGS}
     try:
-        for verdict in sandbox.judge(programs(), runtime=args.runtime, unsafe=args.unsafe, **limits):
+        for verdict in sandbox.judge(programs(), runtime=args.runtime, packages=args.packages, unsafe=args.unsafe,
+                                     block=args.block, **limits):
             row_id, k = verdict["id"]
+            verdicts = sandbox.slowest([*verdicts, verdict])
             entry = waiting[row_id]
             entry[1] -= 1
             entry[2][k] = verdict["reward"]
@@ -114,6 +120,7 @@ def tests_reward(todo, args):
                 yield entry[0], entry[2]
     except RuntimeError as error:  # a bad limit, or no isolation works here
         rows.fail(error)
+    print(sandbox.about(verdicts), file=sys.stderr)
 
 
 def function_reward(todo, args):
