@@ -1,296 +1,485 @@
-"""Rewarded rows as flat arrays: what a training regime takes from each row, as token ids, rewards and reference
-rewards; and the batches made of them.
+"""Rewarded rows as flat arrays on disk: what a training regime takes from each row, as token ids,
+rewards and reference rewards; and batches of them as tensors.
 
-Reads the rows that score.py writes. Every completion is a slice of one long array of tokens; pairs stand side by side,
-chosen before rejected. Sampled completions keep the ids that were sampled; only a dataset's own text is tokenised.
+Reads the rows that score.py writes. Every completion is a slice of one long array of tokens; pairs are
+side by side, chosen before rejected. Sampled completions keep the ids that were sampled; only a
+dataset's own text is tokenised.
 
     python -c 'import dataset; help(dataset.build)'
 """
+import collections
+import concurrent.futures
 import hashlib
-import itertools
 import math
+import multiprocessing
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-import models
 import rows
-
-PAIRED = ("best_worst", "random_pairs", "chosen_rejected")
-REGIMES = ("refs", *PAIRED, "completion", "samples")
-PAIRWISE = ("dpo", "simpo", "rebel")  # losses of pairs
+from model import completion_ids, context_length, decode, end_ids, identity, pad, row_prompt_ids
 
 
-def load(path, cache, main_rank, barrier, model_path, tokenizer, model, **choices):
-    """`build`, done once by one process and kept in `cache`: arrays mapped from disk, shared by all ranks of a node."""
-    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
-    folder = Path(cache) / f"data-{rows.fingerprint([files, models.identity(model_path), choices])}"
-    if main_rank and not folder.exists():
-        data = build(path, tokenizer, model, **choices)
-        new = folder.with_name(f".new_{folder.name}_{os.getpid()}")
-        with rows.writing(new):
-            new.mkdir(parents=True)
-            for name, array in data.items():
-                np.save(new / f"{name}.npy", array)
-        rows.write_json(new / "about.json", {"fingerprint": fingerprint(data), "summary": summary(data)})
+# ---- regimes: which completions of a row are trained on ----
+
+class Completion(NamedTuple):
+    ids: list                 # token ids, with an end token where one was sampled, or after a whole answer
+    reward: float             # NaN if unknown
+    among_refs: bool = False  # whether its reward is one of the ref_rewards that its quantile is taken among
+    truncated: bool = False   # whether it ran out of tokens
+
+
+def refs(row, reader):
+    return [[completion] for completion in reader.sampled(row, "ref_completions", "ref_rewards")]
+
+
+def samples(row, reader):
+    return [[completion] for completion in reader.sampled(row, "samples", "sample_rewards")]
+
+
+def best_worst(row, reader):
+    pool = reader.sampled(row, "ref_completions", "ref_rewards")
+    known = [completion for completion in pool if not math.isnan(completion.reward)]
+    if len(known) < 2:
+        return []
+    best = max(known, key=lambda c: c.reward)
+    worst = min((c for c in known if c is not best), key=lambda c: c.reward)
+    return [[best, worst]]
+
+
+def random_pairs(row, reader):
+    pool = reader.sampled(row, "ref_completions", "ref_rewards")
+    return [sorted(pair, key=lambda c: -c.reward) for pair in zip(pool[0::2], pool[1::2])]
+
+
+def chosen_rejected(row, reader):
+    return [[reader.text(row, "chosen", "chosen_reward"), reader.text(row, "rejected", "rejected_reward")]]
+
+
+def chosen(row, reader):
+    return [[reader.text(row, "chosen", "chosen_reward")]]
+
+
+def completion(row, reader):
+    return [[reader.text(row, "completion", "reward")]]
+
+
+class Regime(NamedTuple):
+    size: int         # completions in a group; in a pair the better one comes first
+    sampled: bool     # sampled completions, or the dataset's own text
+    groups: Callable  # (row, reader) -> list of groups
+    help: str
+
+
+REGIMES = {  # a new regime is one function and one entry
+    "refs": Regime(1, True, refs, "all reference completions"),
+    "best_worst": Regime(2, True, best_worst, "the best and the worst of them"),
+    "random_pairs": Regime(2, True, random_pairs, "references 0 and 1, 2 and 3, ... (not an odd one)"),
+    "samples": Regime(1, True, samples, "what generate_refs.py --field=samples sampled"),
+    "chosen_rejected": Regime(2, False, chosen_rejected, "the dataset's pairs"),
+    "chosen": Regime(1, False, chosen, "the chosen completions of these pairs"),
+    "completion": Regime(1, False, completion, "the dataset's single completions"),
+}
+
+
+class Choices(NamedTuple):
+    """What to take from the rows. The loss decides the first four fields, the user the others."""
+    train_on: str = "refs"
+    pairs: bool = False         # the loss compares the two of a pair, so they must differ in reward
+    needs_reward: bool = False  # drop completions of unknown reward
+    needs_refs: bool = False    # drop completions without a known reference reward
+    min_reward: float = None    # drop completions of a lower reward
+    num_candidates: int = 0     # take only the first N sampled completions; 0: all
+    num_ref_rewards: int = 0    # use only the first N reference rewards; 0: all
+    max_length: int = 0         # drop what has more tokens, with prompt; 0: refuse what exceeds the context
+
+
+# ---- from a row to its completions ----
+
+class Reader:
+    """Turns rows into completions as token ids; names the row in every error."""
+
+    def __init__(self, tokenizer, model, choices):
+        self.tokenizer, self.choices = tokenizer, choices
+        self.ends = end_ids(model, tokenizer)
+        self.context = context_length(model)
+        self.vocab = model.config.get_text_config().vocab_size
+
+    def sampled(self, row, field, rewards_field):
+        """The completions that generate_refs.py sampled, with their rewards."""
+        at, completions, rewards = row["__at__"], row.get(field), row.get(rewards_field)
+        both_lists = isinstance(completions, list) and isinstance(rewards, list)
+        if not both_lists or len(completions) != len(rewards):
+            rows.fail(f"{at}: needs {field} and as many {rewards_field}; run generate_refs.py and score.py")
+        if self.choices.num_candidates:
+            completions = completions[:self.choices.num_candidates]
+        pool = []
+        for k, (completion, reward) in enumerate(zip(completions, rewards)):
+            ids = self.checked_ids(f"{at}: {field} {k}", completion, check_text=k == 0)
+            among_refs = field == "ref_completions" and k < (self.choices.num_ref_rewards or len(rewards))
+            truncated = completion.get("finish_reason") == "length"
+            pool.append(Completion(ids, number(reward, at, rewards_field), among_refs, truncated))
+        return pool
+
+    def checked_ids(self, at, completion, check_text):
+        """The token ids of a sampled completion; refuses those of another tokenizer."""
+        if not isinstance(completion, dict) or not isinstance(completion.get("token_ids"), list):
+            rows.fail(f"{at} has no list of token_ids; sample with generate_refs.py")
+        ids = np.array(completion["token_ids"])
+        if ids.dtype.kind != "i" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= self.vocab:
+            rows.fail(f"{at}: its token_ids are empty, or not all in the model's vocabulary of {self.vocab}; "
+                      "sample again with this model")
+        if check_text and completion.get("text") != decode(self.tokenizer, completion["token_ids"]):
+            rows.fail(f"{at}: its token_ids are not its text in this model's tokenizer; train the model that "
+                      "sampled them, or sample again")
+        return ids
+
+    def text(self, row, field, reward_field):
+        """A completion of the dataset's own, tokenised after its prompt."""
+        at = row["__at__"]
+        if not row.get(field) or not isinstance(row[field], (str, list)):
+            rows.fail(f"{at}: has no {field!r}; add it, or train on something else (--train_on)")
         try:
-            os.replace(new, folder)
-        except OSError:  # another run that shares the cache was faster
-            shutil.rmtree(new)
-    barrier()
-    about = rows.load_json(folder / "about.json")
-    if main_rank:
-        print(f"{path}: {about['summary']}")
-    return {"fingerprint": about["fingerprint"]} | {
-        file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+            ids = completion_ids(self.tokenizer, row["prompt"], row["prompt_ids"], row[field], self.ends)
+        except Exception as error:  # whatever a template raises
+            rows.fail(f"{at}: {field} cannot be turned into tokens ({error})")
+        return Completion(ids, number(row.get(reward_field), at, reward_field))
 
-
-def build(path, tokenizer, model, train_on, loss="qrpo", side="both", min_reward=None, num_candidates=0,
-          num_ref_rewards=0, max_length=0):
-    """The completions that a regime (one of REGIMES) trains on, as a dict of numpy arrays; n completions of R rows:
-
-    tokens (total,) all ids, prompt and completion after one another; starts (n,) where each begins; lens, prompt_lens
-    (n,); rewards (n,) NaN if unknown; row (n,) its row; side (n,) +1 for the better and -1 for the worse: of its
-    pair, or than its row's mean reference reward; among_refs (n,) whether it is one of its own references; truncated
-    (n,); ref_rewards (R, num_ref_rewards) NaN where unknown; std (R,) their standard deviation over its mean; ids (R,).
-    side keeps one side of pairs, min_reward what has at least this reward. Dropped and counted: what the loss cannot
-    use (an unknown reward, for pairwise losses a pair of equal rewards), and what is longer than max_length.
-    """
-    ends, context = models.end_ids(model, tokenizer), models.context_length(model)
-    vocab, limit = model.config.get_text_config().vocab_size, min(context, max_length or context)
-    ids, refs, sequences, facts, dropped = [], [], [], [], {}  # two of rows, two of completions
-    # only DPO, SimPO and SFT on the dataset's own text can do without rewards
-    own_text = train_on in ("chosen_rejected", "completion")
-    needs_reward = loss in ("qrpo", "rebel") or min_reward is not None or not own_text
-
-    def drop(why, group):
-        dropped[why] = dropped.get(why, 0) + len(group)
-
-    def read(item):
-        """(r, row) -> its id, its place in the file, its prompt's tokens, its reference rewards, its groups."""
-        r, row = item
-        at, prompt = row["__at__"], models.row_prompt_ids(tokenizer, row)
+    def ref_rewards(self, row):
+        """The reference rewards that quantiles are taken among, float32, NaN where unknown."""
         listed = row.get("ref_rewards") or []
         if not isinstance(listed, list):
-            rows.fail(f"{at}: ref_rewards must be a list of numbers; run score.py")
-        if len(listed) < max(num_ref_rewards, loss == "qrpo"):
-            rows.fail(f"{at}: has {len(listed)} ref_rewards; sample and score references" + (
-                f", or lower --num_ref_rewards={num_ref_rewards}" if num_ref_rewards else ""))
-        ref = np.array([number(x, at, "ref_rewards") for x in listed[:num_ref_rewards or None]], np.float32)
-        if train_on == "completion":
-            groups = [[text_completion(row, "completion", "reward", tokenizer, prompt, ends)]]
-        elif train_on == "chosen_rejected":
-            groups = [[text_completion(row, "chosen", "chosen_reward", tokenizer, prompt, ends),
-                       text_completion(row, "rejected", "rejected_reward", tokenizer, prompt, ends)]]
-        else:
-            groups = sampled_groups(row, train_on, num_candidates, len(ref), vocab, tokenizer if r < 100 else None)
-        return row["id"], at, prompt, ref, groups
+            rows.fail(f"{row['__at__']}: ref_rewards must be a list of numbers; run score.py")
+        wanted = max(self.choices.num_ref_rewards, self.choices.needs_refs)
+        if len(listed) < wanted:
+            rows.fail(f"{row['__at__']}: has {len(listed)} ref_rewards and {wanted} are needed; sample and "
+                      "score references, or lower --num_ref_rewards")
+        if self.choices.num_ref_rewards:
+            listed = listed[:self.choices.num_ref_rewards]
+        return np.array([number(value, row["__at__"], "ref_rewards") for value in listed], np.float32)
 
-    each = in_threads if own_text else map  # sampled ids are not tokenised again
-    found = each(read, enumerate(rows.stream(path, require=("prompt",))))
-    for r, (name, at, prompt, ref, groups) in enumerate(tqdm(found, desc="read", unit="row", delay=5)):
-        ids.append(name)
-        refs.append(ref)
-        known = ref[~np.isnan(ref)]
-        for group in groups:
-            rewards = [reward for _, reward, _, _ in group]
-            if needs_reward and any(map(math.isnan, rewards)):
-                drop("of unknown reward", group)
-                continue
-            if loss == "qrpo" and len(known) == 0:
-                drop("without a known reference reward", group)
-                continue
-            if loss in PAIRWISE and rewards[0] == rewards[1]:
-                drop("of equal reward in their pair", group)
-                continue
-            lengths = [len(prompt) + len(tokens) for tokens, _, _, _ in group]
-            if max(lengths) > limit:
-                if not max_length:
-                    rows.fail(f"{at}: prompt and completion have {max(lengths)} tokens and the model's context holds "
-                              f"{context}; drop the row, or give --max_length={context} to drop all such")
-                drop("too long", group)
-                continue
-            if len(group) == 2:
-                sides = 1, -1
-            else:
-                mean = np.float32(known.mean(dtype=float)) if len(known) else np.nan
-                sides = [int(np.sign(np.nan_to_num(np.float32(rewards[0]) - mean)))]
-            for (tokens, reward, among, truncated), which in zip(group, sides):
-                if len(group) == 2 and side != "both" and which != (1 if side == "chosen" else -1):
+    def why_not(self, row, group, known_refs):
+        """Why a group of completions cannot be trained on, or None."""
+        rewards = [c.reward for c in group]
+        length = len(row["prompt_ids"]) + max(len(c.ids) for c in group)
+        limit = min(self.context, self.choices.max_length or self.context)
+        unknown = any(math.isnan(reward) for reward in rewards)
+        if unknown and (self.choices.needs_reward or REGIMES[self.choices.train_on].sampled):
+            return "of unknown reward"
+        if self.choices.needs_refs and len(known_refs) == 0:
+            return "without a known reference reward"
+        if self.choices.pairs and rewards[0] == rewards[1]:
+            return "of equal reward in their pair"
+        if self.choices.min_reward is not None and not min(rewards) >= self.choices.min_reward:
+            return f"of reward below {self.choices.min_reward}"
+        if length > limit and not self.choices.max_length:
+            rows.fail(f"{row['__at__']}: prompt and completion have {length} tokens and the model's context "
+                      f"holds {limit}; drop the row, or give --max_length={limit} to drop all such")
+        if length > limit:
+            return "too long"
+        return None
+
+    def read(self, chunk):
+        """(position of the first line, [(at, line)]) -> the arrays of these rows, as in `build`, and
+        what was dropped.
+        """
+        first, chunk_lines = chunk
+        table = collections.defaultdict(list)
+        table["dropped"] = collections.Counter()
+        for position, (at, line) in enumerate(chunk_lines, first):
+            row = rows.parse(at, line, require=("prompt",))
+            row["prompt_ids"] = row_prompt_ids(self.tokenizer, row)
+            ref_rewards = self.ref_rewards(row)
+            known = ref_rewards[~np.isnan(ref_rewards)]
+            table["ids"].append(row.get("id", position))
+            table["at"].append(at)
+            table["ref_rewards"].append(ref_rewards)
+            for group in REGIMES[self.choices.train_on].groups(row, self):
+                reason = self.why_not(row, group, known)
+                if reason:
+                    table["dropped"][reason] += len(group)
                     continue
-                if min_reward is not None and reward < min_reward:
-                    drop(f"of reward below {min_reward}", [0])
-                    continue
-                sequences.append(np.array(prompt + tokens, np.int32))
-                facts.append((len(prompt), reward, r, which, among, truncated))
-    for reason, count in dropped.items():
-        print(f"{path}: {count} completions dropped, {reason}", flush=True)
-    if not sequences:
-        rows.fail(f"{path}: nothing is left to train on")
-
-    kinds = {"prompt_lens": np.int64, "rewards": np.float32, "row": np.int64, "side": np.int8, "among_refs": np.bool_,
-             "truncated": np.bool_}
-    data = {key: np.array(values, kinds[key]) for key, values in zip(kinds, zip(*facts))}
-    order = rows.order(path, ids)  # rows, and with them completions, as if one process had written the folder
-    place = np.argsort(order)
-    by_row = np.argsort(place[data["row"]], kind="stable")
-    data = {key: values[by_row] for key, values in data.items()} | {"ids": np.array([str(ids[i]) for i in order])}
-    data["row"] = place[data["row"]]
-    data["lens"] = np.array([len(sequences[i]) for i in by_row], np.int64)
-    data["starts"] = np.cumsum(data["lens"]) - data["lens"]
-    data["tokens"] = np.concatenate([sequences[i] for i in by_row])
-    data["ref_rewards"] = np.full((len(ids), max(map(len, refs))), np.nan, np.float32)
-    for values, i in zip(data["ref_rewards"], order):
-        values[:len(refs[i])] = refs[i]
-    count = (~np.isnan(data["ref_rewards"])).sum(1)
-    spread = np.zeros(len(ids))
-    spread[count > 1] = np.nanstd(data["ref_rewards"][count > 1], 1, ddof=1)
-    data["std"] = (spread / (spread[count > 1].mean() or 1) if (count > 1).any() else spread).astype(np.float32)
-    return data
+                for place, c in enumerate(group):
+                    same = np.count_nonzero(known == np.float32(c.reward)) - c.among_refs
+                    table["tokens"] += [row["prompt_ids"], c.ids]
+                    table["prompt_lens"].append(len(row["prompt_ids"]))
+                    table["lens"].append(len(row["prompt_ids"]) + len(c.ids))
+                    table["rewards"].append(c.reward)
+                    table["row"].append(position)
+                    table["side"].append(side_of(c, place, len(group), known))
+                    table["among_refs"].append(c.among_refs)
+                    table["truncated"].append(c.truncated)
+                    table["tied"].append(same / max(len(known) - c.among_refs, 1))
+        if table["tokens"]:
+            table["tokens"] = np.concatenate([np.asarray(ids, np.int32) for ids in table["tokens"]])
+        return table
 
 
-def in_threads(function, items):
-    """function(item) for all items, in order, on all cores: tokenizers work outside Python's lock."""
-    items = iter(items)
-    with ThreadPoolExecutor() as pool:
-        while block := list(itertools.islice(items, 256)):
-            for future in [pool.submit(function, item) for item in block]:
-                try:
-                    result = future.result()
-                except SystemExit as error:  # rows.fail of the first item, in order, that fails
-                    pool.shutdown(cancel_futures=True)
-                    rows.fail(error.code)
-                yield result
-
-
-def summary(data):
-    """One line on a dataset: its size, and what QRPO should know of its rewards."""
-    refs, row = data["ref_rewards"], data["row"]
-    text = f"{len(row):,} completions of {len(np.unique(row)):,} prompts, {data['lens'].sum():,} tokens with prompts"
-    if data["truncated"].any():
-        text += f"; {data['truncated'].mean():.1%} of the completions ran out of tokens"
-    if refs.shape[1]:
-        tied = np.concatenate([(refs[row[i:i + 65536]] == data["rewards"][i:i + 65536, None]).sum(1)
-                               for i in range(0, len(row), 65536)]) > data["among_refs"]
-        known = ~np.isnan(refs)
-        with np.errstate(invalid="ignore"):
-            equal = np.nanmax(np.where(known, refs, -np.inf), 1) == np.nanmin(np.where(known, refs, np.inf), 1)
-        hint = " (--quantile=exact is for ties)" if tied.mean() > 0.5 else ""
-        text += (f"; mean reward {np.nanmean(data['rewards']):.4g}, of references {np.nanmean(refs):.4g}"
-                 f"; {tied.mean():.1%} of the completions tie with a reference{hint}; all references are equal in "
-                 f"{equal.mean():.1%} of the rows")
-        if not known.all():
-            text += f"; {1 - known.mean():.1%} of the reference rewards are unknown"
-    return text
+def side_of(completion, place, size, known_refs):
+    """+1 for the better and -1 for the worse: of its pair, or than its row's mean reference reward."""
+    if size == 2:
+        return 1 - 2 * place
+    if len(known_refs) == 0 or math.isnan(completion.reward):
+        return 0
+    return int(np.sign(np.float32(completion.reward) - np.float32(known_refs.mean(dtype=float))))
 
 
 def number(value, at, field):
     """A reward as a float; null is NaN."""
     if value is None:
         return math.nan
-    # beyond float32 a reward would be infinite
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -3e38 < value < 3e38:
+    largest = float(np.finfo(np.float32).max)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -largest <= value <= largest:
         rows.fail(f"{at}: {field} must be finite numbers or null, not {value!r}; score the row again")
     return float(value)
 
 
-def text_completion(row, field, reward, tokenizer, start, ends):
-    """(token ids, reward, False, False) of a dataset's own completion."""
-    at = row["__at__"]
-    if not row.get(field) or not isinstance(row[field], (str, list)):
-        rows.fail(f"{at}: has no {field!r}; give it, or train on something else (--train_on)")
+# ---- from rows to arrays on disk ----
+
+KINDS = {"prompt_lens": np.int64, "lens": np.int64, "rewards": np.float32, "row": np.int64, "side": np.int8,
+         "among_refs": np.bool_, "truncated": np.bool_, "tied": np.float32}
+
+
+def build(folder, path, tokenizer, model, choices):
+    """Write the completions of a dataset that a regime trains on to `folder`, as arrays of n
+    completions of R rows:
+
+    tokens (total,) all ids, each prompt followed by its completion; starts (n,) where each begins; lens
+    (n,) tokens of prompt and completion; prompt_lens (n,); rewards (n,) NaN if unknown; row (n,); side
+    (n,) see `side_of`; among_refs, truncated (n,); tied (n,) the share of the other references with the
+    same reward; ref_rewards (R, num_ref_rewards) NaN where unknown; ids (R,). Also about.json: a
+    fingerprint of them all, and one line that describes them.
+    """
+    reader = Reader(tokenizer, model, choices)
+    tables, seen, ids, ref_rewards, dropped = [], {}, [], [], collections.Counter()
+    digest = hashlib.sha256()
+    with open(folder / "tokens.bin", "wb") as file:
+        for table in tqdm(in_processes(reader, chunks(path)), desc="read", unit="chunk", delay=5):
+            for name, at in zip(table.pop("ids"), table.pop("at")):
+                if str(name) in seen:
+                    rows.fail(f"{at}: id {name!r} already appears at {seen[str(name)]}; ids must be unique")
+                seen[str(name)] = at
+                ids.append(name)
+            ref_rewards += table.pop("ref_rewards")
+            dropped.update(table.pop("dropped"))
+            tokens = table.pop("tokens")
+            if len(tokens):
+                file.write(tokens.tobytes())
+                digest.update(tokens.tobytes())
+                tables.append({name: np.array(table[name], kind) for name, kind in KINDS.items()})
+    for reason, count in dropped.items():
+        print(f"{path}: {count} completions dropped, {reason}", flush=True)
+    if not tables:
+        rows.fail(f"{path}: nothing is left to train on")
+
+    data = {name: np.concatenate([table[name] for table in tables]) for name in KINDS}
+    data["starts"] = np.cumsum(data["lens"]) - data["lens"]
+    order = rows.order(path, ids)  # rows, and with them completions, as if one process had written the folder
+    place = np.argsort(order)
+    by_row = np.argsort(place[data["row"]], kind="stable")
+    data = {name: values[by_row] for name, values in data.items()}
+    data["row"] = place[data["row"]]
+    data["ids"] = np.array([str(ids[i]) for i in order])
+    data["ref_rewards"] = np.full((len(ids), max(map(len, ref_rewards))), np.nan, np.float32)
+    for r, i in enumerate(order):
+        data["ref_rewards"][r, :len(ref_rewards[i])] = ref_rewards[i]
+    for name, values in sorted(data.items()):
+        np.save(folder / f"{name}.npy", values)
+        digest.update(np.ascontiguousarray(values).tobytes())
+    rows.write_json(folder / "about.json", {"fingerprint": digest.hexdigest()[:16], "summary": summary(data)})
+
+
+CHUNK = 1 << 22  # bytes of rows that a process takes at a time: a few rows of many long completions
+
+
+def chunks(path):
+    """The lines of a dataset in chunks: (position of the first line, [(at, line)])."""
+    first, chunk, size = 0, [], 0
+    for at, line in rows.lines(path):
+        chunk.append((at, line))
+        size += len(line)
+        if size >= CHUNK:
+            yield first, chunk
+            first, chunk, size = first + len(chunk), [], 0
+    if chunk:
+        yield first, chunk
+    elif first == 0:
+        rows.fail(f"{path}: holds no rows")
+
+
+def in_processes(reader, chunks):
+    """reader.read(chunk) of all chunks in order, on all cores; few chunks are in memory at a time."""
+    global worker_reader
+    worker_reader = reader  # the processes are forks, so they have it without being sent it
+    first = next(chunks)
+    second = next(chunks, None)
+    if second is None:
+        yield reader.read(first)
+        return
+    cores = len(os.sched_getaffinity(0))
+    with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
+        waiting = collections.deque([pool.submit(read_in_worker, first), pool.submit(read_in_worker, second)])
+        for chunk in chunks:
+            waiting.append(pool.submit(read_in_worker, chunk))
+            if len(waiting) > 2 * cores:
+                yield result_of(waiting.popleft(), pool)
+        while waiting:
+            yield result_of(waiting.popleft(), pool)
+
+
+def read_in_worker(chunk):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
+    return worker_reader.read(chunk)
+
+
+def result_of(future, pool):
     try:
-        ids = models.completion_ids(tokenizer, row["prompt"], start, row[field], ends)
-    except Exception as error:  # whatever a template raises
-        rows.fail(f"{at}: {field} cannot be turned into tokens ({error})")
-    return ids, number(row.get(reward), at, reward), False, False
+        return future.result()
+    except SystemExit as error:  # rows.fail in the worker
+        pool.shutdown(cancel_futures=True)
+        rows.fail(error.code)
 
 
-def sampled_groups(row, train_on, num_candidates, width, vocab, tokenizer):
-    """The sampled completions that a regime takes, as groups of one or two (token ids, reward, is among the quantile's
-    references, ran out of tokens).
+def summary(data):
+    """One line about a dataset: its size, and what QRPO should know of its rewards."""
+    refs, tied = data["ref_rewards"], data["tied"]
+    prompts = len(np.unique(data["row"]))
+    text = f"{len(tied):,} completions of {prompts:,} prompts, {data['lens'].sum():,} tokens with prompts"
+    if data["truncated"].any():
+        text += f"; {data['truncated'].mean():.1%} of the completions ran out of tokens"
+    if refs.shape[1]:
+        text += (f"; mean reward {np.nanmean(data['rewards']):.4g}, of references {np.nanmean(refs):.4g}; "
+                 f"{(tied > 0).mean():.1%} of the completions tie with a reference, {(tied == 1).mean():.1%} "
+                 "with all")
+        if (tied > 0).mean() > 0.5:
+            text += " (--quantile=exact is for ties)"
+        if np.isnan(refs).any():
+            text += f"; {np.isnan(refs).mean():.1%} of the reference rewards are unknown"
+    return text
+
+
+CODE = "dataset.py", "model.py", "rows.py"  # the arrays are made again when one of these files is edited
+
+
+def load(path, cache, model_path, tokenizer, model, choices):
+    """The arrays of `build` as attributes, mapped from a folder in `cache`, where they are made by the
+    main process if they are not there. Runs on the same data share them. Also: fingerprint, and std
+    (R,), see `relative_std`.
     """
-    at, names = row["__at__"], ("samples", "sample_rewards") if train_on == "samples" else (
-        "ref_completions", "ref_rewards")
-    completions, rewards = (row.get(name) for name in names)
-    if not isinstance(completions, list) or not isinstance(rewards, list) or len(completions) != len(rewards):
-        rows.fail(f"{at}: needs {names[0]} and as many {names[1]}; run generate_refs.py and score.py first")
-    pool = []
-    for k, (completion, reward) in enumerate(zip(completions[:num_candidates or None], rewards)):
-        if not isinstance(completion, dict) or not isinstance(completion.get("token_ids"), list):
-            rows.fail(f"{at}: {names[0]} {k} has no list of token_ids; sample with generate_refs.py")
-        ids = np.array(completion["token_ids"])
-        if ids.dtype.kind != "i" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= vocab:
-            rows.fail(f"{at}: the token_ids of {names[0]} {k} are empty, or not all of the model's vocabulary of "
-                      f"{vocab}; sample again with this model")
-        if tokenizer and completion.get("text") != tokenizer.decode(
-                completion["token_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False):
-            rows.fail(f"{at}: the token_ids of {names[0]} {k} are not its text in this model's tokenizer; "
-                      "train the model that sampled them, or sample again")
-        pool.append((completion["token_ids"], number(reward, at, names[1]), train_on != "samples" and k < width,
-                     completion.get("finish_reason") == "length"))
-    if train_on in ("refs", "samples"):
-        return [[c] for c in pool]
-    if train_on == "best_worst":
-        known = [c for c in pool if not math.isnan(c[1])]
-        best = max(known, key=lambda c: c[1], default=None)
-        pairs = [(best, min((c for c in known if c is not best), key=lambda c: c[1]))] if len(known) > 1 else []
-    else:
-        pairs = zip(pool[0::2], pool[1::2])
-    return [sorted(pair, key=lambda c: -c[1]) for pair in pairs]
+    files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
+    code = [Path(__file__).with_name(name).read_text() for name in CODE]
+    key = rows.fingerprint([files, identity(model_path), choices, code])
+    folder = Path(cache) / f"data-{key}"
+    rank, world = rows.share()
+    if rank == 0:
+        with rows.locked(folder):  # another run may share the cache
+            if not folder.exists():
+                new = folder.with_name(f".new_{folder.name}")
+                shutil.rmtree(new, ignore_errors=True)  # of a killed run
+                new.mkdir()
+                build(new, path, tokenizer, model, choices)
+                os.replace(new, folder)
+    if world > 1:
+        dist.barrier()
+    about = rows.load_json(folder / "about.json")
+    if rank == 0:
+        print(f"{path}: {about['summary']}", flush=True)
+    data = SimpleNamespace(fingerprint=about["fingerprint"])
+    data.tokens = np.memmap(folder / "tokens.bin", np.int32, mode="r")
+    for file in folder.glob("*.npy"):
+        setattr(data, file.stem, np.load(file, mmap_mode="r"))
+    data.std = relative_std(data.ref_rewards)
+    return data
 
 
-def batch(data, index, device):
-    """Completions `index` as tensors: tokens (batch, time) right-padded, ref_rewards (batch, num_ref_rewards), others
-    (batch,).
+def relative_std(ref_rewards):
+    """The standard deviation of each row's reference rewards over its mean over the rows, float32 (R,)."""
+    std = np.zeros(len(ref_rewards), np.float32)
+    several = (~np.isnan(ref_rewards)).sum(1) > 1
+    if several.any():
+        std[several] = np.nanstd(ref_rewards[several], 1, ddof=1)
+        std /= std[several].mean() or 1
+    return std
+
+
+def subset(data, index):
+    """The completions `index` of a dataset, in that order."""
+    data = SimpleNamespace(**vars(data))
+    for name in ("starts", *KINDS):
+        setattr(data, name, getattr(data, name)[index])
+    return data
+
+
+def show(data, tokenizer, index, b):
+    """Print the completions `index`, and what their batch b asks for."""
+    for k, i in enumerate(index):
+        start, n, end = data.starts[i], data.prompt_lens[i], data.lens[i]
+        tokens = data.tokens[start:start + end]
+        prompt, completion = tokenizer.decode(tokens[:n]), tokenizer.decode(tokens[n:])
+        target = f"; target log-ratio {b.targets[k]:.3f} nats" if hasattr(b, "targets") else ""
+        print(f"---- row {data.ids[data.row[i]]}: {n} tokens of prompt, {end - n} trained, between >>> and "
+              f"<<<; reward {data.rewards[i]:.4g}{target}\n{prompt}>>>{completion}<<<")
+
+
+# ---- batches ----
+
+def get_batch(data, index, device):
+    """Completions `index` (B,) as tensors: tokens (B, T) right-padded; prompt_lens, lens, rewards,
+    side, among_refs, std, and ref_logps if they are known (B,); ref_rewards (B, num_ref_rewards).
     """
-    spans = zip(data["starts"][index], data["lens"][index])
-    out = {key: torch.as_tensor(data[key][index], device=device)
-           for key in ("lens", "prompt_lens", "rewards", "side", "among_refs", "ref_logps", "targets") if key in data}
-    row = data["row"][index]
-    return out | {"tokens": models.pad([data["tokens"][start:start + n] for start, n in spans], device),
-                  "ref_rewards": torch.as_tensor(data["ref_rewards"][row], device=device),
-                  "std": torch.as_tensor(data["std"][row], device=device)}
+    b = SimpleNamespace()
+    spans = zip(data.starts[index], data.lens[index])
+    b.tokens = pad([data.tokens[start:start + n] for start, n in spans], device)
+    for name in ("prompt_lens", "lens", "rewards", "side", "among_refs", "ref_logps"):
+        if hasattr(data, name):
+            setattr(b, name, torch.as_tensor(getattr(data, name)[index], device=device))
+    row = data.row[index]
+    b.ref_rewards = torch.as_tensor(data.ref_rewards[row], device=device)
+    b.std = torch.as_tensor(data.std[row], device=device)
+    return b
 
 
-def micro_batches(longest, unit, tokens, world=1):
-    """Split units (of `unit` completions, the longest of each being longest (n,)) into blocks of similar length.
+def micro_batches(lens, terms, budget):
+    """Split the terms of a step into micro-batches of similar length, for this rank.
 
-    Yields positions; a rank takes block[rank::world], which pads to at most `tokens` tokens (one unit may exceed it).
-    The longest come first: what does not fit into memory shows at once.
+    terms: (n, size) the completions of every term of the loss. budget: padded tokens in a micro-batch
+    (one term may exceed it). Yields (index, works): the completions, and whether they count. All ranks
+    get the same number, as DDP and FSDP wait for every rank: a rank without work gets a filler that
+    does not. The longest come first, so what does not fit into memory shows at once.
     """
-    order = np.argsort(-np.asarray(longest), kind="stable")
+    rank, world = rows.share()
+    longest = lens[terms].max(1)
+    order = np.argsort(-longest, kind="stable")
     while len(order):
-        size = max(1, int(tokens // (unit * longest[order[0]]))) * world
-        yield order[:size]
-        order = order[size:]
+        size = max(1, int(budget // (terms.shape[1] * longest[order[0]]))) * world
+        block, order = order[:size], order[size:]
+        mine = block[rank::world]
+        works = len(mine) > 0
+        yield terms[mine if works else block[:1]].reshape(-1), works
 
 
 @torch.no_grad()
-def logps(policy, data, tokens, device, rank=0, world=1):
-    """log pi of every completion, float32 (n,) on device; this rank's share, 0 elsewhere. policy: a models.Policy.
-    tokens: of a forward pass, see `micro_batches`.
+def all_logps(policy, data, budget, device):
+    """log pi of every completion, float32 numpy (n,): a forward pass shared by the ranks. policy: a
+    model.Policy.
     """
-    out = torch.zeros(len(data["lens"]), dtype=torch.float32, device=device)
+    rank, world = rows.share()
+    out = torch.zeros(len(data.lens), dtype=torch.float32, device=device)
+    every = np.arange(len(data.lens))[:, None]
     with tqdm(total=len(out), desc="log-probabilities", unit="completion", disable=rank != 0) as bar:
-        for block in micro_batches(data["lens"], 1, tokens, world):
-            index = block[rank::world] if rank < len(block) else block[:1]  # sharded models need every rank each time
-            b = batch(data, index, device)
-            values = policy(b["tokens"], b["prompt_lens"], b["lens"])
-            if rank < len(block):
-                out[torch.as_tensor(index, device=device)] = values
-            bar.update(len(block))
-    return out
-
-
-def fingerprint(data):
-    """16 hex digits that stand for these arrays: tokens (so data and tokenizer), rewards, regime."""
-    digest = hashlib.sha256()
-    for key in sorted(data):
-        digest.update(np.ascontiguousarray(data[key]).tobytes())
-    return digest.hexdigest()[:16]
+        for index, works in micro_batches(data.lens, every, budget):
+            b = get_batch(data, index, device)
+            logps = policy(b.tokens, b.prompt_lens, b.lens)
+            if works:
+                out[torch.as_tensor(index, device=device)] = logps
+            bar.update(len(index) * world)
+    if world > 1:
+        dist.all_reduce(out)
+    return out.cpu().numpy()

@@ -1,157 +1,305 @@
-"""Compare a trained policy with its reference model on held-out prompts, and with the best that its beta allows.
+"""Compare a trained policy with its reference model on held-out prompts, and with the best that its
+beta allows.
 
-Reads rewarded rows that hold both the reference model's completions (`ref_completions`, `ref_rewards`) and the policy's
-(`samples`, `sample_rewards`), and both models. Prints a table; writes it to OUT/results.json, the samples' log-ratios
-and quantiles to OUT/samples.npz, and two pictures, OUT/results.png and OUT/optimum.png.
+Reads rewarded rows that hold completions of the reference model (`ref_completions`, `ref_rewards`) and
+of the policy (`samples`, `sample_rewards`), and both models. Prints a table, and writes to OUT
+results.json, samples.npz (log-ratio, quantile, reward and length of every sample) and pictures:
+results.png, optimum.png, calibration.png, and the training curves of the run, curves.png.
 
-    python evaluate.py --model=out/qrpo --ref_model=data/minicode/model --data=out/qrpo/test/rewarded --out=out/qrpo
+    python evaluate.py --model=out/qrpo --ref_model=MODEL --data=out/qrpo/test/rewarded --out=out/qrpo
 
-Standard errors are over prompts. The KL is the mean log-ratio of the policy's own samples: unbiased where they were
-sampled at temperature 1 and top_p 1. The objective that QRPO maximises is E[R] - beta KL, R the transformed quantile of
-the reward (its `exact` cell among the reference rewards); no policy can have more than beta log Z of it.
+Standard errors are over prompts. The KL is the mean log-ratio of the policy's own samples, which is
+unbiased if they were sampled at temperature 1 and top_p 1. QRPO maximises the objective E[R] - beta KL,
+where R is the transformed quantile of the reward (its `exact` cell among the reference rewards). No
+policy can exceed beta log Z.
 """
 import json
 import math
+import tempfile
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 
 import dataset
-import figures
-import flags
-import models
 import qrpo
 import rows
+from model import Policy, get_device, get_dtype, load_model, load_tokenizer
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
-TRANSFORMS = [name for name in qrpo.TRANSFORMS if name != "scaled-normal-icdf"]  # whose optimum differs by prompt
+FORWARD_TOKENS = 8192  # padded tokens in a forward pass
+MEANS = {"mean reward": 4, "full marks (reward 1)": 4, "length, tokens": 1}  # and digits to print
 
 
 def arguments():
-    parser = flags.parser(__doc__)
+    parser = rows.Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="the policy: a Hugging Face folder")
     add("--ref_model", required=True, help="the reference model")
-    add("--data", required=True, help="rewarded rows with the completions of both")
-    add("--out", required=True, help="folder for results and pictures")
-    add("--beta", type=float, help="of the objective (default: that of the QRPO run in --model, else no objective)")
-    add("--transform", choices=TRANSFORMS, help="of the quantile (default: that of the run, or identity)")
-    add("--tokens", type=int, default=8192, help="padded tokens in a forward pass (default %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
+    add("--data", required=True, help="rewarded rows with completions of both")
+    add("--out", required=True, type=Path, help="folder for results and pictures")
+    add("--beta", type=float, help="of the objective (default: that of the QRPO run in --model, or none)")
+    add("--transform", choices=qrpo.TRANSFORMS, help="of the quantile (default: the run's, or identity)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
-    args = flags.parse(parser)
-    model = Path(args.model)  # a run, or a checkpoint in one
-    records = [path for path in (model / "run.json", model.parent.parent / "run.json") if path.exists()]
-    config = rows.load_json(records[0])["config"] if records else {}
-    if config.get("loss") == "qrpo" and not config["length_normalize"] and config["transform"] in TRANSFORMS:
+    return parser.parse_args()
+
+
+def load_run(args):
+    """The settings of the run that made --model, a run's folder or a checkpoint in one; {} if it is
+    neither. Fills in --beta and --transform.
+    """
+    model = Path(args.model)
+    config = {}
+    for path in (model.parent.parent / "run.json", model / "run.json"):
+        if path.exists():
+            config = rows.load_json(path)["config"]
+    if model.parent.name == "checkpoints":
+        config["steps"] = int(model.name.removeprefix("step_"))
+    # with a beta of its own for every completion there is no one objective
+    one_beta = not config.get("length_normalize") and config.get("transform") in qrpo.TRANSFORMS
+    if config.get("loss") == "qrpo" and one_beta:
         args.beta = args.beta or config["beta"]
         args.transform = args.transform or config["transform"]
     args.transform = args.transform or "identity"
-    args.step = int(model.name[5:]) if model.name.startswith("step_") else config.get("steps")
-    return args
+    return config
 
 
-def mean_and_se(values):
-    """Mean and its standard error over prompts; NaN (prompts without a known reward) left out."""
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
-    return values.mean(), values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+# ---- rewards and log-ratios ----
 
-
-def per_prompt(table, completions, rewards):
-    """(prompts, 3): the means of reward, of full marks and of length over a prompt's completions; and how many rewards
-    are unknown, which are left out.
+def prompt_means(completions, rewards):
+    """[mean reward, share of rewards of 1 or more, mean length in tokens] of one prompt; unknown
+    rewards left out.
     """
-    out, unknown = [], 0
-    for row in table:
-        known = [r for r in row[rewards] if r is not None]
-        unknown += len(row[rewards]) - len(known)
-        out.append((np.mean(known), np.mean([r >= 1 for r in known])) if known else (math.nan, math.nan))
-        out[-1] += (np.mean([len(c["token_ids"]) for c in row[completions]]),)
-    return np.array(out), unknown
+    known = np.array([reward for reward in rewards if reward is not None], float)
+    length = np.mean([len(completion["token_ids"]) for completion in completions])
+    if len(known) == 0:
+        return [math.nan, math.nan, length]
+    return [known.mean(), (known >= 1).mean(), length]
 
 
-def samples_and_log_ratios(args, device):
-    """The policy's samples as arrays (dataset.build), and log pi - log pi_ref of each (n,)."""
-    tokenizer, logps = models.load_tokenizer(args.model, args.trust_remote_code), []
-    dtype = models.pick_dtype(args.dtype, device)
-    for path in (args.model, args.ref_model):
-        model = models.load_model(path, dtype, device, args.trust_remote_code)
-        if not logps:
-            data = dataset.build(args.data, tokenizer, model, "samples", "sft")
-        logps.append(dataset.logps(models.Policy(model), data, args.tokens, device).double().cpu().numpy())
-    return data, logps[0] - logps[1]
+def read_means(path):
+    """`prompt_means` of every prompt for the reference model and for the policy, (prompts, 3) each; how
+    many rewards of each are unknown; how each was sampled; and the first row, to show.
+    """
+    reference, policy, unknown, first = [], [], [0, 0], None
+    for row in rows.stream(path, require=("ref_completions", "ref_rewards", "samples", "sample_rewards")):
+        first = first or row
+        reference.append(prompt_means(row["ref_completions"], row["ref_rewards"]))
+        policy.append(prompt_means(row["samples"], row["sample_rewards"]))
+        unknown[0] += row["ref_rewards"].count(None)
+        unknown[1] += row["sample_rewards"].count(None)
+    return np.array(reference), np.array(policy), unknown, first
 
 
-def quantiles(args, rewards, ref_rewards, among_refs):
-    """Cells lo, hi and the transformed reward R of completions; (n,), (n, refs), (n,) bool -> three numpy (n,)."""
-    values = [torch.as_tensor(np.asarray(x)) for x in (rewards, ref_rewards, among_refs)]
-    lo, hi = qrpo.quantile_cells(*values)
-    if args.beta is None:
-        return lo.numpy(), hi.numpy(), ((lo + hi) / 2).numpy()
-    beta = torch.full_like(lo, args.beta)
-    return lo.numpy(), hi.numpy(), (beta * qrpo.log_mean_exp(beta, args.transform, lo, hi)).numpy()
+def log_ratios(args, device):
+    """The samples and the references as arrays (see dataset.build), each with log_ratio (n,), log pi -
+    log pi_ref.
+    """
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    dtype = get_dtype(args.dtype, device)
+    found, logps = {}, {"samples": [], "refs": []}
+    with tempfile.TemporaryDirectory() as cache:
+        for path in (args.model, args.ref_model):
+            model = load_model(path, dtype, device, args.trust_remote_code)
+            for name in logps:
+                if name not in found:
+                    choices = dataset.Choices(train_on=name, needs_reward=True)
+                    found[name] = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
+                values = dataset.all_logps(Policy(model), found[name], FORWARD_TOKENS, device)
+                logps[name].append(values.astype(float))
+            del model
+    for name, (policy, reference) in logps.items():
+        found[name].log_ratio = policy - reference
+    return found["samples"], found["refs"]
+
+
+def quantile_rewards(args, data):
+    """Adds to data the cells lo, hi of its completions' quantiles and R, their transformed rewards; all
+    numpy (n,).
+    """
+    rewards = torch.tensor(data.rewards)
+    ref_rewards = torch.tensor(data.ref_rewards[data.row])
+    lo, hi = qrpo.quantile_cells(rewards, ref_rewards, torch.tensor(data.among_refs))
+    data.lo, data.hi = lo.numpy(), hi.numpy()
+    data.R = (data.lo + data.hi) / 2
+    if args.beta is not None:
+        beta = torch.full_like(lo, args.beta)
+        data.R = (beta * qrpo.log_mean_exp(beta, args.transform, lo, hi)).numpy()
 
 
 def by_prompt(values, row):
-    """Means of values (n,) over the completions of each prompt that has any; row (n,)."""
-    return np.bincount(row, values)[np.unique(row)] / np.bincount(row)[np.unique(row)]
+    """The means of values (n,) over the completions of every prompt that has any; row (n,)."""
+    prompts, place = np.unique(row, return_inverse=True)
+    return np.bincount(place, values) / np.bincount(place)
+
+
+def mean_and_se(values):
+    """The mean and its standard error; NaN (prompts without a known reward) left out."""
+    values = values[~np.isnan(values)]
+    se = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(se)
 
 
 def main():
     args = arguments()
-    table = rows.read(args.data, require=("ref_completions", "ref_rewards", "samples", "sample_rewards"))
-    (reference, ref_unknown), (policy, unknown) = (per_prompt(table, *names) for names in (
-        ("ref_completions", "ref_rewards"), ("samples", "sample_rewards")))
-    data, log_ratio = samples_and_log_ratios(args, models.device())
-    row, refs = data["row"], data["ref_rewards"]
-    lo, hi, reward = quantiles(args, data["rewards"], refs[row], np.zeros(len(row), bool))
-    ref_row = np.nonzero(~np.isnan(refs))[0]
-    ref_lo, ref_hi, ref_reward = quantiles(args, refs[~np.isnan(refs)], refs[ref_row], np.ones(len(ref_row), bool))
+    config = load_run(args)
+    reference, policy, unknown, first = read_means(args.data)
+    samples, refs = log_ratios(args, get_device())
+    for data in (samples, refs):
+        quantile_rewards(args, data)
 
-    results = {"step": args.step, "prompts": len(table), "unknown_rewards": [ref_unknown, unknown]}
-    print(f"\n{len(table)} held-out prompts; mean +- standard error over prompts\n")
+    results = {"step": config.get("steps"), "prompts": len(policy), "unknown_rewards": unknown}
+    print(f"\n{len(policy)} held-out prompts; mean +- standard error over prompts\n")
     print(f"{'':24}{'reference':>18}{'policy':>18}{'difference':>18}")
 
-    def line(name, digits, *columns):
-        results[name] = dict(zip(("reference", "policy", "difference"), columns))
-        print(f"{name:24}" + "".join(f"{f'{m:.{digits}f} +- {se:.{digits}f}':>18}" for m, se in columns))
+    def line(name, digits, **columns):
+        """Print and record a line of the table; columns: (mean, standard error)."""
+        results[name] = columns
+        cells = [f"{mean:.{digits}f} +- {se:.{digits}f}" for mean, se in columns.values()]
+        print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells))
 
-    for k, (name, digits) in enumerate((("mean reward", 4), ("full marks (reward 1)", 4), ("length, tokens", 1))):
-        if k != 1 or max(np.nanmax(refs), data["rewards"].max()) <= 1:  # other rewards have no such mark
-            line(name, digits, *(mean_and_se(v[:, k]) for v in (reference, policy, policy - reference)))
-    kl, ref_means, means = by_prompt(log_ratio, row), by_prompt(ref_reward, ref_row), by_prompt(reward, row)
-    line("quantile reward", 4, mean_and_se(ref_means), mean_and_se(means))
-    line("KL to reference, nats", 4, (0.0, 0.0), mean_and_se(kl))
+    for column, (name, digits) in enumerate(MEANS.items()):
+        before, after = reference[:, column], policy[:, column]
+        if column == 1 and max(np.nanmax(refs.rewards), np.nanmax(samples.rewards)) > 1:
+            continue  # these rewards have no full marks
+        line(name, digits, reference=mean_and_se(before), policy=mean_and_se(after),
+             difference=mean_and_se(after - before))
+    ref_R, R = by_prompt(refs.R, refs.row), by_prompt(samples.R, samples.row)
+    kl = by_prompt(samples.log_ratio, samples.row)
+    line("quantile reward", 4, reference=mean_and_se(ref_R), policy=mean_and_se(R))
+    line("KL to reference, nats", 4, reference=(0.0, 0.0), policy=mean_and_se(kl))
     if args.beta is not None:
+        objective = mean_and_se(R - args.beta * kl)
         best = args.beta * qrpo.log_partition(torch.tensor([args.beta]), args.transform).item()
-        line(f"- {args.beta:g} KL: objective", 4, mean_and_se(ref_means), mean_and_se(means - args.beta * kl))
-        results["optimality"] = {"beta": args.beta, "transform": args.transform, "quantile_reward": mean_and_se(means),
-                                 "objective": mean_and_se(means - args.beta * kl), "best_possible": best}
-        print(f"objective {results['optimality']['objective'][0]:.4f} of a possible {best:.4f} (beta log Z)")
-    if unknown + ref_unknown:
-        print(f"left out: unknown rewards of {ref_unknown} reference and {unknown} policy samples")
-    for name, field in ("reference", "ref_completions"), ("policy", "samples"):
-        print(f"{name}'s first sample to row {table[0]['id']}: {table[0][field][0]['text'][:200]!r}")
+        line(f"- {args.beta:g} KL: objective", 4, reference=mean_and_se(ref_R), policy=objective)
+        results["optimality"] = {"beta": args.beta, "transform": args.transform, "objective": objective,
+                                 "quantile_reward": mean_and_se(R), "best_possible": best}
+        print(f"objective {objective[0]:.4f} of a possible {best:.4f} (beta log Z)")
+    if sum(unknown):
+        print(f"left out: unknown rewards of {unknown[0]} reference and {unknown[1]} policy samples")
+    for name, field in (("reference", "ref_completions"), ("policy", "samples")):
+        print(f"{name}'s first sample for row {first['id']}: {first[field][0]['text'][:200]!r}")
 
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "samples.npz", log_ratio=log_ratio, length=data["lens"] - data["prompt_lens"], row=row,
-             reward=data["rewards"], lo=lo, hi=hi, row_ids=data["ids"])
-    rows.write_json(out / "results.json", json.loads(json.dumps(results), parse_constant=lambda nan: None))
-    figures.results(out / "results.png", reference[:, 0], policy[:, 0], results["mean reward"])
-    pictures = f"the picture {out / 'results.png'}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    np.savez(args.out / "samples.npz", log_ratio=samples.log_ratio, length=samples.lens - samples.prompt_lens,
+             row=samples.row, reward=samples.rewards, lo=samples.lo, hi=samples.hi, row_ids=samples.ids)
+    without_nan = json.loads(json.dumps(results), parse_constant=rows.constant)
+    rows.write_json(args.out / "results.json", without_nan)
+    pictures = [draw_results(args.out, reference[:, 0], policy[:, 0], results["mean reward"])]
     if args.beta is not None:
-        start = {"step": 0, "optimality": results["optimality"] | dict.fromkeys(
-            ("quantile_reward", "objective"), mean_and_se(ref_means))}
-        before = [rows.load_json(path) for path in sorted(out.glob("checkpoints/*/results.json"))]
-        t = torch.linspace(0, 1, 201)
-        curve = (qrpo.apply_transform(t, args.transform) - best) / args.beta
-        figures.optimum(out / "optimum.png", lo, hi, ref_lo, ref_hi, np.exp((ref_reward - best) / args.beta),
-                        (t.numpy(), curve.exp().numpy()), [start, *before, results])
-        pictures = f"the pictures {out / 'results.png'} and {out / 'optimum.png'}"
-    print(f"\n{out / 'results.json'}, and {pictures}")
+        pictures.append(draw_optimum(args, best, samples, refs, results, mean_and_se(ref_R)))
+        pictures.append(draw_calibration(args, config.get("quantile", "exact"), refs))
+    if (args.out / "metrics.jsonl").exists():
+        pictures.append(draw_curves(args.out))
+    print(f"\nresults.json, {', '.join(pictures)} in {args.out}")
+
+
+# ---- pictures; each function writes one PNG and returns its name ----
+
+def panels(n):
+    figure, axes = plt.subplots(1, n, figsize=(4 * n, 3.4), layout="constrained", squeeze=False)
+    return figure, axes[0]
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path.name
+
+
+def draw_curves(out):
+    """The metrics over the steps: lines from training, points from held-out rows."""
+    log = list(rows.complete_lines(out / "metrics.jsonl"))
+    titles = {"loss": "loss", "log_ratio": "log-ratio to the reference, nats", "grad_norm": "gradient norm"}
+    figure, axes = panels(len(titles))
+    for axis, (first, title) in zip(axes, titles.items()):
+        for name in sorted({key.removeprefix("eval_") for row in log for key in row}):
+            for prefix, style in (("", "-"), ("eval_", "o--")):
+                points = [(row["step"], row[prefix + name]) for row in log if prefix + name in row]
+                if name.startswith(first) and points:
+                    axis.plot(*zip(*points), style, label=prefix + name, markersize=4, linewidth=1.2)
+        axis.set(xlabel="step", title=title)
+        axis.legend(fontsize=8)
+    return save(figure, out / "curves.png")
+
+
+def draw_results(out, reference, policy, means):
+    """Left: mean rewards with three standard errors. Right: each prompt's mean reward, before and after."""
+    figure, (bars, points) = panels(2)
+    for name in ("reference", "policy"):
+        mean, se = means[name]
+        bars.bar(name, mean, yerr=3 * se, capsize=6)
+    bars.set(ylabel="mean reward", title="held-out prompts (bars: 3 standard errors)")
+    points.scatter(reference, policy, s=12, alpha=0.6)
+    ends = [np.nanmin([reference, policy]), np.nanmax([reference, policy])]
+    points.plot(ends, ends, "k:", linewidth=1)
+    points.set(xlabel="reference model's mean reward", ylabel="policy's", title="one point per prompt")
+    return save(figure, out / "results.png")
+
+
+def histogram(lo, hi, weights=None, bins=20):
+    """Density of quantiles, (bins,), with the mass of every completion spread evenly over its cell (lo,
+    hi]; (n,).
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    inside = np.minimum(hi[:, None], edges[1:]) - np.maximum(lo[:, None], edges[:-1])  # (n, bins)
+    return np.average(inside.clip(0) / (hi - lo)[:, None], axis=0, weights=weights) * bins
+
+
+def draw_optimum(args, best, samples, refs, results, ref_quantile_reward):
+    """Left: density of the quantiles of the policy's samples, at the optimum in closed form, and at the
+    optimum that these ties allow. Right: the objective and its bound over the checkpoints, with
+    standard errors.
+    """
+    figure, (density, gap) = panels(2)
+    edges = np.linspace(0, 1, 21)
+    density.stairs(histogram(samples.lo, samples.hi), edges, fill=True, alpha=0.5, label="policy")
+    weights = np.exp((refs.R - best) / args.beta)  # pi*/pi_ref
+    density.stairs(histogram(refs.lo, refs.hi, weights), edges, color="C3", label="optimum, with these ties")
+    t = torch.linspace(0, 1, 201)
+    curve = ((qrpo.TRANSFORMS[args.transform].f(t) - best) / args.beta).exp()
+    density.plot(t, curve, "k--", linewidth=1.2, label="optimum, continuous reward")
+    density.axhline(1, color="k", linestyle=":", linewidth=1, label="reference model")
+    density.set(xlabel="quantile among the reference rewards", ylabel="density", title="held-out samples")
+    density.legend(fontsize=8)
+
+    checkpoints = [rows.load_json(path) for path in sorted(args.out.glob("checkpoints/*/results.json"))]
+    points = [*checkpoints, results]
+    steps = [0] + [point["step"] or 0 for point in points]
+    for name in ("quantile_reward", "objective"):
+        means, errors = zip(ref_quantile_reward, *(point["optimality"][name] for point in points))
+        gap.errorbar(steps, means, yerr=errors, fmt="o-", capsize=3, label=name.replace("_", " "))
+    gap.axhline(best, color="k", linestyle=":", label="best possible")
+    gap.set(xlabel="step", title="objective: quantile reward - beta KL")
+    gap.legend(fontsize=8)
+    return save(figure, args.out / "optimum.png")
+
+
+def draw_calibration(args, quantile, refs):
+    """Held-out references: the log-ratio that the loss asks for against the policy's, and the means
+    over tenths.
+    """
+    beta = torch.full((len(refs.rewards),), args.beta)
+    targets = qrpo.target_log_ratios(
+        beta, torch.tensor(refs.rewards), torch.tensor(refs.ref_rewards[refs.row]), args.transform, quantile,
+        torch.tensor(refs.among_refs)).numpy()
+    figure, (asked, reached) = panels(2)
+    asked.hist(targets, 50, alpha=0.6)
+    asked.axvline(0, color="k", linestyle=":")
+    asked.set(xlabel="target log-ratio, nats", ylabel="completions", title="what the loss asks for")
+    reached.scatter(targets, refs.log_ratio, s=4, alpha=0.2)
+    tenths = np.array_split(np.argsort(targets, kind="stable"), 10)
+    reached.plot([targets[t].mean() for t in tenths], [refs.log_ratio[t].mean() for t in tenths], "ko-",
+                 label="means over tenths")
+    ends = np.array([targets.min(), targets.max()])
+    reached.plot(ends, ends, "k:", label="target = reached")
+    reached.set(xlabel="target log-ratio, nats", ylabel="policy's log-ratio", title="held-out references")
+    reached.legend(fontsize=8)
+    return save(figure, args.out / "calibration.png")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Sample completions from a model: the reference completions whose rewards give QRPO its quantiles, or an evaluation's.
+"""Sample completions from a model: the reference completions whose rewards give QRPO its quantiles, or
+an evaluation's.
 
-Reads prompts (rows with `prompt`: a string or chat messages), writes the rows to OUT with `ref_completions` (or, with
---field=samples, `samples`): a list of {"text", "token_ids", "finish_reason"}. An end token stands in token_ids only
-where the model sampled it ("stop"); a completion that ran out of tokens has finish_reason "length". A killed run
-continues; under torchrun or in a SLURM array the processes share the rows. --engine=vllm hands the sampling to vLLM,
-where that is installed.
+Reads prompts (rows with `prompt`: a string or chat messages), writes the rows to OUT with
+`ref_completions` (or, with --field=samples, `samples`): a list of {"text", "token_ids",
+"finish_reason"}. An end token stands in token_ids only where the model sampled it ("stop"); a
+completion that ran out of tokens has finish_reason "length". A killed run continues; under torchrun or
+in a SLURM array the processes share the rows. --engine=vllm hands the sampling to vLLM, where that is
+installed.
 
     python generate_refs.py --model=data/minicode/model --data=data/minicode/train.jsonl --out=out/refs
 """
 import collections
 import hashlib
 import importlib.util
+import itertools
+import math
 import os
 import time
 import types
@@ -20,108 +24,135 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import flags
-import models
 import rows
+from model import (context_length, decode, end_ids, get_device, get_dtype, identity, load_model,
+                   load_tokenizer, output_layer, pad, row_prompt_ids)
 
 
 def arguments():
-    parser = flags.parser(__doc__)
+    parser = rows.Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder or hub name of the causal LM")
     add("--data", required=True, help="JSONL file or folder of prompts")
     add("--out", required=True, help="folder for the rows with completions")
     add("--field", default="ref_completions", choices=("ref_completions", "samples"),
-        help="samples: of a trained policy, beside the references, to evaluate it or to train on (default %(default)s)")
-    add("--num_refs", type=int, default=16, help="completions per prompt (default %(default)s)")
-    add("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy (default %(default)s)")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (default %(default)s)")
-    add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens (default %(default)s)")
+        help="samples: those of a trained policy, beside the references, to evaluate it or to train on")
+    add("--num_refs", type=int, default=16, help="completions per prompt")
+    add("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
+    add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens")
     add("--batch_size", type=int, default=128,
-        help="completions sampled at a time; memory grows with it (default %(default)s)")
-    add("--engine", default="torch", choices=("torch", "vllm"), help="what samples (default %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU, or float32")
-    add("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
+        help="completions sampled at a time; memory grows with it")
+    add("--engine", default="torch", choices=ENGINES, help="what samples")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU")
+    add("--seed", type=int, default=0, help="of the random numbers")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
-    args = flags.parse(parser)
+    args = parser.parse_args()
     for name in ("num_refs", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             rows.fail(f"--{name} must be at least 1")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         rows.fail("--temperature must be at least 0, and --top_p in (0, 1]")
     if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        rows.fail("--engine=vllm: vLLM is not installed here; pip install vllm, or leave --engine away")
+        rows.fail("--engine=vllm: vLLM is not installed here; pip install vllm, or omit --engine")
     return args
 
 
+# ---- which token comes next ----
+
 def random_key(args, row_id, k):
-    """128 bits for the k-th completion of a row: the same however the work is batched or shared. Those of samples are
-    not those of references: a policy near its reference would give each of them a twin.
+    """128 bits for the k-th completion of a row: the same however the work is batched or shared.
+    Samples of a policy get others than its references: near its reference model, a policy would repeat
+    them.
     """
     name = f"{args.seed}/{row_id}/{k}" + (f"/{args.field}" if args.field == "samples" else "")
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
 
 
-def sample_tokens(logits, u, temperature, top_p):
-    """One token per row by the inverse of the cumulative distribution. logits (batch, vocab), u (batch,) -> (batch,).
+def token_probs(logits, args):
+    """The distribution to sample from, not normalised, (batch, vocab). Another sampling rule is one
+    line here.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = torch.softmax(logits.float() / temperature, -1)
-    order, k = None, 256
-    while top_p < 1:  # the likeliest k: far cheaper than sorting the vocabulary, and nearly always enough
-        top, order = probs.topk(min(k, probs.shape[-1]))
-        if k >= probs.shape[-1] or (top.sum(-1) > top_p).all():
-            probs = top.masked_fill(top.cumsum(-1) - top >= top_p, 0)  # the token that crosses top_p stays
-            break
-        k *= 8
-    cdf = probs.cumsum(-1)
-    # strictly below the total, so that rounding never picks a token of probability 0 at the end
-    point = (u * cdf[:, -1]).minimum(cdf[:, -1] * (1 - 2 ** -23))
-    token = torch.searchsorted(cdf, point[:, None], right=True).clamp(max=probs.shape[-1] - 1)
-    return (token if order is None else order.gather(-1, token))[:, 0]
+    probs = torch.softmax(logits.float() / args.temperature, -1)
+    if args.top_p < 1:
+        probs = keep_top_p(probs, args.top_p)
+    return probs
 
+
+def keep_top_p(probs, top_p):
+    """probs with 0 for every token after the one that crosses top_p, likeliest first."""
+    k = 256  # far cheaper than sorting the vocabulary, and nearly always enough
+    top, order = probs.topk(min(k, probs.shape[-1]))
+    while k < probs.shape[-1] and not (top.sum(-1) > top_p).all():
+        k *= 8
+        top, order = probs.topk(min(k, probs.shape[-1]))
+    top = top.masked_fill(top.cumsum(-1) - top >= top_p, 0)
+    return torch.zeros_like(probs).scatter(-1, order, top)
+
+
+def sample_tokens(logits, u, args):
+    """One token per row by the inverse of the cumulative distribution. logits (batch, vocab), u
+    (batch,) uniform in [0,1) -> (batch,).
+    """
+    if args.temperature == 0:
+        return logits.argmax(-1)
+    cdf = token_probs(logits, args).cumsum(-1)
+    total = cdf[:, -1]
+    point = (u * total).minimum(total * (1 - 2 ** -23))  # below the total, so never an impossible token
+    return torch.searchsorted(cdf, point[:, None], right=True).clamp(max=logits.shape[-1] - 1)[:, 0]
+
+
+# ---- the sampler ----
 
 class Cache(transformers.Cache):
-    """Keys and values of the sequences in flight, written in place: a DynamicCache copies all of them at every step.
+    """Keys and values of the active completions, written in place: a DynamicCache copies all of them at
+    every step.
 
-    Each buffer is (batch_size, heads, columns, dim). Sequence i is row i; its tokens end at column `end`, the same for
-    all, so that a step writes one column, and begin at starts[i]. The rows in use are the first len(starts):
+    Each buffer is (batch_size, heads, columns, dim). Completion i is row i; its tokens end at column
+    `end`, the same for all, so that a step writes one column, and begin at starts[i]. The rows in use
+    are the first len(starts):
 
-        . . a a a a a a _ _     starts = [2, 4, 5], end = 8: `join` puts a new sequence below, its end at `end` as well;
-        . . . . b b b b _ _     `leave` moves the last one into the place of one that ended; with no column left,
-        . . . . . c c c _ _     `make_room` copies all of them to the left of a wider buffer
+        . . a a a a a a _ _     starts = [2, 4, 5], end = 8. `join` adds one below, which ends at `end`;
+        . . . . b b b b _ _     `leave` moves the last one into the place of one that ended; if no column is
+        . . . . . c c c _ _     left, `make_room` copies all of them to the left of a wider buffer
     """
+
+    FREE_COLUMNS = 128  # in new buffers: one copy every so many steps
 
     def __init__(self, batch_size):
         super().__init__(layers=[])
-        self.rows, self.buffers, self.starts, self.end = batch_size, [], [], 0
+        self.max_rows, self.buffers, self.starts, self.end = batch_size, [], [], 0
 
     def get_seq_length(self, layer_idx=0):
-        return self.end - min(self.starts)  # columns before all starts are left out of sight
+        return self.end - min(self.starts)  # the model does not see the columns before all starts
 
     def get_mask_sizes(self, query_length, layer_idx):
         return self.get_seq_length() + query_length, 0
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         n, first = len(self.starts), min(self.starts)
-        for buffer, new in zip(self.buffers[2 * layer_idx:], (keys, values)):
+        pair = self.buffers[2 * layer_idx:2 * layer_idx + 2]
+        for buffer, new in zip(pair, (keys, values)):
             buffer[:n, :, self.end] = new[:, :, 0]
-        return [buffer[:n, :, first:self.end + 1] for buffer in self.buffers[2 * layer_idx:2 * layer_idx + 2]]
+        return [buffer[:n, :, first:self.end + 1] for buffer in pair]
 
     def make_room(self, before=0):
-        """New buffers, with the sequences at their left end but at least `before` columns from it, and 128 free."""
+        """New buffers with free columns, the completions at their left end but at least `before`
+        columns from it.
+        """
         n, first = len(self.starts), min(self.starts, default=self.end)
         end = max(before, self.end - first)
         shift = end - self.end
         for i, old in enumerate(self.buffers):  # zeros: what is masked must still be finite
-            self.buffers[i] = old.new_zeros(self.rows, old.shape[1], end + 128, old.shape[3])
+            _, heads, _, dim = old.shape
+            self.buffers[i] = old.new_zeros(self.max_rows, heads, end + self.FREE_COLUMNS, dim)
             self.buffers[i][:n, :, first + shift:end] = old[:n, :, first:self.end]
         self.starts, self.end = [start + shift for start in self.starts], end
 
     def join(self, prefix, i, length):
-        """A new last sequence: the first `length` tokens of row i of the tensors in `prefix`."""
-        self.buffers = self.buffers or [tensor[:0, :, :0] for tensor in prefix]
+        """A new last completion: the first `length` tokens of row i of the tensors in `prefix`."""
+        if not self.buffers:
+            self.buffers = [tensor[:0, :, :0] for tensor in prefix]
         if self.end < length:
             self.make_room(length)
         for buffer, tensor in zip(self.buffers, prefix):
@@ -129,7 +160,7 @@ class Cache(transformers.Cache):
         self.starts.append(self.end - length)
 
     def leave(self, i):
-        """Sequence i has ended: the last one takes its row."""
+        """Completion i has ended: the last one takes its row."""
         last = self.starts.pop()
         if i < len(self.starts):
             self.starts[i] = last
@@ -137,97 +168,144 @@ class Cache(transformers.Cache):
                 buffer[i, :, last:self.end] = buffer[len(self.starts), :, last:self.end]
 
 
+class Completion:
+    """A completion that is being sampled: its token ids so far, and a random number for each that it
+    may get.
+    """
+
+    def __init__(self, request, k, args):
+        self.request, self.ids = request, []
+        generator = np.random.Generator(np.random.Philox(random_key(args, request["row"]["id"], k)))
+        self.u = generator.random(request["limit"], np.float32)
+
+
 def prefill(model, requests, args):
-    """One forward pass over some prompts; yields each of their completions to sample with what it starts from."""
-    cache, lens = transformers.DynamicCache(), [len(request["prompt"]) for request in requests]
+    """One forward pass over some prompts; yields each of their completions with what it starts from."""
+    if not requests:
+        return
+    cache = transformers.DynamicCache()
     # padded on the right without a mask: the padding comes after everything that a causal model can look at
-    tokens = models.pad([request["prompt"] for request in requests], model.device)
+    tokens = pad([request["prompt"] for request in requests], model.device)
     hidden = model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
     prefix = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     for i, request in enumerate(requests):
-        request["completions"], request["left"] = [[] for _ in range(args.num_refs)], args.num_refs
-        for k, ids in enumerate(request["completions"]):
-            generator = np.random.Generator(np.random.Philox(random_key(args, request["row"]["id"], k)))
-            u = generator.random(request["limit"], np.float32)
-            yield {"request": request, "ids": ids, "u": u, "start": (prefix, i, lens[i]),
-                   "hidden": hidden[i:i + 1, lens[i] - 1]}
+        length = len(request["prompt"])
+        request["completions"] = [Completion(request, k, args) for k in range(args.num_refs)]
+        request["missing"] = args.num_refs
+        for completion in request["completions"]:
+            completion.prefix = prefix, i, length
+            completion.hidden = hidden[i:i + 1, length - 1]  # predicts its first token, (1, dim)
+            yield completion
+
+
+def decode_step(model, cache, tokens):
+    """The last hidden states after one more token each, (batch, dim)."""
+    if cache.end == cache.buffers[0].shape[2]:
+        cache.make_room()
+    starts = torch.tensor(cache.starts, device=model.device)[:, None]
+    mask = torch.arange(min(cache.starts), cache.end + 1, device=model.device) >= starts
+    output = model.base_model(input_ids=tokens[:, None], attention_mask=mask.long(),
+                              position_ids=cache.end - starts, past_key_values=cache, use_cache=True)
+    cache.end += 1
+    return output.last_hidden_state[:, -1]
 
 
 @torch.no_grad()
 def sample(model, requests, args, ends):
-    """Sample num_refs completions of every request {"row", "prompt": token ids, "limit": most new tokens}.
+    """Sample num_refs completions of every request {"row", "prompt": token ids, "limit": most new
+    tokens}.
 
-    Yields (row, completions as lists of token ids) as they end. batch_size completions are in flight: one that has
-    ended makes place for the next. Each prompt is read once, by one forward pass with its neighbours.
+    Yields (row, completions as lists of token ids) as they end. batch_size completions are active at a
+    time; when one ends, the next takes its place. Each prompt is read once, in one forward pass with
+    its neighbours.
     """
-    logits_of, requests, ready = models.output_layer(model), collections.deque(requests), collections.deque()
-    cache, flying, hidden = Cache(min(args.batch_size, len(requests) * args.num_refs)), [], []
+    logits_of, requests = output_layer(model), iter(requests)
+    prompts_at_a_time = math.ceil(args.batch_size / (4 * args.num_refs))  # enough to fill the machine
+    cache = Cache(args.batch_size)
+    ready = collections.deque()  # completions whose prompt has been read
+    active = []                  # active[i] is row i of the cache
+    hidden = []                  # tensors (n, dim) that together predict the next token of each of them
     while True:
-        while len(flying) < args.batch_size and (ready or requests):
-            if not ready:  # a quarter of the batch at a time: prompts enough to fill the machine
-                some = min(-(-args.batch_size // (4 * args.num_refs)), len(requests))
-                ready.extend(prefill(model, [requests.popleft() for _ in range(some)], args))
-            flying.append(ready.popleft())
-            cache.join(*flying[-1].pop("start"))
-            hidden.append(flying[-1].pop("hidden"))
-        if not flying:
+        while len(active) < args.batch_size:
+            if not ready:
+                ready.extend(prefill(model, list(itertools.islice(requests, prompts_at_a_time)), args))
+            if not ready:
+                break
+            completion = ready.popleft()
+            cache.join(*completion.prefix)
+            active.append(completion)
+            hidden.append(completion.hidden)
+            del completion.prefix, completion.hidden
+        if not active:
             return
-        u = torch.tensor([float(one["u"][len(one["ids"])]) for one in flying], device=model.device)
-        token = sample_tokens(logits_of(torch.cat(hidden)), u, args.temperature, args.top_p).tolist()
-        for i in reversed(range(len(flying))):
-            one, request = flying[i], flying[i]["request"]
-            one["ids"].append(token[i])
-            if token[i] in ends or len(one["ids"]) == request["limit"]:
+
+        u = torch.tensor([float(c.u[len(c.ids)]) for c in active], device=model.device)
+        tokens = sample_tokens(logits_of(torch.cat(hidden)), u, args).tolist()
+
+        for i in reversed(range(len(active))):
+            completion, request = active[i], active[i].request
+            completion.ids.append(tokens[i])
+            if tokens[i] in ends or len(completion.ids) == request["limit"]:
                 cache.leave(i)
-                flying[i] = flying[-1]
-                flying.pop()
-                request["left"] -= 1
-                if request["left"] == 0:
-                    yield request["row"], request["completions"]
+                active[i] = active[-1]
+                active.pop()
+                request["missing"] -= 1
+                if request["missing"] == 0:
+                    yield request["row"], [c.ids for c in request["completions"]]
+
         hidden = []
-        if flying:
-            if cache.end == cache.buffers[0].shape[2]:
-                cache.make_room()
-            starts = torch.tensor(cache.starts, device=model.device)[:, None]
-            mask = torch.arange(min(cache.starts), cache.end + 1, device=model.device) >= starts
-            newest = torch.tensor([one["ids"][-1] for one in flying], device=model.device)
-            hidden = [model.base_model(input_ids=newest[:, None], attention_mask=mask.long(),
-                                       position_ids=cache.end - starts, past_key_values=cache,
-                                       use_cache=True).last_hidden_state[:, -1]]
-            cache.end += 1
+        if active:
+            newest = torch.tensor([c.ids[-1] for c in active], device=model.device)
+            hidden = [decode_step(model, cache, newest)]
 
 
 def sample_vllm(model, requests, args, ends):
-    """As `sample`, by vLLM, with a seed of its own for every completion. Its random numbers are not `sample`'s."""
-    if "LOCAL_RANK" in os.environ:  # torchrun: every process is an engine of its own, on its own GPU
-        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-        local = os.environ["LOCAL_RANK"]
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(local)] if gpus else local
-        for name in [n for n in os.environ if n.startswith("TORCHELASTIC_") or n in (
-                "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]:
-            del os.environ[name]  # else vLLM would wait for the others
+    """As `sample`, by vLLM, with a seed for every completion. Its random numbers are others."""
+    if "LOCAL_RANK" in os.environ:
+        leave_torchrun()
     import vllm
+    requests = list(requests)
     if not requests:
         return
-    engine = vllm.LLM(model=args.model, dtype="bfloat16" if args.dtype == "auto" else args.dtype, seed=args.seed,
-                      trust_remote_code=args.trust_remote_code, max_num_seqs=args.batch_size,
-                      max_model_len=max(len(request["prompt"]) + request["limit"] for request in requests))
-    some = -(-16 * args.batch_size // args.num_refs)  # prompts at a time: a kill loses them
-    for start in range(0, len(requests), some):
-        chunk = requests[start:start + some]
-        jobs = [(request, k) for request in chunk for k in range(args.num_refs)]
-        outputs = engine.generate(
-            [{"prompt_token_ids": request["prompt"]} for request, _ in jobs],
-            [vllm.SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=request["limit"],
-                                 seed=random_key(args, request["row"]["id"], k) % 2 ** 63, stop_token_ids=ends,
-                                 detokenize=False) for request, k in jobs], use_tqdm=False)
-        outputs = [output.outputs[0] for output in outputs]
-        for output in outputs:
-            if (output.finish_reason == "stop") != (output.token_ids[-1] in ends):
-                rows.fail("--engine=vllm: this version of vLLM leaves end tokens out of token_ids; use another")
+    longest = max(len(request["prompt"]) + request["limit"] for request in requests)
+    dtype = "bfloat16" if args.dtype == "auto" else args.dtype
+    engine = vllm.LLM(model=args.model, dtype=dtype, seed=args.seed, trust_remote_code=args.trust_remote_code,
+                      max_num_seqs=args.batch_size, max_model_len=longest)
+    for start in range(0, len(requests), VLLM_PROMPTS):
+        chunk = requests[start:start + VLLM_PROMPTS]
+        prompts, params = [], []
+        for request in chunk:
+            for k in range(args.num_refs):
+                prompts.append({"prompt_token_ids": request["prompt"]})
+                seed = random_key(args, request["row"]["id"], k) % 2 ** 63
+                params.append(vllm.SamplingParams(
+                    temperature=args.temperature, top_p=args.top_p, max_tokens=request["limit"], seed=seed,
+                    stop_token_ids=ends, detokenize=False))
+        completions = []
+        for output in engine.generate(prompts, params, use_tqdm=False):
+            ids = list(output.outputs[0].token_ids)
+            if (output.outputs[0].finish_reason == "stop") != (ids[-1] in ends):
+                rows.fail("--engine=vllm: this version of vLLM omits end tokens from token_ids; use another")
+            completions.append(ids)
         for i, request in enumerate(chunk):
-            yield request["row"], [list(output.token_ids) for output in
-                                   outputs[i * args.num_refs:(i + 1) * args.num_refs]]
+            yield request["row"], completions[i * args.num_refs:(i + 1) * args.num_refs]
+
+
+VLLM_PROMPTS = 128  # prompts that vLLM gets at a time: a kill loses their completions
+
+
+def leave_torchrun():
+    """One engine per process, each on its own GPU: otherwise vLLM would wait for the others."""
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    local = os.environ["LOCAL_RANK"]
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(local)] if gpus else local
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in list(os.environ):
+        if name in names or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
+
+
+ENGINES = {"torch": sample, "vllm": sample_vllm}
 
 
 def describe(path, trust_remote_code):
@@ -242,37 +320,42 @@ def describe(path, trust_remote_code):
 
 def main():
     args = arguments()
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "batch_size")}
-    settings["files"] = rows.fingerprint(models.identity(args.model))
-    tokenizer = models.load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     if args.engine == "vllm":
         model = describe(args.model, args.trust_remote_code)
     else:
-        device = models.device()
-        model = models.load_model(args.model, models.pick_dtype(args.dtype, device), device, args.trust_remote_code)
+        device = get_device()
+        model = load_model(args.model, get_dtype(args.dtype, device), device, args.trust_remote_code)
         if getattr(model, "_is_stateful", False):
-            rows.fail(f"{args.model}: a {model.config.model_type} model keeps a recurrent state, which this sampler "
-                      "does not carry; give --engine=vllm")
-    ends, context = models.end_ids(model, tokenizer), models.context_length(model)
+            rows.fail(f"{args.model}: a {model.config.model_type} model keeps a recurrent state, which this "
+                      "sampler does not carry; give --engine=vllm")
+    ends, context = end_ids(model, tokenizer), context_length(model)
 
-    todo, part = rows.continue_stage(args.data, args.out, settings, require=("prompt",))
-    requests = []
-    for row in todo:
+    settings = vars(args).copy()
+    for name in ("data", "out", "batch_size"):  # the completions do not depend on these
+        del settings[name]
+    settings["files"] = rows.fingerprint(identity(args.model))
+
+    def request(row):
+        """What `sample` needs of a row."""
         if row.get(args.field) is not None:
-            rows.fail(f"{row['__at__']}: has {args.field} already; remove them, or give --field=samples")
-        ids = models.row_prompt_ids(tokenizer, row)
-        if len(ids) >= context:
-            rows.fail(f"{row['__at__']}: the prompt has {len(ids)} tokens and the model's context holds {context}; "
-                      "drop the row or shorten it")
-        requests.append({"row": row, "prompt": ids, "limit": min(args.max_new_tokens, context - len(ids))})
-    requests.sort(key=lambda request: -len(request["prompt"]))  # the longest first: if memory runs out, then at once
+            rows.fail(f"{row['__at__']}: already has {args.field}; remove them, or give --field=samples")
+        prompt = row_prompt_ids(tokenizer, row)
+        if len(prompt) >= context:
+            rows.fail(f"{row['__at__']}: the prompt has {len(prompt)} tokens and the model's context holds "
+                      f"{context}; drop the row or shorten it")
+        return {"row": row, "prompt": prompt, "limit": min(args.max_new_tokens, context - len(prompt))}
 
-    bar = tqdm(total=len(todo), unit="prompt", desc="generate", disable=rows.share()[0] != 0, smoothing=0)
+    left, part = rows.continue_stage(args.data, args.out, settings, check=request)
+    requests = (request(row) for row in rows.select(args.data, left))
+    bar = tqdm(total=len(left), unit="prompt", desc="generate", disable=rows.share()[0] != 0, smoothing=0)
+    made_by = {"model": args.model, "temperature": args.temperature, "top_p": args.top_p}
     total, start = 0, time.time()
-    for row, completions in (sample_vllm if args.engine == "vllm" else sample)(model, requests, args, ends):
-        rows.append(part, row | {args.field: [{
-            "text": tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            "token_ids": ids, "finish_reason": "stop" if ids[-1] in ends else "length"} for ids in completions]})
+    for row, completions in ENGINES[args.engine](model, requests, args, ends):
+        row[args.field] = [{"text": decode(tokenizer, ids), "token_ids": ids,
+                            "finish_reason": "stop" if ids[-1] in ends else "length"} for ids in completions]
+        row["made_by"] = row.get("made_by", {}) | {args.field: made_by}
+        rows.append(part, row)
         total += sum(map(len, completions))
         bar.update()
         bar.set_postfix_str(f"{total / (time.time() - start):,.0f} tokens/s")

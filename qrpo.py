@@ -1,205 +1,287 @@
-"""The mathematics of QRPO (Quantile Reward Policy Optimization, arXiv 2507.08068): losses, quantiles, partition
-functions, log-probabilities. Pure functions of tensors; torch only, so this file can be copied into any code base as
-it is.
+"""The mathematics of QRPO (Quantile Reward Policy Optimization, arXiv 2507.08068): losses, quantiles,
+partition functions, log-probabilities. Pure functions of tensors that need only torch, so copy this
+file, or a function of it.
 
-The KL-regularised optimum pi*(y|x) = pi_ref(y|x) exp(R(x,y)/beta) / Z(x) says, for every single completion,
+The policy pi* that maximises E[R] - beta KL(pi || pi_ref) satisfies, for every single completion y of a
+prompt x,
 
-    R(x,y) - beta log Z(x) - beta log( pi*(y|x) / pi_ref(y|x) ) = 0.
+    beta log( pi*(y|x) / pi_ref(y|x) ) = R(x,y) - beta log Z(x),   Z(x) = E_{y ~ pi_ref} exp( R(x,y) / beta ).
 
-Z is unknown for a raw reward. For R = f(q), q the quantile of the reward among the reference model's own rewards, it is
-known: q is uniform on [0,1] under pi_ref, so Z = integral_0^1 exp(f(t)/beta) dt. QRPO regresses the left side to 0.
+For a raw reward, Z is unknown. QRPO takes R = f(q), where q is the quantile of the reward among the
+rewards of the reference model's own completions. Under pi_ref, q is uniform on [0,1], so Z =
+integral_0^1 exp(f(t)/beta) dt is known, and log(pi/pi_ref) can be regressed on its value at the
+optimum, one completion at a time.
 
     python -c 'import torch, qrpo; print(qrpo.log_partition(torch.tensor([0.1])))'
 
-Shapes: batch completions, each with num_ref_rewards rewards of reference completions to the same prompt. beta is (1,)
-or (batch,), > 0; logps are natural logs summed over the completion's tokens, in float32. The rest is float32 unless you
-pass float64.
+Shapes: `batch` completions, each with `num_ref_rewards` rewards of reference completions of the same
+prompt. beta > 0 is (1,) or (batch,). logps are natural logs, summed over the tokens of the completion,
+in float32.
 """
 import math
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-TRANSFORMS = {"identity": lambda t: t, "log": torch.log, "square": torch.square, "sqrt": torch.sqrt,
-              "normal-icdf": torch.special.ndtri, "scaled-normal-icdf": torch.special.ndtri}
+
+# ---- the loss, as published: copy these three lines ----
+
+def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards):
+    """(1,) or (batch,), (batch,), (batch,), (batch,), (batch, num_ref_rewards) -> (batch,)"""
+    q = (ref_rewards <= rewards[:, None]).float().mean(1)                # quantile of the reward, eq. 9
+    log_Z = beta.log() + 1 / beta + torch.log1p(-torch.exp(-1 / beta))   # log of beta (e^{1/beta} - 1)
+    return (q - beta * log_Z - beta * (logps - ref_logps)) ** 2          # eq. 11
 
 
-# ---- the loss ----
+# ---- what generalises it: other transforms f, rewards with ties, unknown rewards ----
 
-def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards,
-              transform="identity", quantile="paper", among_refs=None, std=1.0, norm="mse"):
-    """QRPO, eq. 11 of the paper: ( R - beta log Z - beta log(pi_theta/pi_ref) )^2 for each completion.
+def regression_loss(beta, logps, ref_logps, targets, norm="mse"):
+    """( beta (target - log(pi/pi_ref)) )^2, or its absolute value with norm="mae"; all (batch,) -> (batch,).
 
-    beta: (1,) or (batch,); beta/|y| per completion gives the length-normalised form.
-    logps, ref_logps, rewards: (batch,), all known. ref_rewards: (batch, num_ref_rewards), NaN where one is unknown.
-    transform, quantile, among_refs, std: see `transformed_rewards`. norm: "mse" (squared) or "mae" (absolute).
-    Returns (batch,); its gradient reaches logps alone.
+    With the targets of `target_log_ratios` for the identity and the paper's quantile, this is `qrpo_loss`. Raises
+    ValueError for an unknown norm.
     """
-    reward = transformed_rewards(beta, rewards, ref_rewards, transform, quantile, among_refs, std)
-    log_Z = log_partition(beta, transform, std)
-    if norm not in ("mse", "mae"):
-        raise ValueError(f"unknown norm {norm!r}; choose from mse, mae")
-    residual = reward - beta * log_Z - beta * (logps - ref_logps)
-    return residual.square() if norm == "mse" else residual.abs()
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(NORMS)}")
+    residual = beta * (targets - (logps - ref_logps))
+    return NORMS[norm](residual)
 
 
-def target_log_ratios(beta, rewards, ref_rewards, transform="identity", quantile="paper", among_refs=None, std=1.0):
-    """R/beta - log Z, (batch,): the log-ratio log(pi_theta/pi_ref) at which `qrpo_loss` is 0. Arguments as there."""
-    reward = transformed_rewards(beta, rewards, ref_rewards, transform, quantile, among_refs, std)
-    return reward / beta - log_partition(beta, transform, std)
+NORMS = {"mse": torch.square, "mae": torch.abs}
 
 
-# ---- quantile rewards ----
+def target_log_ratios(beta, rewards, ref_rewards, transform="identity", quantile="paper", among_refs=None):
+    """log(pi*/pi_ref) of every completion, R/beta - log Z, (batch,) nats: where the loss is 0.
 
-def quantile_rewards(rewards, ref_rewards):
-    """q = #(ref_rewards <= reward) / num_ref_rewards, eq. 9 of the paper. (batch,), (batch, n) -> (batch,) in [0,1].
-
-    NaN reference rewards (unknown) are left out of the count.
+    beta, rewards, ref_rewards: as in `qrpo_loss`; NaN in ref_rewards is an unknown reward, which does
+    not count. transform: a name in TRANSFORMS, a Transform, or any increasing function f of a tensor in
+    [0,1]. quantile: a name in QUANTILES, "paper" or "exact". among_refs: (batch,) bool, True where the
+    completion is itself one of its references; None: nowhere. Raises ValueError for an unknown name.
     """
-    return (ref_rewards <= rewards[:, None]).to(rewards.dtype).sum(1) / (~ref_rewards.isnan()).sum(1)
+    transform = get_transform(transform)
+    if quantile not in QUANTILES:
+        raise ValueError(f"unknown quantile {quantile!r}; choose from {', '.join(QUANTILES)}")
+    beta = beta.expand(rewards.shape)
+    log_weight = QUANTILES[quantile](beta, rewards, ref_rewards, transform, among_refs)  # R / beta, (batch,)
+    return log_weight - log_partition(beta, transform)
+
+
+def paper_quantile(beta, rewards, ref_rewards, transform, among_refs=None):
+    """R/beta = f(q)/beta as published, (batch,); q = #(ref_rewards <= reward) / num_ref_rewards.
+
+    Where f is infinite at 0 or 1, q is clamped to [1/n, (n-1)/n], as in the authors' code. This assumes
+    a continuous reward: with ties, e^target does not average to 1 over the references (all rewards
+    equal asks for +log(1/beta)).
+    """
+    n = (~ref_rewards.isnan()).sum(1)
+    q = (ref_rewards <= rewards[:, None]).to(rewards.dtype).sum(1) / n
+    if 1 in transform.infinite_at and (n < 2).any():
+        raise ValueError("this transform needs at least 2 reference rewards, or quantile='exact'")
+    if 0 in transform.infinite_at:
+        q = q.maximum(1 / n)
+    if 1 in transform.infinite_at:
+        q = q.minimum((n - 1) / n)
+    return transform.f(q) / beta
+
+
+def exact_quantile(beta, rewards, ref_rewards, transform, among_refs=None):
+    """R/beta = log mean_{u in (lo, hi]} exp(f(u)/beta), over the completion's cell of quantiles,
+    (batch,).
+
+    e^target then averages to exactly 1 over the reference pool, whatever the ties, the transform, beta,
+    and the number of references. No clamp is needed. All rewards equal gives a target of 0: no signal,
+    no change.
+    """
+    lo, hi = quantile_cells(rewards, ref_rewards, among_refs)
+    return log_mean_exp(beta, transform, lo, hi)
+
+
+QUANTILES = {"paper": paper_quantile, "exact": exact_quantile}
 
 
 def quantile_cells(rewards, ref_rewards, among_refs=None):
     """The interval (lo, hi] of quantiles that a completion occupies; two tensors (batch,).
 
-    Among the m other reference completions: lo = #(ref < r)/(m+1), hi = (#(ref <= r) + 1)/(m+1). A continuous reward
-    gives cells of width 1/(m+1); a tie shares one wide cell. among_refs: (batch,) bool, True where the completion is
-    itself one of its references (it is then left out of them); None: nowhere.
+    Among the m *other* reference completions: lo = #(ref < r)/(m+1), hi = (#(ref <= r) + 1)/(m+1). A
+    continuous reward gives cells of width 1/(m+1); completions of equal reward share one wide cell.
     """
     itself = torch.zeros_like(rewards) if among_refs is None else among_refs.to(rewards.dtype)
     size = (~ref_rewards.isnan()).sum(1) + 1 - itself  # m + 1
-    below = (ref_rewards < rewards[:, None]).sum(1)
-    below_or_tied = (ref_rewards <= rewards[:, None]).sum(1) + 1 - itself
-    return below / size, below_or_tied / size
+    lower = (ref_rewards < rewards[:, None]).sum(1)
+    lower_or_equal = (ref_rewards <= rewards[:, None]).sum(1) + 1 - itself
+    return lower / size, lower_or_equal / size
 
 
-def transformed_rewards(beta, rewards, ref_rewards, transform="identity", quantile="paper", among_refs=None, std=1.0):
-    """R, the transformed quantile reward. Shapes as in `qrpo_loss`; returns (batch,).
+# ---- transforms of the quantile and their partition functions ----
 
-    transform: a name of TRANSFORMS, or any increasing function f of a tensor in [0,1].
-    quantile="paper": R = f(q), with q clamped to [1/n, 1] for log and to [1/n, (n-1)/n] for normal-icdf, as
-        published. It supposes a continuous reward: with ties the targets are beyond reach (all rewards equal asks for
-        log-ratio 1/beta).
-    quantile="exact": R = beta log mean_{u in (lo, hi]} exp(f(u)/beta) over the completion's cell (`quantile_cells`).
-        Then exp((R - beta log Z)/beta) averages to exactly 1 over the reference pool, whatever the ties and however
-        few.
-    std: scale of "scaled-normal-icdf", a float or (batch,). The authors take the standard deviation of the prompt's own
-        ref_rewards over its mean over the dataset, so that a prompt whose rewards differ more weighs more.
+class Transform(NamedTuple):
+    """R = f(q). A closed form that is None is computed by quadrature, so `Transform(f)` is enough for a
+    new one.
     """
-    if quantile == "exact":
-        lo, hi = quantile_cells(rewards, ref_rewards, among_refs)
-        return beta * log_mean_exp(beta, transform, lo, hi, std)
-    if quantile != "paper":
-        raise ValueError(f"unknown quantile {quantile!r}; choose from paper, exact")
-    q, n = quantile_rewards(rewards, ref_rewards), (~ref_rewards.isnan()).sum(1)
-    if transform == "log":
-        q = q.maximum(1 / n)
-    elif transform in ("normal-icdf", "scaled-normal-icdf"):
-        if (n < 2).any():
-            raise ValueError(f"{transform} with quantile='paper' needs 2 reference rewards or more; use 'exact'")
-        q = q.clamp(1 / n, (n - 1) / n)
-    return apply_transform(q, transform, std)
+    f: Callable                    # increasing, of a tensor in [0,1]
+    log_Z: Callable = None         # beta -> log integral_0^1 exp(f(t)/beta) dt
+    log_mean_exp: Callable = None  # (beta, lo, hi) -> log of the mean of exp(f(u)/beta) over u in (lo, hi]
+    infinite_at: tuple = ()        # where f is infinite: 0, 1, both or neither
 
 
-def apply_transform(t, transform="identity", std=1.0):
-    """f(t) for t in [0,1], elementwise. Raises ValueError for an unknown name."""
-    if not callable(transform) and transform not in TRANSFORMS:
-        raise ValueError(f"unknown transform {transform!r}; choose from {', '.join(TRANSFORMS)}, or pass a function")
-    out = transform(t) if callable(transform) else TRANSFORMS[transform](t)
-    return out * std if transform == "scaled-normal-icdf" else out
-
-
-# ---- partition functions ----
-
-def log_partition(beta, transform="identity", std=1.0):
-    """log Z = log integral_0^1 exp(f(t)/beta) dt; (1,) or (batch,), the shape of beta.
-
-    The paper's scaled-normal-icdf also adds a mean to f: it adds mean/beta here and mean to R, and cancels in the loss.
+def identity_log_Z(beta):
+    """Z = beta (e^{1/beta} - 1). The published one-liner drops the last term, which matters from about
+    beta = 0.1.
     """
     a = 1 / beta
-    if transform == "identity":  # Z = beta (e^{1/beta} - 1); the last term matters from about beta = 0.1 up
-        return beta.log() + a + torch.log1p(-torch.exp(-a))
-    if transform == "log":  # Z = beta / (1 + beta)
-        return beta.log() - beta.log1p()
-    if transform == "sqrt":  # Z = 2 beta [beta + (1 - beta) e^{1/beta}]
-        return math.log(2) + beta.log() + a + torch.log1p(beta * torch.expm1(-a))
-    if transform in ("normal-icdf", "scaled-normal-icdf"):  # Z = e^{std^2 / (2 beta^2)}
-        return (std * a if transform == "scaled-normal-icdf" else a).square() / 2
-    # "square" is sqrt(pi beta)/2 erfi(1/sqrt(beta)), for which torch has no function; and any f of the user's
-    return log_mean_exp(beta, transform, torch.zeros_like(beta), torch.ones_like(beta), std)
+    return beta.log() + a + torch.log1p(-torch.exp(-a))
 
 
-def log_mean_exp(beta, transform, lo, hi, std=1.0):
-    """log( 1/(hi-lo) integral_lo^hi exp(f(u)/beta) du ), (batch,). lo, hi: (batch,) with 0 <= lo < hi <= 1."""
+def identity_log_mean_exp(beta, lo, hi):
+    """e^{a hi} (1 - e^{-a w}) / (a w), with a = 1/beta and w = hi - lo."""
     a, w = 1 / beta, hi - lo
-    if transform == "identity":  # e^{a hi} (1 - e^{-a w}) / (a w)
-        return a * hi + torch.log(-torch.expm1(-a * w)) - torch.log(a * w)
-    if transform == "log":  # (hi^{a+1} - lo^{a+1}) / ((a+1) w)
-        return (a + 1) * hi.log() + torch.log1p(-((a + 1) * (lo / hi).log()).exp()) - a.log1p() - w.log()
-    if transform in ("normal-icdf", "scaled-normal-icdf"):  # e^{a^2/2} [Phi(z_hi - a) - Phi(z_lo - a)] / w
-        a = a * std if transform == "scaled-normal-icdf" else a
-        upper, lower = (torch.special.log_ndtr(torch.special.ndtri(t) - a) for t in (hi, lo))
-        return a.square() / 2 + upper + torch.log1p(-(lower - upper).exp()) - w.log()
-    nodes, log_weights = _quadrature(lo.dtype, lo.device)
-    t = lo[:, None] + w[:, None] * nodes  # (batch, nodes)
-    return torch.logsumexp(apply_transform(t, transform, std) / beta[:, None] + log_weights, dim=1)
+    return a * hi + torch.log(-torch.expm1(-a * w)) - torch.log(a * w)
 
 
-def _quadrature(dtype, device, n=400, reach=2.9):
-    """Tanh-sinh nodes in (0,1) and the logs of their weights: dense at both ends, where exp(f/beta) has its layers."""
+def log_log_Z(beta):
+    """Z = beta / (1 + beta)."""
+    return beta.log() - beta.log1p()
+
+
+def log_log_mean_exp(beta, lo, hi):
+    """(hi^{a+1} - lo^{a+1}) / ((a+1) w)."""
+    a, w = 1 / beta, hi - lo
+    return (a + 1) * hi.log() + torch.log1p(-((a + 1) * (lo / hi).log()).exp()) - a.log1p() - w.log()
+
+
+def sqrt_log_Z(beta):
+    """Z = 2 beta [beta + (1 - beta) e^{1/beta}]."""
+    a = 1 / beta
+    return math.log(2) + beta.log() + a + torch.log1p(beta * torch.expm1(-a))
+
+
+def normal_log_Z(beta):
+    """Z = e^{1 / (2 beta^2)}."""
+    return (1 / beta).square() / 2
+
+
+def normal_log_mean_exp(beta, lo, hi):
+    """e^{a^2/2} [Phi(z_hi - a) - Phi(z_lo - a)] / w, with z = Phi^-1."""
+    a, w = 1 / beta, hi - lo
+    upper = torch.special.log_ndtr(torch.special.ndtri(hi) - a)
+    lower = torch.special.log_ndtr(torch.special.ndtri(lo) - a)
+    return a.square() / 2 + upper + torch.log1p(-(lower - upper).exp()) - w.log()
+
+
+# The paper's scaled-normal-icdf, f = sigma Phi^-1 with a sigma for each prompt, is normal-icdf at beta
+# / sigma. Z of the square is sqrt(pi beta)/2 erfi(1/sqrt(beta)), for which torch has no function.
+TRANSFORMS = {
+    "identity": Transform(lambda t: t, identity_log_Z, identity_log_mean_exp),
+    "log": Transform(torch.log, log_log_Z, log_log_mean_exp, infinite_at=(0,)),
+    "square": Transform(torch.square),
+    "sqrt": Transform(torch.sqrt, sqrt_log_Z),
+    "normal-icdf": Transform(torch.special.ndtri, normal_log_Z, normal_log_mean_exp, infinite_at=(0, 1)),
+}
+
+
+def get_transform(transform):
+    """The Transform of a name, a function of a tensor in [0,1], or a Transform. Raises ValueError for
+    an unknown name.
+    """
+    if isinstance(transform, Transform):
+        return transform
+    if callable(transform):
+        return Transform(transform)
+    if transform not in TRANSFORMS:
+        names = ", ".join(TRANSFORMS)
+        raise ValueError(f"unknown transform {transform!r}; choose from {names}, or pass a function")
+    return TRANSFORMS[transform]
+
+
+def log_partition(beta, transform="identity"):
+    """log Z = log integral_0^1 exp(f(t)/beta) dt, the shape of beta. Stable from beta = 3e-4 to 5 and
+    beyond.
+    """
+    transform = get_transform(transform)
+    if transform.log_Z:
+        return transform.log_Z(beta)
+    return log_mean_exp(beta, transform, torch.zeros_like(beta), torch.ones_like(beta))
+
+
+def log_mean_exp(beta, transform, lo, hi):
+    """log( 1/(hi-lo) integral_lo^hi exp(f(u)/beta) du ), all (batch,), 0 <= lo < hi <= 1."""
+    transform = get_transform(transform)
+    if transform.log_mean_exp:
+        return transform.log_mean_exp(beta, lo, hi)
+    nodes, log_weights = quadrature(lo.dtype, lo.device)
+    u = lo[:, None] + (hi - lo)[:, None] * nodes  # (batch, nodes)
+    return torch.logsumexp(transform.f(u) / beta[:, None] + log_weights, dim=1)
+
+
+def quadrature(dtype, device, n=400, reach=2.9):
+    """Tanh-sinh nodes in (0,1) and the logs of their weights: dense at both ends, where exp(f/beta) is
+    steep.
+    """
     s = torch.linspace(-reach, reach, n, dtype=torch.float64)
     nodes = torch.sigmoid(math.pi * s.sinh())
     weights = s.cosh() * nodes * (1 - nodes)
     return nodes.to(device, dtype), (weights / weights.sum()).log().to(device, dtype)
 
 
-# ---- baselines on pairs; every argument (batch,) ----
+# ---- other losses on the same data; every argument (batch,), and so is the result ----
 
 def dpo_loss(beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps):
-    """DPO (arXiv 2305.18290, eq. 7): -log sigmoid(beta (l_c - l_r)), l = logps - ref_logps. Returns (batch,)."""
+    """DPO (arXiv 2305.18290, eq. 7): -log sigmoid(beta (l_c - l_r)), with l = logps - ref_logps."""
     return -F.logsigmoid(beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)))
 
 
 def simpo_loss(beta, gamma_beta_ratio, chosen_logps, rejected_logps, chosen_lens, rejected_lens):
-    """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta (logp_c/|c| - logp_r/|r| - gamma/beta)); lens in tokens."""
-    return -F.logsigmoid(beta * (chosen_logps / chosen_lens - rejected_logps / rejected_lens - gamma_beta_ratio))
+    """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta (logp_c/|c| - logp_r/|r| - gamma/beta)); lens
+    in tokens.
+    """
+    margin = chosen_logps / chosen_lens - rejected_logps / rejected_lens
+    return -F.logsigmoid(beta * (margin - gamma_beta_ratio))
 
 
-def rebel_loss(beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
-               chosen_rewards, rejected_rewards):
-    """REBEL (arXiv 2404.16767, eq. 1): ((r_c - r_r)/beta - (l_c - l_r))^2. Returns (batch,)."""
-    log_ratio = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
-    return ((chosen_rewards - rejected_rewards) / beta - log_ratio).square()
+def rebel_loss(beta, chosen_log_ratios, rejected_log_ratios, chosen_rewards, rejected_rewards):
+    """REBEL (arXiv 2404.16767, eq. 1): ((r_c - r_r)/beta - (l_c - l_r))^2, with log-ratios l = logps -
+    ref_logps.
+    """
+    return ((chosen_rewards - rejected_rewards) / beta - (chosen_log_ratios - rejected_log_ratios)).square()
 
 
 # ---- log-probabilities ----
 
-def completion_logps(hidden, tokens, prompt_lens, lens, output_layer, chunk_size=1024):
+CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128k
+
+
+def completion_logps(hidden, tokens, prompt_lens, lens, output_layer):
     """log pi(y|x), summed over the completion's tokens in float32; (batch,).
 
-    hidden: (batch, time, dim), the last hidden states of right-padded tokens (batch, time); the state at t predicts the
-    token at t+1. prompt_lens, lens: (batch,) tokens of the prompt, and of prompt and completion together. Masks come
-    from these lengths alone, so pad may equal eos. output_layer: maps (n, dim) to logits (n, vocab). It runs at
-    completion positions only, chunk_size of them at a time, and again in the backward (but for the last chunk, where
-    the backward begins): no (batch, time, vocab) tensor ever exists.
+    hidden: (batch, time, dim), the last hidden states of right-padded tokens (batch, time); the state
+    at t predicts the token at t+1. prompt_lens, lens: (batch,) tokens of the prompt, and of prompt and
+    completion together. The mask comes from these lengths alone, so pad may equal eos. output_layer:
+    maps (n, dim) to logits (n, vocab). It runs at completion positions only, CHUNK of them at a time,
+    and once more in the backward pass (except for the last chunk, where the backward pass begins), so
+    that no (batch, time, vocab) tensor ever exists.
     """
     position = torch.arange(1, tokens.shape[1], device=tokens.device)
-    supervised = (position >= prompt_lens[:, None]) & (position < lens[:, None])  # (batch, time-1)
-    states, labels = hidden[:, :-1][supervised], tokens[:, 1:][supervised]  # (n, dim), (n,)
+    in_completion = (position >= prompt_lens[:, None]) & (position < lens[:, None])  # (batch, time-1)
+    states = hidden[:, :-1][in_completion]  # (n, dim)
+    labels = tokens[:, 1:][in_completion]   # (n,)
 
     def chunk_logps(states, labels):
         return TokenLogps.apply(output_layer(states), labels)
 
-    *chunks, last = zip(states.split(chunk_size), labels.split(chunk_size))
-    chunks = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks] + [chunk_logps(*last)]
-    token_logps = torch.zeros(supervised.shape, device=tokens.device).masked_scatter(supervised, torch.cat(chunks))
-    return token_logps.sum(1)
+    *chunks, last = zip(states.split(CHUNK), labels.split(CHUNK))
+    token_logps = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks]
+    token_logps = torch.cat([*token_logps, chunk_logps(*last)])  # (n,)
+    table = torch.zeros(in_completion.shape, device=tokens.device).masked_scatter(in_completion, token_logps)
+    return table.sum(1)
 
 
 class TokenLogps(torch.autograd.Function):
-    """logits (n, vocab), labels (n,) -> log-probabilities of the labels, float32 (n,). As -cross_entropy, but the
-    backward writes the gradient where the log-probabilities stood: one (n, vocab) tensor less, of the largest of all.
+    """logits (n, vocab), labels (n,) -> log-probabilities of the labels, float32 (n,).
+
+    As -cross_entropy, except that the backward pass writes the gradient over the saved
+    log-probabilities: one (n, vocab) tensor less, of the largest of all.
     """
 
     @staticmethod

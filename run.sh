@@ -5,7 +5,8 @@
 #   RUN=low_beta bash run.sh --beta=0.05    flags go to train.py
 #   bash run.sh refs                   only the reference data; with EVALUATE, the model's own evaluation, too
 #   bash run.sh train                  only training and evaluation, on references that are there
-#   bash run.sh test                   set up and run the tests
+#   bash run.sh test                   set up and run the tests; SLOW=1 also the slow ones
+#   bash run.sh lint                   set up and run the linter
 #   sbatch --gpus=8 run.sh             the same on SLURM
 #
 # Set in the environment:
@@ -24,7 +25,6 @@ trap 'exit $(($? ? $? : 143))' TERM  # when the stage in hand has saved, with it
 [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "${BASH_SOURCE[0]}")/train.py" ] && cd "$SLURM_SUBMIT_DIR" \
     || cd "$(dirname "${BASH_SOURCE[0]}")"  # SLURM runs a copy of this file from its spool folder
 # shellcheck disable=SC2086
-unset ${!SLURM_ARRAY_@}  # a task of an array is a whole run here, not a share of one run's rows
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # idle threads sleep: on a busy machine, spinning costs 20 times
 
 if [ -z "${PYTHON:-}" ]; then
@@ -41,6 +41,7 @@ fi
 STAGE=all
 case "${1:-}" in
     test) shift; exec "$PYTHON" -m pytest -q tests "$@" ;;
+    lint) exec "$PYTHON" -m ruff check . ;;
     refs | train) STAGE=$1; shift ;;
 esac
 
@@ -99,8 +100,8 @@ fi
 run=$OUT/$RUN
 launch train.py --model="$MODEL" --data="$OUT/train/rewarded" --eval_data="$OUT/test/rewarded" --out="$run" \
     --cache="$OUT/cache" --seed="$SEED" --resume "$@"
-for step in "$run"/checkpoints/step_*; do  # the last one is the run's model itself
-    [ ! -d "$step" ] || cmp -s "$step/model.safetensors" "$run/model.safetensors" || evaluate "$step" "$step"
+for step in "$run"/checkpoints/step_*; do  # those of --save_every
+    [ ! -d "$step" ] || evaluate "$step" "$step"
 done
 evaluate "$run" "$run"
 for ((round = 2; round <= ROUNDS; round++)); do  # the reference stays: quantiles and log-ratios are against $MODEL

@@ -13,7 +13,6 @@ How it works: sandbox_worker.py, one worker a core, each in a container (bubblew
 the host's files or rights. What it promises: docs/sandbox.md. A worker is never trusted to answer: one that shows no sign
 of life is ended, and its program given to another.
 """
-import argparse
 import collections
 import contextlib
 import functools
@@ -431,21 +430,20 @@ def about(verdicts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = rows.Parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, help="JSONL of programs")
     add("--out", required=True, help="JSONL of verdicts; what is there already is not run again")
-    add("--workers", type=int, default=0, help="workers; 0: one for each core given (default 0)")
-    add("--runtime", choices=("auto", *RUNTIMES), default="auto", help="default: the first that works")
-    add("--image", default=IMAGE, help="podman's image (default %(default)s)")
+    add("--workers", type=int, default=0, help="workers; 0: one for each core given")
+    add("--runtime", choices=("auto", *RUNTIMES), default="auto", help="auto: the first that works")
+    add("--image", default=IMAGE, help="podman's image")
     add("--packages", default=PACKAGES, help="import names of installed packages that programs and tests may use besides "
-        "the standard library, such as numpy (default %(default)s)")
+        "the standard library, such as numpy")
     add("--unsafe", action="store_true", help="no isolation, only limits: not for programs of a model")
     rules = "; ".join(f"{name}: {text}" for name, text in BLOCKS.items())
-    add("--block", choices=tuple(BLOCKS), default="answer", help=f"the program in an answer. {rules} (default answer)")
+    add("--block", choices=tuple(BLOCKS), default="answer", help=f"the program in an answer. {rules}")
     for name, (default, text) in FLAGS.items():
-        add(f"--{name}", type=type(default), default=default, help=f"{text} (default %(default)s)")
+        add(f"--{name}", type=type(default), default=default, help=f"{text}")
     args = vars(parser.parse_args())
     data, out = args.pop("data"), args.pop("out")
     programs = rows.read(data, require=("completion",))

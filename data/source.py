@@ -1,7 +1,8 @@
-"""What the prepare.py scripts share: rows of a dataset on the hub or in local files, and writing those that are kept.
+"""What the prepare.py scripts share: reading a dataset, from the hub or from local files, and writing rows.
 
-A local source is a file, or a folder of files, of the hub's columns: .jsonl, .json (a list), .jsonl.gz or .parquet. The
-hub is read with `datasets` and .parquet with pyarrow (`pip install datasets` brings both); nothing else needs them.
+A local source is a file, or a folder of files, with the columns of the hub's dataset: .jsonl, .jsonl.gz,
+.json (a list) or .parquet. The hub is read with `datasets`, .parquet with pyarrow; `pip install datasets`
+installs both, and nothing else in the project needs them.
 
     python data/leetcode/prepare.py -h
 """
@@ -16,123 +17,163 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import flags  # noqa: E402
-import models  # noqa: E402
+import model  # noqa: E402
 import rows  # noqa: E402
 
+ENDINGS = ".jsonl", ".jsonl.gz", ".json", ".parquet"
 
-def arguments(doc, folder, tokenizer=None, hub=True):
-    """--out; --source, where rows come from the hub; and --tokenizer, where there is a limit on tokens."""
-    parser = flags.parser(doc)
+
+def parse_arguments(doc, out, tokenizer=None, hub=True):
+    """doc: the script's docstring. out, tokenizer: defaults of these flags."""
+    parser = rows.Parser(doc)
     add = parser.add_argument
     if hub:
-        add("--source", help="local file or folder of the hub's columns, instead of a download")
-    add("--out", type=Path, default=folder, help="folder for train.jsonl and test.jsonl (default: the script's own)")
+        add("--source", help="local file or folder with the hub's columns, instead of a download")
+    add("--out", type=Path, default=out, help="folder for train.jsonl and test.jsonl")
     if tokenizer:
-        add("--tokenizer", default=tokenizer, help="folder or hub name of the one that counts tokens; empty: "
-            "keep every length (default %(default)s)")
-    return flags.parse(parser)
+        add("--tokenizer", default=tokenizer,
+            help="folder or hub name of the tokenizer that counts tokens; empty: keep rows of every length")
+    return parser.parse_args()
 
 
-def load(hub, name, split, source, columns, config=None):
-    """Yield the rows of a split as dicts with these columns. Locally the split is the files with its hub name in
-    theirs, or else with `name` (train, test).
+# ---- reading ----
+
+def load(source, columns, hub, split):
+    """Yield the rows of a split as dictionaries that all have these columns.
+
+    source: local file or folder, or None for the hub. hub: (path, configuration or None). split: as there.
     """
-    if not source:
-        try:
-            import datasets
-        except ImportError:
-            rows.fail("the hub is read with the datasets package; pip install datasets, or give --source")
-        table = ((f"{hub}, {split}, row {i}", row) for i, row in enumerate(
-            datasets.load_dataset(hub, config, split=split)))
-    else:
-        path = Path(source)
-        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else \
-            rows.fail(f"{source}: no such file or folder")
-        files = [f for f in files if f.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet"))]
-
-        def of(split):  # whole words: "latest" holds no test
-            return [f for f in files if set(filter(None, split.split("_"))) <= set(re.split("[^a-z]", f.name.lower()))]
-
-        if not (files and of(name) + of("train") + of("test")):
-            rows.fail(f"{source}: no .jsonl, .json, .jsonl.gz or .parquet whose name says train or test; rename them")
-        files = of(split) or of(name)
-        if not files:
-            print(f"{source}: no file of the {split} split, so no {name}.jsonl")
-        table = (row for file in files for row in read(file))
+    table = read_files(source, split) if source else read_hub(*hub, split)
     for at, row in table:
-        if not isinstance(row, dict):
-            rows.fail(f"{at}: must be a JSON object with {', '.join(columns)}")
-        missing = [column for column in columns if row.get(column) is None]
-        if missing:
-            rows.fail(f"{at}: has no {missing[0]!r}; its columns are {', '.join(row)}")
+        check_columns(at, row, columns)
         yield row
 
 
-def read(file):
-    """(where it stands, row) of every row of a local file."""
+def check_columns(at, row, columns):
+    if not isinstance(row, dict):
+        rows.fail(f"{at}: must be a JSON object with {', '.join(columns)}")
+    for column in columns:
+        if row.get(column) is None:
+            rows.fail(f"{at}: has no {column!r}; its columns are {', '.join(row)}")
+
+
+def read_hub(path, configuration, split):
+    try:
+        import datasets
+    except ImportError:
+        rows.fail("reading from the hub needs the datasets package; pip install datasets, or give --source")
+    for i, row in enumerate(datasets.load_dataset(path, configuration, split=split)):
+        yield f"{path}, {split}, row {i}", row
+
+
+def read_files(source, split):
+    """(where it is, row) for the rows of a split. For the split train_prefs they are in the files with train
+    and prefs in their names, or if there are none in those with train.
+    """
+    path = Path(source)
+    if not path.exists():
+        rows.fail(f"{source}: no such file or folder")
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.name.endswith(ENDINGS)]
+    name = split.partition("_")[0]  # train or test
+    if not (named(files, "train") or named(files, "test")):
+        rows.fail(f"{source}: has no {', '.join(ENDINGS)} file with train or test in its name; rename them")
+    files = named(files, split) or named(files, name)
+    if not files:
+        print(f"{source}: has no file of the split {split}, so there will be no {name}.jsonl")
+    for file in files:
+        yield from read_file(file)
+
+
+def named(files, split):
+    """The files whose names contain all words of the split's; "latest" does not contain "test"."""
+    words = set(split.split("_"))
+    return [file for file in files if words <= set(re.split("[^a-z]", file.name.lower()))]
+
+
+def read_file(file):
+    """(where it is, row) for every row of a local file."""
     if file.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            rows.fail(f"{file}: needs pyarrow; pip install datasets")
-        groups = pyarrow.parquet.ParquetFile(file).iter_batches()
-        yield from ((f"{file}, row {i}", row) for i, row in enumerate(row for g in groups for row in g.to_pylist()))
+        yield from read_parquet(file)
         return
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
-        number = 0
-        try:
-            for number, text in enumerate([f.read()] if file.suffix == ".json" else f, 1):
-                if text.strip():
-                    value = json.loads(text)
-                    table = value if file.suffix == ".json" and isinstance(value, list) else [value]
-                    yield from ((f"{file}:{number}", row) for row in table)
-        except (ValueError, OSError, EOFError) as error:
-            rows.fail(f"{file}:{max(number, 1)}: not JSON ({error}); mend the file")
+    at = f"{file}:1"
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
+            if file.suffix == ".json":
+                table = json.load(f)
+                for i, row in enumerate(table if isinstance(table, list) else [table]):
+                    yield f"{file}, row {i}", row
+                return
+            for number, line in enumerate(f, 1):
+                at = f"{file}:{number}"
+                if line.strip():
+                    yield at, json.loads(line)
+    except (ValueError, OSError, EOFError) as error:
+        rows.fail(f"{at}: not JSON ({error}); fix the file")
 
 
-def counter(tokenizer):
-    """A function from a text to its number of tokens; to 0 if there is no tokenizer."""
-    tokenizer = tokenizer and models.load_tokenizer(tokenizer)
-    return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids) if tokenizer else 0
+def read_parquet(file):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        rows.fail(f"{file}: needs pyarrow; pip install datasets")
+    for i, row in enumerate(pyarrow.parquet.read_table(file).to_pylist()):
+        yield f"{file}, row {i}", row
 
 
-def pairs(table, tokens, limit=2048):
-    """Rows of a chat dataset whose `chosen` and `rejected` are whole conversations that differ in their last message.
+# ---- rows ----
 
-    Yields {id: position in the dataset, prompt, chosen, rejected} (messages), or why a row is dropped.
+def token_counter(name):
+    """A function from a text to its number of tokens; without a tokenizer, to 0."""
+    if not name:
+        return lambda text: 0
+    tokenizer = model.load_tokenizer(name)
+    return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def pairs(table, count_tokens, limit=2048):
+    """Rows of a chat dataset whose `chosen` and `rejected` are conversations with different last messages.
+
+    Yields rows of id (the position in the dataset), prompt, chosen and rejected (lists of messages), or the
+    reason why a row is dropped, a string.
     """
     for i, row in enumerate(table):
-        chosen, rejected = row["chosen"], row["rejected"]
         for name in "chosen", "rejected":
-            if not (isinstance(row[name], list) and row[name] and all(
-                    isinstance(m, dict) and isinstance(m.get("content"), str) for m in row[name])):
+            if not is_conversation(row[name]):
                 rows.fail(f"row {i} of the dataset: {name} must be a list of {{role, content}} messages")
-        if max(tokens(chosen[-1]["content"]), tokens(rejected[-1]["content"])) > limit:
+        *prompt, chosen = row["chosen"]
+        rejected = row["rejected"][-1]
+        if max(count_tokens(chosen["content"]), count_tokens(rejected["content"])) > limit:
             yield f"a response over {limit} tokens"
         else:
-            yield {"id": i, "prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+            yield {"id": i, "prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
+
+
+def is_conversation(messages):
+    if not isinstance(messages, list) or not messages:
+        return False
+    return all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages)
 
 
 def write(path, table):
-    """Write the rows of `table` as JSONL, whole or not at all, and say how many were dropped: a string in it, instead
-    of a row, is the reason why one was. Nothing is written where there are no rows at all.
+    """Write JSONL completely or not at all, and print how many rows were kept. A string in `table` instead of
+    a row says why one was dropped. An empty table writes nothing.
     """
-    counts, new = collections.Counter(), path.with_name(f".{path.name}.{os.getpid()}")
+    kept, dropped = 0, collections.Counter()
+    new = path.with_name(f".{path.name}.{os.getpid()}")
     with rows.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(new, "w", encoding="utf-8") as f:
             for row in tqdm(table, desc=path.name, unit="row"):
                 if isinstance(row, str):
-                    counts[row] += 1
+                    dropped[row] += 1
                 else:
-                    counts[""] += 1
+                    kept += 1
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if not counts:
-            return
-        os.replace(new, path)
+        if kept or dropped:
+            os.replace(new, path)
+            reasons = "".join(f"{n:,} dropped, {reason}; " for reason, n in dropped.items())
+            print(f"{path}: {kept + dropped.total():,} rows; {reasons}{kept:,} kept")
     finally:
         new.unlink(missing_ok=True)
-    print(f"{path}: " + "; ".join([f"{counts.total():,} rows", *(
-        f"{n:,} dropped, {why}" for why, n in counts.items() if why), f"{counts['']:,} kept"]))

@@ -1,164 +1,217 @@
-"""The sweeps of the paper (arXiv 2507.08068), and their miniature on minicode, as data.
+"""The sweeps of the paper (arXiv 2507.08068), and a miniature of them on the minicode dataset.
 
-A grid is a function that yields runs; a run is {"name", "folder", "command"}: a stable name that holds all that tells
-it from the others, the folder it writes, and the shell command that makes it (run.sh). A run that stands in two grids
-has one name, and is trained once. The grids refs, mini_refs and stories_refs make the reference data of the others. To
-see one:
+A grid is a function without arguments that yields runs. A run is a dictionary: `name`, which says how it
+differs from the others; `folder`, where it writes; and `command`, a shell command that calls run.sh. A run
+that two grids share has the same name in both and is trained once. To see a grid, one run a line:
 
     python paper/sweep.py list chat
 """
 from itertools import product
 from shlex import quote
 
-LEARNING_RATES = "1e-7", "3e-7", "1e-6"
-MODELS = {"llama": "allenai/Llama-3.1-Tulu-3-8B-SFT", "mistral": "mistralai/Mistral-7B-Instruct-v0.2"}
-STEPS = {"magpie": 160, "ultrafeedback": 100, "leetcode": 40}  # between checkpoints
-LARGE = "--max_length=2048 --gradient_checkpointing --shard"
-DATA = {"magpie": "data/magpie_air", "ultrafeedback": "data/ultrafeedback", "leetcode": "data/leetcode"}
-BETAS = {"qrpo": ("3e-4", "1e-3", "3e-3"), "dpo": ("1e-2", "3e-2", "1e-1"), "rebel": ("1e-6", "1e-4", "1e-2"),
-         "simpo": ("2", "2.5", "10")}
-CODE_BETAS = BETAS | {"qrpo": ("3e-3", "1e-2", "3e-2"), "rebel": ("1e-4", "1e-2", "1")}
-REGIMES = {"offline": "--train_on=chosen_rejected", "offpolicy2best": "--train_on=best_worst --num_candidates=6",
-           "offpolicy2random": "--train_on=random_pairs --num_candidates=2",
-           "offpolicy10random": "--train_on=random_pairs --num_candidates=20"}
-
 
 def run(name, out, arguments, **env):
-    """One run of run.sh with the folder of its references, OUT, and its own in it, OUT/NAME."""
-    settings = "".join(f"{key}={quote(str(value))} " for key, value in {"OUT": out, "RUN": name, **env}.items())
-    return {"name": name, "folder": f"{out}/{name}", "command": f"{settings}bash run.sh {arguments}"}
+    """A run of run.sh with its reference data in OUT and everything of its own in OUT/NAME."""
+    env = {"OUT": out, "RUN": name, **env}
+    settings = " ".join(f"{key}={quote(str(value))}" for key, value in env.items())
+    return {"name": name, "folder": f"{out}/{name}", "command": f"{settings} bash run.sh {arguments}"}
 
 
-# ---- at full scale: everything of one model, data set and start shares the references in one OUT ----
+# ---- full scale: refs and sft make reference data and models; chat, scaling and code compare methods ----
+
+MODELS = {"llama": "allenai/Llama-3.1-Tulu-3-8B-SFT", "mistral": "mistralai/Mistral-7B-Instruct-v0.2"}
+DATA = {"magpie": "data/magpie_air", "ultrafeedback": "data/ultrafeedback", "leetcode": "data/leetcode"}
+REWARD_MODEL = "model:RLHFlow/ArmoRM-Llama3-8B-v0.1"
+LARGE = "--max_length=2048 --gradient_checkpointing --shard"
+STEPS = {"magpie": 160, "ultrafeedback": 100, "leetcode": 40}  # between checkpoints
+REGIMES = {
+    "offline": "--train_on=chosen_rejected",
+    "offpolicy2best": "--train_on=best_worst --num_candidates=6",
+    "offpolicy2random": "--train_on=random_pairs --num_candidates=2",
+    "offpolicy10random": "--train_on=random_pairs --num_candidates=20",
+}
+LEARNING_RATES = "1e-7", "3e-7", "1e-6"
+CHAT_BETAS = {
+    "qrpo": ("3e-4", "1e-3", "3e-3"),
+    "dpo": ("1e-2", "3e-2", "1e-1"),
+    "rebel": ("1e-6", "1e-4", "1e-2"),
+    "simpo": ("2", "2.5", "10"),
+}
+CODE_BETAS = CHAT_BETAS | {"qrpo": ("3e-3", "1e-2", "3e-2"), "rebel": ("1e-4", "1e-2", "1")}
+
 
 def start(model, data, sft):
-    """(what the names begin with, OUT, the environment): from the hub's model, or from it fine-tuned on `chosen`."""
+    """What the runs of one starting model and dataset share: prefix of their names, OUT, environment.
+
+    sft: "nosft" is the model from the hub; "sft" is that model fine-tuned by the grid sft.
+    """
     name = f"{model}-{data}-{sft}"
-    path = MODELS[model] if sft == "nosft" else f"out/paper/{model}-{data}-nosft/{model}-{data}-sft"
-    reward = "tests" if data == "leetcode" else "model:RLHFlow/ArmoRM-Llama3-8B-v0.1"
-    return name, f"out/paper/{name}", {
-        "MODEL": path, "DATA": DATA[data], "REWARD": reward, "SEED": 27,
-        "GENERATE": "--num_refs=50 --max_new_tokens=2048", "SCORE": "" if reward == "tests" else "--trust_remote_code",
-        "EVALUATE": f"--num_refs=3 --top_p=0.9 --temperature={0.6 if model == 'llama' else 0.7}"}
+    path = MODELS[model]
+    if sft == "sft":
+        path = f"out/paper/{model}-{data}-nosft/{model}-{data}-sft"
+    temperature = {"llama": 0.6, "mistral": 0.7}[model]
+    env = {
+        "MODEL": path,
+        "DATA": DATA[data],
+        "REWARD": "tests" if data == "leetcode" else REWARD_MODEL,
+        "SEED": 27,
+        "GENERATE": "--num_refs=50 --max_new_tokens=2048",
+        "SCORE": "" if data == "leetcode" else "--trust_remote_code",
+        "EVALUATE": f"--num_refs=3 --top_p=0.9 --temperature={temperature}",
+    }
+    return name, f"out/paper/{name}", env
 
 
-def full(model, data, sft, regime, loss, n, beta, lr):
-    """128 pairs a step: for QRPO, which is pointwise, 256 completions. n: reference rewards; of QRPO alone."""
-    name, out, env = start(model, data, sft)
-    flags = (f"--loss={loss} --beta={beta} --learning_rate={lr} --batch_size={256 if loss == 'qrpo' else 128} "
-             f"{REGIMES[regime]} {LARGE} --save_every={STEPS[data]} --eval_every={STEPS[data]}")
-    if loss == "qrpo":
-        loss, flags = f"qrpo-n{n}", f"{flags} --num_ref_rewards={n}"
+def method(where, regime, loss, beta, lr):
+    """A run that compares methods. where: (model, data, sft). loss: qrpo-nN is QRPO with N reference rewards.
+
+    A step has 128 pairs; QRPO is pointwise, so its step has 256 completions.
+    """
+    name, out, env = start(*where)
+    steps = STEPS[where[1]]
+    kind, _, num_ref_rewards = loss.partition("-n")
+    batch_size = 256 if kind == "qrpo" else 128
+    flags = (f"--loss={kind} --beta={beta} --learning_rate={lr} --batch_size={batch_size} {REGIMES[regime]} "
+             f"{LARGE} --save_every={steps} --eval_every={steps}")
+    if num_ref_rewards:
+        flags += f" --num_ref_rewards={num_ref_rewards}"
     return run(f"{name}-{regime}-{loss}-beta{beta}-lr{lr}", out, f"train {flags}", **env)
 
 
 def chat():
-    for data, model, sft, regime in product(("magpie", "ultrafeedback"), MODELS, ("sft", "nosft"),
-                                            ("offline", "offpolicy2best", "offpolicy2random")):
-        losses = [("qrpo", n) for n in ((1, 3) if data == "magpie" else (3,))] + [
-            (loss, 0) for loss in ("dpo", "rebel", "simpo")]
-        for (loss, n), lr in product(losses, LEARNING_RATES):
-            for beta in BETAS[loss]:
-                yield full(model, data, sft, regime, loss, n, beta, lr)
+    regimes = "offline", "offpolicy2best", "offpolicy2random"
+    for data, model, sft in product(("magpie", "ultrafeedback"), MODELS, ("sft", "nosft")):
+        losses = ["qrpo-n3", "dpo", "rebel", "simpo"]
+        if data == "magpie":
+            losses.append("qrpo-n1")
+        for regime, loss, lr in product(regimes, losses, LEARNING_RATES):
+            for beta in CHAT_BETAS[loss.partition("-")[0]]:
+                yield method((model, data, sft), regime, loss, beta, lr)
 
 
 def scaling():
-    for regime, n, beta, lr in product(("offline", "offpolicy2random"), (1, 3, 10, 25, 50), ("3e-3", "1e-2", "1e-1"),
-                                       LEARNING_RATES):
-        yield full("llama", "magpie", "sft", regime, "qrpo", n, beta, lr)
+    """More reference rewards: figure 3."""
+    regimes = "offline", "offpolicy2random"
+    betas = "3e-3", "1e-2", "1e-1"
+    for regime, n, beta, lr in product(regimes, (1, 3, 10, 25, 50), betas, LEARNING_RATES):
+        yield method(("llama", "magpie", "sft"), regime, f"qrpo-n{n}", beta, lr)
 
 
 def code():
-    for sft, loss, lr in product(("sft", "nosft"), CODE_BETAS, LEARNING_RATES):
-        for beta in CODE_BETAS[loss]:
-            yield full("llama", "leetcode", sft, "offpolicy10random", loss, 20, beta, lr)
+    losses = "qrpo-n20", "dpo", "rebel", "simpo"
+    for sft, loss, lr in product(("sft", "nosft"), losses, LEARNING_RATES):
+        for beta in CODE_BETAS[loss.partition("-")[0]]:
+            yield method(("llama", "leetcode", sft), "offpolicy10random", loss, beta, lr)
 
 
-STARTS = [*product(MODELS, ("magpie", "ultrafeedback")), ("llama", "leetcode")]
+def starts(sft):
+    """(model, data, sft) of all starting models."""
+    for model, data in product(MODELS, ("magpie", "ultrafeedback")):
+        yield model, data, sft
+    yield "llama", "leetcode", sft
+
+
+def reference_data(where):
+    name, out, env = start(*where)
+    return run(f"{name}-refs", out, "refs", **env)
 
 
 def sft():
-    """The fine-tuned models that the other runs start from. nosft is 0 epochs: the model itself, so its references."""
-    for model, data in STARTS:
-        _, out, env = start(model, data, "nosft")
-        flags = "--train_on=completion --epochs=3" if data == "leetcode" else "--train_on=chosen_rejected"
-        yield refs_of(model, data, "nosft")
-        yield run(f"{model}-{data}-sft", out, f"train --loss=sft {flags} --learning_rate=5e-7 --batch_size=128 "
-                  f"--max_grad_norm=10 {LARGE}", **env)
-
-
-def refs_of(*which):
-    name, out, env = start(*which)
-    return run(f"{name}-refs", out, "refs", **env)
+    """The fine-tuned models, and the reference data of the models from the hub that their evaluation needs.
+    """
+    for where in starts("nosft"):
+        model, data, _ = where
+        _, out, env = start(*where)
+        regime = "--train_on=completion --epochs=3" if data == "leetcode" else "--train_on=chosen"
+        flags = f"--loss=sft {regime} --learning_rate=5e-7 --batch_size=128 --max_grad_norm=10 {LARGE}"
+        yield reference_data(where)
+        yield run(f"{model}-{data}-sft", out, f"train {flags}", **env)
 
 
 def refs():
     """All reference data: first --only='*nosft*', then the grid sft, then the rest."""
-    for sft, which in product(("nosft", "sft"), STARTS):
-        yield refs_of(*which, sft)
+    for where in [*starts("nosft"), *starts("sft")]:
+        yield reference_data(where)
 
 
-# ---- the miniature: minicode (run.sh's default model and data), every method with three seeds ----
+# ---- the miniature: run.sh's default model and data, every method, three seeds ----
 
-MINI_REGIMES = {  # train_on: (flags, epochs): 64 completions a step, and about 80 steps for every method
-    "refs": ("--train_on=refs", 1),                                     # 5120 completions
-    "best_worst": ("--train_on=best_worst", 8),                         # 640: one pair for each of 320 prompts
-    "random_pairs": ("--train_on=random_pairs --num_candidates=2", 8),  # 640, of whatever reward
-    "offline": ("--train_on=chosen_rejected", 8)}                       # 640, the dataset's: right ones and mistaken
-MINI_PAIRS = {"dpo": ("0.03", "0.1", "0.3"), "rebel": ("0.03", "0.1", "0.3"), "simpo": ("2", "5", "10")}
+SEEDS = 0, 1, 2
+MINI_REGIMES = {  # about 80 steps of 64 completions: 5120 references, or a pair for each of 320 prompts
+    "refs": "--train_on=refs --epochs=1",
+    "best_worst": "--train_on=best_worst --epochs=8",
+    "random_pairs": "--train_on=random_pairs --num_candidates=2 --epochs=8",
+    "offline": "--train_on=chosen_rejected --epochs=8",
+}
+MINI_BETAS = {"dpo": ("0.03", "0.1", "0.3"), "rebel": ("0.03", "0.1", "0.3"), "simpo": ("2", "5", "10")}
 
 
 def mini():
-    for seed in (0, 1, 2):
-        def one(name, flags, epochs, batch_size=64):
-            return run(f"{name}-seed{seed}", f"out/mini/seed{seed}",
-                       f"train {flags} --epochs={epochs} --batch_size={batch_size} --eval_every=20", SEED=seed,
-                       EVALUATE="--num_refs=8")
-
-        for quantile, beta, lr, regime in product(("paper", "exact"), ("0.03", "0.1", "0.3"), ("1e-4", "3e-4"),
-                                                  MINI_REGIMES):
-            regime_flags, epochs = MINI_REGIMES[regime]
-            flags = f"--loss=qrpo --quantile={quantile} --beta={beta} --learning_rate={lr} {regime_flags}"
-            yield one(f"qrpo-{quantile}-{regime}-beta{beta}-lr{lr}", flags, epochs)
-            if regime in ("refs", "offline") and lr == ("1e-4" if beta == "0.03" else "3e-4"):
-                for n in (1, 3, 8):  # fewer reference rewards; all 16 are the run above
-                    yield one(f"qrpo-{quantile}-{regime}-n{n}-beta{beta}-lr{lr}", f"{flags} --num_ref_rewards={n}",
-                              epochs)
+    for seed in SEEDS:
+        betas = "0.03", "0.1", "0.3"
+        for settings in product(("paper", "exact"), betas, ("1e-4", "3e-4"), MINI_REGIMES):
+            yield from mini_qrpo(seed, *settings)
         for lr in ("3e-5", "1e-4", "3e-4"):
-            for loss, betas in MINI_PAIRS.items():
-                regime_flags, epochs = MINI_REGIMES["best_worst"]
-                for beta in betas:  # 32 pairs are 64 completions
-                    yield one(f"{loss}-best_worst-beta{beta}-lr{lr}",
-                              f"--loss={loss} --beta={beta} --learning_rate={lr} {regime_flags}", epochs, batch_size=32)
-        for lr in ("1e-4", "3e-4", "1e-3"):  # a quarter of the references are right
-            yield one(f"sft-correct-lr{lr}", f"--loss=sft --learning_rate={lr} --train_on=refs --min_reward=1", 4)
+            for loss, betas in MINI_BETAS.items():
+                for beta in betas:
+                    name = f"{loss}-best_worst-beta{beta}-lr{lr}"
+                    flags = f"--loss={loss} --beta={beta} --learning_rate={lr} {MINI_REGIMES['best_worst']}"
+                    yield mini_run(seed, name, flags, batch_size=32)  # 32 pairs are 64 completions
+        for lr in ("1e-4", "3e-4", "1e-3"):
+            # a quarter of the references are right, so 4 epochs
+            flags = f"--loss=sft --learning_rate={lr} --train_on=refs --min_reward=1 --epochs=4"
+            yield mini_run(seed, f"sft-correct-lr{lr}", flags)
+
+
+def mini_qrpo(seed, quantile, beta, lr, regime):
+    """QRPO with all 16 reference rewards, and at the better learning rate of each beta with fewer."""
+    flags = f"--loss=qrpo --quantile={quantile} --beta={beta} --learning_rate={lr} {MINI_REGIMES[regime]}"
+    yield mini_run(seed, f"qrpo-{quantile}-{regime}-beta{beta}-lr{lr}", flags)
+    better_lr = "1e-4" if beta == "0.03" else "3e-4"
+    if regime in ("refs", "offline") and lr == better_lr:
+        for n in (1, 3, 8):
+            name = f"qrpo-{quantile}-{regime}-n{n}-beta{beta}-lr{lr}"
+            yield mini_run(seed, name, f"{flags} --num_ref_rewards={n}")
+
+
+def mini_run(seed, name, flags, batch_size=64):
+    arguments = f"train {flags} --batch_size={batch_size} --eval_every=20"
+    return run(f"{name}-seed{seed}", f"out/mini/seed{seed}", arguments, SEED=seed, EVALUATE="--num_refs=8")
 
 
 def mini_refs():
-    for seed in (0, 1, 2):
+    for seed in SEEDS:
         yield run(f"refs-seed{seed}", f"out/mini/seed{seed}", "refs", SEED=seed)
 
 
-# ---- length (figure 4): stories260K, whose stories mostly end after 150 to 400 tokens, in data/stories/model ----
+# ---- length (figure 4): stories260K in data/stories/model; most stories end after 150 to 400 tokens ----
 
 STORIES_BETAS = {"qrpo": ("0.03", "0.1"), "dpo": ("0.1", "0.3"), "rebel": ("1", "3"), "simpo": ("2", "10")}
 
 
-def stories_run(name, seed, arguments):
-    return run(f"{name}-seed{seed}", f"out/stories/seed{seed}", arguments, SEED=seed, MODEL="data/stories/model",
-               DATA="data/stories", REWARD="data/stories/reward.py:happy",
-               GENERATE="--num_refs=8 --max_new_tokens=400", EVALUATE="--num_refs=4")
-
-
 def stories():
-    """Every method on the same 320 pairs, best and worst of 8, for 40 steps of 64 completions."""
-    for seed, lr, loss in product((0, 1, 2), ("3e-5", "1e-4"), STORIES_BETAS):
+    """Every method on the same 320 pairs, the best and the worst of 8 references: 40 steps of 64 completions.
+    """
+    for seed, lr, loss in product(SEEDS, ("3e-5", "1e-4"), STORIES_BETAS):
+        batch_size = 64 if loss == "qrpo" else 32
         for beta in STORIES_BETAS[loss]:
-            yield stories_run(f"{loss}-beta{beta}-lr{lr}", seed, f"train --loss={loss} --beta={beta} "
-                              f"--learning_rate={lr} --train_on=best_worst --epochs=4 "
-                              f"--batch_size={64 if loss == 'qrpo' else 32}")
+            flags = (f"--loss={loss} --beta={beta} --learning_rate={lr} --train_on=best_worst --epochs=4 "
+                     f"--batch_size={batch_size}")
+            yield stories_run(seed, f"{loss}-beta{beta}-lr{lr}", f"train {flags}")
 
 
 def stories_refs():
-    for seed in (0, 1, 2):
-        yield stories_run("stories-refs", seed, "refs")
+    for seed in SEEDS:
+        yield stories_run(seed, "stories-refs", "refs")
+
+
+def stories_run(seed, name, arguments):
+    env = {
+        "SEED": seed,
+        "MODEL": "data/stories/model",
+        "DATA": "data/stories",
+        "REWARD": "data/stories/reward.py:happy",
+        "GENERATE": "--num_refs=8 --max_new_tokens=400",
+        "EVALUATE": "--num_refs=4",
+    }
+    return run(f"{name}-seed{seed}", f"out/stories/seed{seed}", arguments, **env)

@@ -1,186 +1,251 @@
-"""Evaluation by the paper's protocol (arXiv 2507.08068): runs on disk, the two halves of the test prompts, metrics with
-their errors, and the rule that selects a setting.
+"""The paper's evaluation protocol (arXiv 2507.08068): reads evaluated runs, measures and selects settings.
 
-A run is train.py's folder with run.json, and evaluate.py's results.json once it is evaluated; rows with `samples` and
-`sample_rewards` beside `ref_completions` and `ref_rewards` lie in its test/rewarded. Its checkpoints, where they were
-evaluated, have the same. The reference model's own samples lie in base/rewarded beside the run, where it was sampled as
-its policies are; else its reference completions stand for it. Runs that differ only in their seed are one setting.
-results.py makes tables of this:
+A run is train.py's folder, with run.json, the rewarded samples of the trained model in test/rewarded, and
+evaluate.py's results.json. Its checkpoints have the same, if they were evaluated. The samples of the
+reference model are in base/rewarded beside the run if `run.sh refs` made them; if not, its reference
+completions are used instead. Runs that differ only in their seed are one setting. results.py prints tables:
 
     python paper/results.py table --runs=out/mini
 """
 import math
 import sys
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from scipy import stats
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rows  # noqa: E402
-import runs  # noqa: E402
 
-# where nothing is known the mean is NaN, and that is said in words
-warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN|Degrees of freedom", RuntimeWarning)
 METRICS = "reward", "gain", "lc_reward", "length", "win_rate"
+NOT_A_SETTING = "seed", "steps", "data_fingerprint"  # in run.json; they follow from the seed and its data
+UNUSED = {"dpo": ["quantile"], "rebel": ["quantile"], "simpo": ["quantile"], "sft": ["quantile", "beta"]}
 
 
 # ---- runs on disk ----
 
-def evaluation(folder, tokenizer=None):
-    """Rewarded samples as arrays: ids, difficulty (prompts,); reward, length (prompts, samples); and, of the reference
-    pool, ref_reward, ref_length (prompts, references). Sample k is generation seed k; unknown rewards are NaN.
+@dataclass(eq=False)
+class Evaluation:
+    """Rewarded completions of one model. NaN: unknown. Sample k of all prompts is generation seed k."""
+    folder: Path              # of the rows
+    field: str                # that holds the completions
+    prompts: pd.DataFrame     # id, difficulty, and a fingerprint of the prompt
+    reward: pd.DataFrame      # (prompts, samples)
+    length: pd.DataFrame      # (prompts, samples), in tokens
+    ref_reward: pd.DataFrame  # (prompts, references)
+    ref_length: pd.DataFrame  # (prompts, references)
+
+
+def read_evaluation(folder, tokenizer=None, field="samples", rewards="sample_rewards"):
+    """field, rewards: the names of the model's completions and their rewards in the rows.
+
+    tokenizer: lengths are in its tokens; without one, in sampled tokens.
     """
-    table = rows.read(folder, require=("samples", "sample_rewards", "ref_completions", "ref_rewards"))
+    table = rows.read(folder, require=(field, rewards, "ref_completions", "ref_rewards"))
 
     def length(completion):
-        return len(tokenizer(completion["text"]).input_ids if tokenizer else completion["token_ids"])
+        if tokenizer:
+            return len(tokenizer(completion["text"]).input_ids)
+        return len(completion["token_ids"])
 
-    def matrix(field, of):
-        lists = [[of(value) for value in row[field]] for row in table]
-        if len({len(values) for values in lists}) > 1:
-            rows.fail(f"{folder}: its rows have different numbers of {field}; sample the same number for every prompt")
-        return np.array(lists, float)
+    def numbers(name):
+        return frame(name, [row[name] for row in table])
 
-    def number(value):
-        return math.nan if value is None else value
+    def lengths(name):
+        return frame(name, [[length(completion) for completion in row[name]] for row in table])
 
-    return {"folder": Path(folder), "ids": [str(row["id"]) for row in table],
-            "prompts": rows.fingerprint([row["prompt"] for row in table]), "field": "samples",
-            "difficulty": [str(row.get("difficulty")) for row in table],
-            "reward": matrix("sample_rewards", number), "length": matrix("samples", length),
-            "ref_reward": matrix("ref_rewards", number), "ref_length": matrix("ref_completions", length)}
+    def frame(name, lists):
+        try:
+            return pd.DataFrame(np.array(lists, dtype=float))  # null becomes NaN
+        except ValueError:
+            rows.fail(f"{folder}: its rows differ in their number of {name}; sample as many for every prompt")
+
+    prompts = pd.DataFrame({
+        "id": [str(row["id"]) for row in table],
+        "difficulty": [str(row.get("difficulty")) for row in table],
+        "prompt": [rows.fingerprint(row["prompt"]) for row in table],
+    })
+    return Evaluation(Path(folder), field, prompts, numbers(rewards), lengths(field),
+                      numbers("ref_rewards"), lengths("ref_completions"))
 
 
 def load(folders, tokenizer=None):
-    """Every setting and checkpoint, as {config, step, evaluations: {seed: evaluation}}; first the reference models."""
+    """A table of all evaluated models: train.py's flags, `seed`, `step` ("final", or a checkpoint's), `run`
+    (its folder), `setting` (the same for all seeds) and `evaluation`. Reference models have the loss "base".
+    """
+    models, bases, skipped = [], {}, []
+    for run in tqdm(run_folders(folders), desc="runs", unit="run"):
+        record = rows.load_json(run / "run.json")
+        if not record["finished"]:
+            skipped.append(f"{run}: not finished")
+            continue
+        if not (run / "results.json").exists():
+            skipped.append(f"{run}: not evaluated")
+            continue
+        flags = setting_of(record["config"])
+        seed = record["config"]["seed"]
+        for step, folder in {"final": run, **evaluated_checkpoints(run)}.items():
+            models.append(flags | {
+                "seed": seed, "step": step, "run": run, "setting": rows.fingerprint([flags, step]),
+                "evaluation": read_evaluation(folder / "test/rewarded", tokenizer)})
+        name = flags.get("ref_model") or flags["model"]
+        if (name, seed) not in bases:
+            bases[name, seed] = {
+                "loss": "base", "model": name, "seed": seed, "step": "final", "run": run, "setting": name,
+                "evaluation": base_evaluation(run, tokenizer)}
+    if skipped:
+        print(f"{len(skipped)} runs left out:", *skipped, sep="\n  ")
+    if not models:
+        rows.fail(f"{', '.join(folders)}: no evaluated run")
+    table = pd.DataFrame([*bases.values(), *models], dtype=object)
+    table = table.where(table.notna(), None)
+    check_comparable(table)
+    seeds = table[table.loss != "base"].groupby("setting").size()
+    print(f"{len(seeds)} settings, each with {seeds.min()} to {seeds.max()} seeds")
+    return table
+
+
+def run_folders(folders):
     for top in folders:
         if not Path(top).is_dir():
             rows.fail(f"{top}: no such folder; --runs names folders of runs")
-    records = [(path.parent, rows.load_json(path)) for top in folders for path in sorted(Path(top).rglob("run.json"))]
-    records = [(folder, record) for folder, record in records if "config" in record]  # sampling leaves a run.json, too
-    found, base, left_out, first = {}, {}, [], None
-    for folder, record in tqdm(records, desc="runs", unit="run"):
-        config = record["config"]
-        checkpoints = {int(path.name.removeprefix("step_")): path for path in folder.glob("checkpoints/step_*")}
-        evaluated = {step: path for step, path in ({"final": folder} | checkpoints).items()
-                     if step != config["steps"] and (path / "results.json").exists()}  # evaluate.py's, the last to come
-        if not record["finished"] or "final" not in evaluated:
-            left_out.append(f"{folder}: not " + ("evaluated" if record["finished"] else "finished"))
-            continue
-        setting = {key: Path(value).name if isinstance(value, str) else value  # seeds have folders of their own
-                   for key, value in config.items() if key not in (*runs.FREE, "seed", "steps", "data_fingerprint")}
-        for key in {"qrpo": (), "sft": ("beta", "quantile")}.get(config["loss"], ("quantile",)):
-            setting.pop(key, None)  # this loss does not look at it
-        for step, path in evaluated.items():
-            e = evaluation(path / "test" / "rewarded", tokenizer)
-            first = first or e
-            if e["prompts"] != first["prompts"]:
-                rows.fail(f"{path}: its test prompts are not those of {first['folder']}; give --runs of one data set")
-            seeds = found.setdefault(rows.fingerprint([setting, step]), {
-                "config": setting, "step": step, "evaluations": {}})["evaluations"]
-            if config["seed"] in seeds:
-                rows.fail(f"{path}: has the settings and the seed of {seeds[config['seed']]['folder']}; move one away")
-            seeds[config["seed"]] = e
-            own = folder.parent / "base" / "rewarded"
-            of_base = base.setdefault(setting.get("ref_model") or setting["model"], {})
-            if config["seed"] not in of_base:
-                of_base[config["seed"]] = evaluation(own, tokenizer) if own.exists() else e | {
-                    "reward": e["ref_reward"], "length": e["ref_length"], "field": "ref_completions"}
-                if of_base[config["seed"]]["prompts"] != e["prompts"]:
-                    rows.fail(f"{own}: its prompts are not those of {path}; run `run.sh refs` to its end")
-    if left_out:
-        print(f"{len(left_out)} runs left out:", *left_out, sep="\n  ")
-    if not found:
-        rows.fail(f"{', '.join(folders)}: no evaluated run")
-    counts = sorted({len(c["evaluations"]) for c in found.values()})
-    print(f"{len(found)} settings, of {' or '.join(map(str, counts))} training seeds")
-    return [{"config": {"loss": "base", "model": model}, "step": "final", "evaluations": seeds}
-            for model, seeds in base.items()] + list(found.values())
+    return sorted(path.parent for top in folders for path in Path(top).rglob("run.json"))
 
 
-def halves(difficulty, seed=0):
-    """Indices of the prompts to select on and of those to report: half of every difficulty, to one prompt."""
-    order = np.random.default_rng(seed).permutation(len(difficulty))
-    order = np.array(sorted(order, key=lambda i: difficulty[i]))  # a stable sort: shuffled within each
-    return np.sort(order[0::2]), np.sort(order[1::2])
+def setting_of(config):
+    """The flags that tell settings apart. Paths count by their last part: every seed has its own folders."""
+    ignored = [*NOT_A_SETTING, *UNUSED.get(config["loss"], [])]
+    flags = {name: value for name, value in config.items() if name not in ignored}
+    for name in "model", "ref_model":
+        if flags.get(name):
+            flags[name] = Path(flags[name]).name
+    return flags
+
+
+def evaluated_checkpoints(run):
+    found = sorted(run.glob("checkpoints/step_*/results.json"))
+    return {int(path.parent.name.removeprefix("step_")): path.parent for path in found}
+
+
+def base_evaluation(run, tokenizer):
+    """The evaluation of a run's reference model."""
+    sampled = run.parent / "base/rewarded"
+    if sampled.exists():
+        return read_evaluation(sampled, tokenizer)
+    return read_evaluation(run / "test/rewarded", tokenizer, "ref_completions", "ref_rewards")
+
+
+def check_comparable(table):
+    """Refuse models with different test prompts, and two with the same setting and seed."""
+    first = table.evaluation.iloc[-1]
+    for evaluation in table.evaluation:
+        if not evaluation.prompts.equals(first.prompts):
+            rows.fail(f"{evaluation.folder}: its test prompts are not those of {first.folder}; give --runs of"
+                      " one dataset, all scored completely")
+    for _, same in table.groupby(["setting", "seed"]):
+        if len(same) > 1:
+            first, second = same.run.iloc[:2]
+            rows.fail(f"{second}: has the settings and the seed of {first}; move one away")
 
 
 # ---- the protocol ----
 
-def length_controlled(reward, length, ref_reward, ref_length):
-    """Rewards without what length explains, (prompts, samples): r - k (L - mu_L) sigma_r / sigma_L.
+def halves(difficulty, seed=0):
+    """Positions of the prompts to select on, and of those to report: half of each difficulty."""
+    shuffled = np.random.default_rng(seed).permutation(len(difficulty))
+    by_difficulty = pd.Series(difficulty)[shuffled].sort_values(kind="stable").index
+    return np.sort(by_difficulty[0::2]), np.sort(by_difficulty[1::2])
 
-    mu, sigma: of the prompt's own references. k: for each generation seed, the slope of (r - mu_r) / sigma_r on
-    (L - mu_L) / sigma_L over prompts. Prompts whose references do not differ in reward or in length stay as they are.
+
+def length_controlled(reward, length, ref_reward, ref_length):
+    """Rewards without what length explains, r - slope (L - mean_L) std_r / std_L; (prompts, samples).
+
+    Means and standard deviations are over the prompt's references. slope: of (r - mean_r) / std_r on
+    (L - mean_L) / std_L over prompts, for each generation seed. Where the references of a prompt all have the
+    same reward or the same length, its rewards stay as they are.
     """
+    # compare values: the standard deviation of equal numbers can round to more than 0
+    spread = (ref_reward.nunique(axis=1) > 1) & (ref_length.nunique(axis=1) > 1)
+    std_r = ref_reward.std(axis=1)
+    x = length.sub(ref_length.mean(axis=1), axis=0).div(ref_length.std(axis=1), axis=0)[spread]
+    y = reward.sub(ref_reward.mean(axis=1), axis=0).div(std_r, axis=0)[spread]
     out = reward.copy()
-    # asked of the values, as the sigma of equal numbers may round to more than 0
-    differ = (np.nanmax(ref_reward, 1) > np.nanmin(ref_reward, 1)) & (np.ptp(ref_length, 1) > 0)
-    for k in range(reward.shape[1]):
-        on = differ & ~np.isnan(reward[:, k])
-        r, L, sigma_r = ref_reward[on], ref_length[on], np.nanstd(ref_reward[on], 1, ddof=1)
-        x = (length[on, k] - L.mean(1)) / L.std(1, ddof=1)
-        y = (reward[on, k] - np.nanmean(r, 1)) / sigma_r
-        if on.sum() > 1 and np.ptp(x) > 0:
-            slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
-            out[on, k] = reward[on, k] - slope * x * sigma_r
+    for k in reward:
+        known = y[k].notna()
+        if x.loc[known, k].nunique() > 1:
+            slope = stats.linregress(x.loc[known, k], y.loc[known, k]).slope
+            out[k] -= (slope * x[k] * std_r).fillna(0)
     return out
 
 
 def win_rate(reward, ref_reward):
-    """Share of the prompt's references that a sample's reward beats, ties counting half; (prompts, samples)."""
-    r, ref = reward[:, :, None], ref_reward[:, None, :]
-    wins = ((ref < r).sum(2) + 0.5 * (ref == r).sum(2)) / (~np.isnan(ref)).sum(2)
-    return np.where(np.isnan(reward), np.nan, wins)
+    """The share of the prompt's references that a sample beats, a tie counting half; (prompts, samples)."""
+    wins = {}
+    for k in reward:
+        below = ref_reward.lt(reward[k], axis=0).sum(axis=1)
+        equal = ref_reward.eq(reward[k], axis=0).sum(axis=1)
+        wins[k] = (below + equal / 2) / ref_reward.count(axis=1)
+    return pd.DataFrame(wins).where(reward.notna())
 
 
-def measure(candidate, half, only=()):
-    """The metrics of a setting on half of the prompts (and on `only` these training seeds, if any): NAME, its mean over
-    prompts, generation and training seeds; NAME_std, its standard deviation over generation seeds (the paper's; with
-    several training seeds, their root mean square); NAME_se_prompts and NAME_se_seeds, standard errors over prompts and
-    over training seeds.
+def metrics(evaluation, half):
+    """Every metric of every sample to the prompts at positions `half`: name -> (prompts, samples)."""
+    reward = evaluation.reward.iloc[half]
+    length = evaluation.length.iloc[half]
+    ref_reward = evaluation.ref_reward.iloc[half]
+    ref_length = evaluation.ref_length.iloc[half]
+    return {
+        "reward": reward,
+        "gain": reward.sub(ref_reward.mean(axis=1), axis=0),  # paired by prompt, so its errors are smaller
+        "lc_reward": length_controlled(reward, length, ref_reward, ref_length),
+        "length": length,
+        "win_rate": win_rate(reward, ref_reward),
+    }
+
+
+def measure(evaluations, half):
+    """The metrics of a setting, evaluated once for each training seed, on half of the prompts:
+
+    NAME: mean over prompts, generation seeds and training seeds
+    NAME_std: standard deviation over generation seeds, as in the paper (root mean square over training seeds)
+    NAME_se_prompts, NAME_se_seeds: standard errors over prompts, and over training seeds
     """
-    values = {name: [] for name in METRICS}
-    evaluations = [e for seed, e in candidate["evaluations"].items() if not only or seed in only]
-    for e in evaluations:
-        reward, length, ref_reward, ref_length = (e[k][half] for k in ("reward", "length", "ref_reward", "ref_length"))
-        values["reward"].append(reward)
-        values["gain"].append(reward - np.nanmean(ref_reward, 1, keepdims=True))  # paired: its errors are smaller
-        values["lc_reward"].append(length_controlled(reward, length, ref_reward, ref_length))
-        values["length"].append(length)
-        values["win_rate"].append(win_rate(reward, ref_reward))
-    out = {"seeds": len(evaluations)}
-    for name, arrays in values.items():
-        generations = [np.nanmean(a, 0) for a in arrays]  # for each training seed: (samples,)
-        seeds = np.array([np.nanmean(g) for g in generations])
-        prompts = np.nanmean([np.nanmean(a, 1) for a in arrays], 0)
-        prompts = prompts[~np.isnan(prompts)]
-        out |= {name: seeds.mean(), f"{name}_std": math.sqrt(np.mean([variance(g) for g in generations])),
-                f"{name}_se_prompts": math.sqrt(variance(prompts) / max(len(prompts), 1)),
-                f"{name}_se_seeds": math.sqrt(variance(seeds) / len(seeds))}
+    values = [metrics(evaluation, half) for evaluation in evaluations]
+    out = {"seeds": len(values)}
+    for name in METRICS:
+        frames = [of_seed[name] for of_seed in values]
+        by_generation = [frame.mean() for frame in frames]
+        by_seed = pd.Series([generations.mean() for generations in by_generation])
+        by_prompt = pd.DataFrame([frame.mean(axis=1) for frame in frames]).mean()
+        variance = np.mean([generations.var() for generations in by_generation])
+        out[name] = by_seed.mean(skipna=False)
+        out[f"{name}_std"] = math.sqrt(variance)
+        out[f"{name}_se_prompts"] = by_prompt.sem()
+        out[f"{name}_se_seeds"] = by_seed.sem()
     return out
 
 
-def variance(values):
-    """With ddof 1; NaN for a single value."""
-    return np.var(values, ddof=1) if len(values) > 1 else math.nan
-
-
 def select(measures, rule="paper", longest=1000):
-    """Index of the best setting. The paper's rule: drop what is longer than 1000 tokens on average; of those whose
-    reward is within 2 sqrt(s^2 + s_best^2) of the best, find the best length-controlled reward; of those within
-    0.8 sqrt(s^2 + s_best^2) of that, take the highest reward. s: standard deviations over generation seeds.
-    """
-    def near(pool, name, factor):
-        best = max(pool, key=lambda m: m[name])
-        s = lambda m: np.nan_to_num(m[f"{name}_std"])  # with one generation seed there is none
-        return [m for m in pool if best[name] - m[name] <= factor * math.hypot(s(m), s(best))]
+    """The position of the best of `measures`, a list of what `measure` returns, whose rewards are all known.
 
-    pool = measures
+    The paper's rule: drop settings longer than 1000 tokens on average. Of those near the best reward (2
+    standard deviations), find the best length-controlled reward. Of those near that (0.8), take the highest
+    reward.
+    """
+    pool = pd.DataFrame(measures)
     if rule == "paper":
-        pool = [m for m in measures if m["length"] <= longest] or measures
-        pool = near(near(pool, "reward", 2), "lc_reward", 0.8)
-    best = max(pool, key=lambda m: m["reward"])
-    return next(i for i, m in enumerate(measures) if m is best)
+        short = pool[pool.length <= longest]
+        pool = pool if short.empty else short
+        pool = near_best(pool, "reward", 2)
+        pool = near_best(pool, "lc_reward", 0.8)
+    return pool.reward.idxmax()
+
+
+def near_best(pool, name, factor):
+    """The settings within factor sqrt(s^2 + s_best^2) of the best in `name`; s: NAME_std."""
+    best = pool[name].idxmax()
+    std = pool[f"{name}_std"].fillna(0)  # one generation seed has none
+    return pool[pool.loc[best, name] - pool[name] <= factor * np.hypot(std, std[best])]

@@ -1,310 +1,361 @@
 """The paper's tables and figures (arXiv 2507.08068) from the runs on disk.
 
-Reads every evaluated run below --runs (see protocol.py). Half of the test prompts selects hyper-parameters and
-checkpoint, the other half is reported. Writes to --out, and prints:
+Reads every evaluated run in --runs (see protocol.py). Half of the test prompts selects hyperparameters and
+checkpoint, the other half is reported. Prints what it finds, and writes to --out:
 
     table      one row a method: table.md, table.csv (tables 2 and 3)
     figure1    the methods' rewards as bars
     figure3    reward against the number of reference rewards, for each beta
     figure4    log-ratio against normalised completion length, over all test prompts
     figure5    density of the reward under pi_ref and under pi*; needs no runs
-    figure6    held-out log-ratio of chosen and rejected over the steps
+    figure6    held-out log-ratio of chosen and rejected completions over the steps
     alpaca     each method's completions as AlpacaEval's JSON
 
-Figures are PNGs with the CSV behind them; what the paper found (published.json) is printed or drawn beside. A method is
-what --by tells apart: a row for every beta is `table --by=loss,quantile,train_on,beta,num_ref_rewards`.
+A figure is a PNG with its numbers in a CSV; the paper's own results (published.json) are shown beside them.
+The flags in --by define a method: `table --by=loss,quantile,train_on,beta` has a row for every beta.
 
     python paper/results.py table --runs=out/mini --out=out/results
 """
-import csv
-import itertools
-import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+import pandas as pd
 import torch
+from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import figures  # noqa: E402
-import flags  # noqa: E402
-import models  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import protocol  # noqa: E402
 import qrpo  # noqa: E402
 import rows  # noqa: E402
+from model import load_tokenizer  # noqa: E402
 
-PUBLISHED = rows.load_json(Path(__file__).with_name("published.json"))  # by loss; "base" is the model before training
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PUBLISHED = rows.load_json(Path(__file__).with_name("published.json"))  # by loss; base: before training
+ORDER = {loss: i for i, loss in enumerate(PUBLISHED["leetcode"])}       # of methods; other losses come last
 
 
-def arguments():
-    parser = flags.parser(__doc__)
+def parse_arguments():
+    parser = rows.Parser(__doc__)
     add = parser.add_argument
     add("what", choices=COMMANDS)
-    add("--runs", nargs="+", default=[], help="folders that hold the runs of one data set, however deep")
-    add("--out", type=Path, default=Path("out/results"), help="folder to write to (default %(default)s)")
-    add("--by", help="flags of train.py that make a method (default: loss,quantile,train_on for the table, else loss)")
+    add("--runs", nargs="+", help="folders that contain the runs of one dataset, at any depth")
+    add("--out", type=Path, default=Path("out/results"), help="folder to write to")
+    add("--by", help="flags of train.py that define a method; by default loss,quantile,train_on for the "
+        "table, and loss for the others")
     add("--select", default="paper", choices=("paper", "reward"),
-        help="choose a method's setting by the paper's rule, or by mean reward alone (default %(default)s)")
+        help="choose a method's setting by the paper's rule, or by mean reward alone")
     add("--published", default="leetcode", choices=[name for name in PUBLISHED if name != "figure4"],
-        help="which of the paper's results to show beside (default %(default)s)")
-    add("--tokenizer", help="count lengths in tokens of this one, as the paper does with the reward model's (default: "
-        "the sampled tokens)")
-    args = flags.parse(parser)
+        help="the paper's results to show beside these")
+    add("--tokenizer", help="count lengths in tokens of this tokenizer, as the paper does with the reward "
+        "model's; by default in sampled tokens")
+    args = parser.parse_args()
     if args.what != "figure5" and not args.runs:
-        rows.fail("--runs names no folder; give those that hold the runs")
+        rows.fail("--runs is missing; name the folders that contain the runs")
     if args.what == "figure4" and args.tokenizer:
-        rows.fail("--tokenizer: figure4 has the lengths of samples in the model's own tokens; leave it away")
-    if args.out.exists() and not args.out.is_dir():
-        rows.fail(f"{args.out}: is a file; --out must name a folder")
-    by = (args.by or ("loss,quantile,train_on" if args.what == "table" else "loss")).split(",")
-    args.by = [field.strip() for field in by]
+        rows.fail("--tokenizer: figure4 measures lengths in the model's own tokens; omit the flag")
+    by = args.by or ("loss,quantile,train_on" if args.what == "table" else "loss")
+    args.by = [flag.strip() for flag in by.split(",")]
     return args
 
 
-def chosen(args, by=None, only=lambda config: True):
-    """The setting that each method selects, with its metrics (`measure`) on the other half of the prompts: a list of
-    {method, selected (what was), loss, step, config, evaluations, on_selection (metrics there), seeds, reward, ...}.
-    """
-    by, groups, out = by or args.by, {}, []
-    tokenizer = args.tokenizer and models.load_tokenizer(args.tokenizer)
-    candidates = [c for c in protocol.load(args.runs, tokenizer) if only(c["config"])]
+# ---- methods ----
+
+class Method(NamedTuple):
+    name: str
+    loss: str
+    selected: str         # how the selected setting differs from the method's others
+    models: pd.DataFrame  # the selected setting: a row of protocol.load for each training seed
+    on_selection: dict    # protocol.measure on the prompts to select on
+    reported: dict        # and on the others
+
+    def row(self):
+        step = self.models["step"].iloc[0]
+        head = {"method": self.name, "selected": self.selected, "loss": self.loss, "step": step}
+        return head | self.reported
+
+
+def load(args):
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    return protocol.load(args.runs, tokenizer)
+
+
+def trained(models, loss=None):
+    """Without the reference models, or only this loss."""
+    found = models[models.loss == loss if loss else models.loss != "base"]
+    if found.empty:
+        rows.fail("--runs: contain no run for this figure")
+    return found
+
+
+def choose_methods(args, models, by):
+    """The setting that each method selects, as a list of Method."""
+    for flag in by:
+        if flag not in models:
+            rows.fail(f"--by: no run has a flag {flag!r}; they have {', '.join(models)}")
+    prompts = protocol.halves(models.evaluation.iloc[0].prompts.difficulty)
+    found = []
+    for _, group in models.groupby(["loss", *by], dropna=False, sort=False):
+        if group.loss.iloc[0] != "base":
+            found.append(choose_setting(group, method_name(group.iloc[0], by), prompts, args.select))
+    reference_models = models[models.loss == "base"].groupby("model")
+    for model, group in reference_models:
+        name = f"reference model {model}" if len(reference_models) > 1 else "reference model"
+        found.append(choose_setting(group, name, prompts, args.select))
+    print(f"selected on {len(prompts[0])} prompts, reported on the other {len(prompts[1])}")
+    found = [method for method in found if method]
+    return sorted(found, key=lambda method: (ORDER.get(method.loss, len(ORDER)), method.name))
+
+
+def method_name(model, by):
+    words = []
+    for flag in by:
+        value = model[flag]
+        if isinstance(value, str):
+            words.append(value)
+        elif value is not None:
+            words.append(f"{flag} {value}")
+    return " ".join(words)
+
+
+def choose_setting(group, name, prompts, rule):
+    """Select a setting of a method on half of the prompts, report it on the others. None: no known reward."""
+    selection, report = prompts
+    settings = [setting for _, setting in group.groupby("setting", sort=False)]
+    seeds = set.intersection(*[set(setting.seed) for setting in settings])  # those that all settings have
+    candidates, measures = [], []
+    for setting in settings:
+        m = protocol.measure(setting[setting.seed.isin(seeds)].evaluation, selection)
+        if not np.isnan(m["reward"]):
+            candidates.append(setting)
+            measures.append(m)
     if not candidates:
-        rows.fail(f"{', '.join(args.runs)}: holds no run for this figure")
-    for field in by:
-        if not any(field in c["config"] for c in candidates):
-            rows.fail(f"--by: no run has a flag {field!r}; they have {', '.join(candidates[-1]['config'])}")
-    selection, report = protocol.halves(next(iter(candidates[0]["evaluations"].values()))["difficulty"])
-    bases = sum(c["config"]["loss"] == "base" for c in candidates)
-    for c in candidates:
-        fields = ["model"] if c["config"]["loss"] == "base" else by  # nobody selects among reference models
-        groups.setdefault(tuple(c["config"].get(field) for field in ("loss", *fields)), []).append(c)
-    for (loss, *values), group in groups.items():
-        common = set.intersection(*(set(c["evaluations"]) for c in group))  # training seeds that all settings have
-        on_selection = [protocol.measure(c, selection, common) for c in group]
-        known = [i for i, m in enumerate(on_selection) if not math.isnan(m["reward"])]
-        if not known:
-            print(f"{' '.join(map(str, (loss, *values)))}: left out, no reward is known")
-            continue
-        best = known[protocol.select([on_selection[i] for i in known], args.select)]
-        words = [v if isinstance(v, str) else f"{field} {v}" for field, v in zip(by, values) if v is not None]
-        if loss == "base":
-            words = ["reference model", *values[:bases > 1]]
-        out.append({"method": " ".join(words), "selected": differing(group, group[best]), "loss": loss, **group[best],
-                    "on_selection": on_selection[best], **protocol.measure(group[best], report)})
-    print(f"selected on {len(selection)} prompts, reported on the other {len(report)}")
-    order = list(PUBLISHED["leetcode"])
-    return sorted(out, key=lambda m: (order.index(m["loss"]), m["method"]))
-
-
-def differing(group, c):
-    """What tells a setting from the others of its group, in words."""
-    settings = [other["config"] | {"step": other["step"]} for other in group]
-    fields = [field for field in settings[0] if len({str(s.get(field)) for s in settings}) > 1]
-    return ", ".join(f"{field} {(c['config'] | {'step': c['step']}).get(field)}" for field in fields)
+        print(f"{name}: left out, no reward is known")
+        return None
+    best = protocol.select(measures, rule)
+    chosen = candidates[best]
+    flags = group.drop(columns=["seed", "run", "setting", "evaluation"])
+    differ = [flag for flag in flags if flags[flag].nunique(dropna=False) > 1]
+    selected = ", ".join(f"{flag} {chosen[flag].iloc[0]}" for flag in differ)
+    reported = protocol.measure(chosen.evaluation, report)
+    return Method(name, chosen.loss.iloc[0], selected, chosen, measures[best], reported)
 
 
 # ---- tables and figures ----
 
-def write_csv(path, table):
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, table[0])
-        writer.writeheader()
-        writer.writerows(table)
+def panels(n):
+    figure, axes = plt.subplots(1, n, figsize=(4 * n, 3.4), layout="constrained", squeeze=False)
+    return figure, axes[0]
+
+
+def save(figure, out, name, table):
+    """NAME.png and the numbers in it, NAME.csv."""
+    figure.savefig(out / f"{name}.png", dpi=120)
+    plt.close(figure)
+    save_csv(out / f"{name}.csv", table)
+
+
+def save_csv(path, table):
+    pd.DataFrame(table).to_csv(path, index=False)
     print(path)
 
 
-def flat(method):
-    """A method as a row of a CSV."""
-    return {key: v for key, v in method.items() if key not in ("config", "evaluations", "on_selection")}
-
-
 def table(args):
-    methods, published = chosen(args), PUBLISHED[args.published]
-    winner = protocol.select([m["on_selection"] for m in methods], args.select)
-    head = "method", "selected", "seeds", *protocol.METRICS, "std of reward", "the paper"
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for i, m in enumerate(methods):
-        cells = [f"**{m['method']}**" if i == winner else m["method"], m["selected"], str(m["seeds"])]
-        for name in protocol.METRICS:
-            digits = 1 if name == "length" else 4
-            mean, *errors = (f"{round(m[name + s], digits) + 0:.{digits}f}" for s in ("", "_se_prompts", "_se_seeds"))
-            best = name != "length" and m[name] == max(other[name] for other in methods)
-            cells.append(" ± ".join([f"**{mean}**" if best else mean, *errors[:1 + (m["seeds"] > 1)]]))
-        cells += [f"{m['reward_std']:.4f}", " / ".join(map(str, published.get(m["loss"], ())))]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Mean ± standard error over prompts ± standard error over training seeds; gain: of reward over the "
-              "references' of the same prompt; std: over generation seeds, as the paper. Bold: the best of a column, "
-              "and the method that the rule picks on the selection half. The paper: "
-              f"{args.published}, {' / '.join(published['columns'])}."]
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    print("", *lines, "", args.out / "table.md", sep="\n")
-    write_csv(args.out / "table.csv", [flat(m) for m in methods])
+    methods = choose_methods(args, load(args), args.by)
+    published = PUBLISHED[args.published]
+    winner = methods[protocol.select([method.on_selection for method in methods], args.select)]
+    best = {name: max(method.reported[name] for method in methods) for name in protocol.METRICS}
+    best["length"] = None  # more is not better
+    head = ["method", "selected", "seeds", *protocol.METRICS, "std of reward", "the paper"]
+    lines = [head, ["---"] * len(head)]
+    for method in methods:
+        m = method.reported
+        name = f"**{method.name}**" if method is winner else method.name
+        cells = [cell(m, metric, m[metric] == best[metric]) for metric in protocol.METRICS]
+        paper = " / ".join(map(str, published.get(method.loss, [])))
+        lines.append([name, method.selected, str(m["seeds"]), *cells, f"{m['reward_std']:.4f}", paper])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text += f"\n\n{CAPTION} The paper: {args.published}, {' / '.join(published['columns'])}."
+    (args.out / "table.md").write_text(f"{text}\n")
+    print(f"\n{text}\n\n{args.out / 'table.md'}")
+    save_csv(args.out / "table.csv", [method.row() for method in methods])
+
+
+CAPTION = (
+    "Mean ± standard error over prompts ± standard error over training seeds. gain: the reward minus the "
+    "mean reward of the references of the same prompt. std: over generation seeds, as in the paper. Bold: "
+    "the best of a column, and the method that the rule picks on the selection half.")
+
+
+def cell(m, metric, is_best):
+    """A mean with its standard errors."""
+    digits = 1 if metric == "length" else 4
+    numbers = [m[metric], m[f"{metric}_se_prompts"]]
+    if m["seeds"] > 1:
+        numbers.append(m[f"{metric}_se_seeds"])
+    texts = [f"{round(number, digits) + 0:.{digits}f}" for number in numbers]  # + 0: no "-0.0000"
+    if is_best:
+        texts[0] = f"**{texts[0]}**"
+    return " ± ".join(texts)
 
 
 def figure1(args):
-    methods, published = chosen(args), dict(PUBLISHED[args.published])
-    columns = published.pop("columns")
-    figure, axes = figures.panels(2)
-    axes[0][0].bar([m["method"] for m in methods], [m["reward"] for m in methods],
-                   yerr=[m["reward_se_prompts"] for m in methods], capsize=4)
-    axes[0][0].set(ylabel="reward", title="these runs (bars: s.e. over prompts)")
-    axes[0][1].bar(published.keys(), [v[0] for v in published.values()], color="C1")
-    axes[0][1].set(ylabel=columns[0], title=f"the paper: {args.published}")
-    for axis in axes[0]:
-        for label in axis.get_xticklabels():
-            label.set(rotation=30, horizontalalignment="right")
-    figures.save(figure, args.out / "figure1.png")
-    write_csv(args.out / "figure1.csv", [flat(m) | {"published": published.get(m["loss"], [""])[0]} for m in methods])
+    bars = pd.DataFrame([method.row() for method in choose_methods(args, load(args), args.by)])
+    published = {loss: values[0] for loss, values in PUBLISHED[args.published].items() if loss != "columns"}
+    bars["published"] = bars.loss.map(published)
+    figure, (here, paper) = panels(2)
+    here.bar(bars.method, bars.reward, yerr=bars.reward_se_prompts, capsize=4)
+    here.set(ylabel="reward", title="these runs (bars: s.e. over prompts)")
+    paper.bar(published.keys(), published.values(), color="C1")
+    paper.set(ylabel=PUBLISHED[args.published]["columns"][0], title=f"the paper: {args.published}")
+    for axis in (here, paper):
+        axis.tick_params(axis="x", rotation=30)
+    save(figure, args.out, "figure1", bars)
 
 
 def figure3(args):
-    """Lines only where a beta has two numbers of reference rewards or more."""
+    """Only lines with at least two numbers of reference rewards."""
     points = []
-    for m in chosen(args, ["quantile", "train_on", "beta", "num_ref_rewards"], lambda c: c["loss"] == "qrpo"):
-        config, pool = m["config"], next(iter(m["evaluations"].values()))["ref_reward"].shape[1]
-        points.append({"beta": config["beta"], "line": f"{config['quantile']} quantile, {config['train_on']}",
-                       "num_ref_rewards": config["num_ref_rewards"] or pool, **flat(m)})  # 0: all
-    points.sort(key=lambda p: (p["beta"], p["line"], p["num_ref_rewards"]))
-    lines = {key: list(line) for key, line in itertools.groupby(points, lambda p: (p["beta"], p["line"]))}
-    lines = {key: line for key, line in lines.items() if len(line) > 1}
-    betas, names = (sorted({key[k] for key in lines}) for k in (0, 1))
-    if not betas:
-        rows.fail(f"{', '.join(args.runs)}: no beta was run with two numbers of reference rewards")
-    figure, axes = figures.panels(len(betas))
-    for (beta, name), line in lines.items():
-        axis = axes[0][betas.index(beta)]
-        axis.errorbar([p["num_ref_rewards"] for p in line], [p["reward"] for p in line],
-                      [p["reward_se_seeds"] if p["seeds"] > 1 else p["reward_std"] for p in line],
-                      fmt="o-", color=f"C{names.index(name)}", capsize=3, label=name)
+    by = ["quantile", "train_on", "beta", "num_ref_rewards"]
+    for method in choose_methods(args, trained(load(args), "qrpo"), by):
+        first = method.models.iloc[0]
+        pool = first.evaluation.ref_reward.shape[1]
+        line = f"{first['quantile']} quantile, {first['train_on']}"
+        n = first["num_ref_rewards"] or pool  # 0: all
+        points.append({"beta": first["beta"], "line": line, "num_ref_rewards": n, **method.row()})
+    points = pd.DataFrame(points).sort_values(["beta", "line", "num_ref_rewards"])
+    points = points.groupby(["beta", "line"]).filter(lambda line: len(line) > 1)
+    if points.empty:
+        rows.fail("--runs: no beta was run with two numbers of reference rewards")
+    colors = {line: f"C{i}" for i, line in enumerate(sorted(points.line.unique()))}
+    figure, axes = panels(points.beta.nunique())
+    for axis, (beta, panel) in zip(axes, points.groupby("beta")):
+        for name, line in panel.groupby("line"):
+            error = line.reward_se_seeds.where(line.seeds > 1, line.reward_std)
+            axis.errorbar(line.num_ref_rewards, line.reward, error, fmt="o-", capsize=3, color=colors[name],
+                          label=name)
         axis.set(xscale="log", xlabel="reference rewards", ylabel="reward", title=f"beta {beta}")
-        ticks = sorted({p["num_ref_rewards"] for key, points in lines.items() if key[0] == beta for p in points})
+        ticks = sorted(panel.num_ref_rewards.unique())
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         axis.legend(fontsize=8)
-    figures.save(figure, args.out / "figure3.png")
-    write_csv(args.out / "figure3.csv", [p for line in lines.values() for p in line])
-    print("error bars: standard error over training seeds, or with one the standard deviation over generation seeds\n"
+    save(figure, args.out, "figure3", points)
+    print("error bars: standard error over training seeds; with one, standard deviation over generations\n"
           "the paper: offline flat; off-policy rises, at beta 0.003 from 0.183 with 1 to 0.188 with 50")
 
 
-def ranks(values):
-    """1-based ranks; ties share their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def spearman(x, y):
-    return np.corrcoef(ranks(x), ranks(y))[0, 1]
-
-
 def figure4(args):
-    methods = [m for m in chosen(args) if m["loss"] != "base"]
-    figure, axes = figures.panels(len(methods))
+    methods = choose_methods(args, trained(load(args)), args.by)
+    figure, axes = panels(len(methods))
     points, fits = [], []
-    for axis, m in zip(axes[0], methods):
-        xs, ys = [], []
-        for e in m["evaluations"].values():
-            path = e["folder"].parents[1] / "samples.npz"
-            if not path.exists():
-                rows.fail(f"{path}: not there; run evaluate.py on this model")
-            samples = np.load(path)
-            place = {row_id: i for i, row_id in enumerate(e["ids"])}
-            row = np.array([place[str(row_id)] for row_id in samples["row_ids"]])[samples["row"]]
-            on = np.ptp(e["ref_length"], 1)[row] > 0
-            mean, std = e["ref_length"].mean(1)[row], e["ref_length"].std(1, ddof=1)[row]
-            xs.append((samples["length"] - mean)[on] / std[on])
-            ys.append(samples["log_ratio"][on])
-        x, y = np.concatenate(xs), np.concatenate(ys)
-        if len(x) < 2 or np.ptp(x) == 0:
-            rows.fail(f"{m['method']}: lengths do not differ, so there is no line to fit")
-        slope, intercept = np.polyfit(x, y, 1)
-        rho, paper = spearman(x, y), PUBLISHED["figure4"].get(m["loss"], "")
+    for axis, method in zip(axes, methods):
+        samples = pd.concat([normalised_samples(e) for e in method.models.evaluation])
+        x, y = samples.normalised_length, samples.log_ratio
+        if x.nunique() < 2:
+            rows.fail(f"{method.name}: its lengths do not differ, so there is no line to fit")
+        fit = stats.linregress(x, y)
+        rho = stats.spearmanr(x, y).statistic
+        paper = PUBLISHED["figure4"].get(method.loss, "?")
         axis.scatter(x, y, s=3, alpha=0.2)
-        axis.plot(np.sort(x), intercept + slope * np.sort(x), "k-", linewidth=1.2)
+        axis.axline((0, fit.intercept), slope=fit.slope, color="k", linewidth=1.2)
         axis.set(xlabel="length, in standard deviations of the references'", ylabel="log-ratio, nats",
-                 title=f"{m['method']}: rho {rho:.2f}" + (f" (paper {paper})" if paper else ""))
-        fits.append({"method": m["method"], "selected": m["selected"], "samples": len(x), "slope": slope,
-                     "intercept": intercept, "spearman": rho, "published": paper})
-        points += [{"method": m["method"], "normalised_length": a, "log_ratio": b} for a, b in zip(x, y)]
-        print("{method}: Spearman {spearman:.3f} over {samples} samples, {slope:.3g} nats a standard deviation; paper "
-              "{published}".format(**fits[-1]))
-    figures.save(figure, args.out / "figure4.png")
-    write_csv(args.out / "figure4.csv", points)
-    write_csv(args.out / "figure4_fits.csv", fits)
+                 title=f"{method.name}: rho {rho:.2f} (paper {paper})")
+        print(f"{method.name}: Spearman {rho:.3f} over {len(x)} samples, {fit.slope:.3g} nats a standard "
+              f"deviation; paper {paper}")
+        fits.append({
+            "method": method.name, "selected": method.selected, "samples": len(x),
+            "slope": fit.slope, "intercept": fit.intercept, "spearman": rho, "published": paper})
+        points.append(samples.assign(method=method.name))
+    save(figure, args.out, "figure4", pd.concat(points))
+    save_csv(args.out / "figure4_fits.csv", fits)
 
 
-def optimum(beta, reward):
-    """Under pi_ref = N(0, 1), at these rewards: densities of pi_ref and of pi* = pi_ref e^{q/beta}/Z; and the share of
-    pi_ref's mass that pi* raises: what lies above q = beta log Z.
-    """
-    beta, reward = torch.tensor([beta], dtype=torch.float64), torch.as_tensor(reward, dtype=torch.float64)
-    log_Z = qrpo.log_partition(beta)
-    log_ref = -reward.square() / 2 - math.log(2 * math.pi) / 2
-    log_ratio = torch.special.ndtr(reward) / beta - log_Z
-    return log_ref.exp().numpy(), (log_ref + log_ratio).exp().numpy(), 1 - (beta * log_Z).item()
+def normalised_samples(evaluation):
+    """Log-ratio of each sample, and its length in standard deviations from the mean of the references."""
+    path = evaluation.folder.parents[1] / "samples.npz"
+    if not path.exists():
+        rows.fail(f"{path}: is missing; run evaluate.py on this model")
+    samples = np.load(path)
+    references = evaluation.ref_length.set_index(evaluation.prompts.id)
+    references = references.loc[samples["row_ids"].astype(str)].iloc[samples["row"]]  # (samples, references)
+    length = (samples["length"] - references.mean(axis=1)) / references.std(axis=1)
+    table = pd.DataFrame({"normalised_length": length, "log_ratio": samples["log_ratio"]})
+    return table[references.nunique(axis=1) > 1]
 
 
 def figure5(args):
-    reward, betas = np.linspace(-4, 5, 901), (0.1, 0.01, 0.001)
-    figure, axes = figures.panels(1)
-    columns = {"reward": reward}
-    for beta in betas:
-        columns["pi_ref"], columns[f"beta {beta}"], rises = optimum(beta, reward)
+    reward = np.linspace(-4, 5, 901)
+    columns = {"reward": reward, "pi_ref": stats.norm.pdf(reward)}
+    figure, (axis,) = panels(1)
+    for beta in (0.1, 0.01, 0.001):
+        density, rises = optimum(beta, reward)
+        columns[f"beta {beta}"] = density
+        axis.plot(reward, density, label=f"pi*, beta {beta}: {rises:.0%} rises")
         print(f"beta {beta}: {1 - rises:.0%} of the reference's mass falls, {rises:.0%} rises")
-        axes[0][0].plot(reward, columns[f"beta {beta}"], label=f"pi*, beta {beta}: {rises:.0%} rises")
-    axes[0][0].plot(reward, columns["pi_ref"], "k--", label="pi_ref")
-    axes[0][0].set(xlabel="reward", ylabel="density")
-    axes[0][0].legend(fontsize=8)
-    write_csv(args.out / "figure5.csv", [dict(zip(columns, values)) for values in zip(*columns.values())])
-    figures.save(figure, args.out / "figure5.png")
+    axis.plot(reward, columns["pi_ref"], "k--", label="pi_ref")
+    axis.set(xlabel="reward", ylabel="density")
+    axis.legend(fontsize=8)
+    save(figure, args.out, "figure5", columns)
+
+
+def optimum(beta, reward):
+    """The density of pi* = pi_ref e^{q/beta} / Z at these rewards, where pi_ref = N(0, 1); and the share of
+    pi_ref's mass that rises: where q > beta log Z.
+    """
+    log_Z = qrpo.log_partition(torch.tensor([beta], dtype=torch.float64)).item()
+    density = np.exp(stats.norm.logpdf(reward) + stats.norm.cdf(reward) / beta - log_Z)
+    return density, 1 - beta * log_Z
 
 
 def figure6(args):
-    methods, points = [m for m in chosen(args) if m["loss"] != "base"], []
-    figure, axes = figures.panels(len(methods))
-    for axis, m in zip(axes[0], methods):
-        curves = {}  # (side, step) -> one value a training seed
-        for e in m["evaluations"].values():
-            folder = e["folder"].parents[1]
-            folder = folder if (folder / "metrics.jsonl").exists() else folder.parents[1]  # a checkpoint's run
-            for line in rows.load_lines(folder / "metrics.jsonl"):
-                for side in ("chosen", "rejected"):
-                    if f"eval_log_ratio_{side}" in line:
-                        curves.setdefault((side, line["step"]), []).append(line[f"eval_log_ratio_{side}"])
-        for side, color in ("chosen", "C0"), ("rejected", "C3"):
-            line = [{"method": m["method"], "side": side, "step": step, "log_ratio": np.mean(values),
-                     "seeds": len(values), "se_seeds": math.sqrt(protocol.variance(values) / len(values))}
-                    for (s, step), values in sorted(curves.items()) if s == side]
-            axis.errorbar([p["step"] for p in line], [p["log_ratio"] for p in line],
-                          np.nan_to_num([p["se_seeds"] for p in line]), fmt="o-", color=color, capsize=3, label=side)
-            points += line
+    methods = choose_methods(args, trained(load(args)), args.by)
+    figure, axes = panels(len(methods))
+    points = []
+    for axis, method in zip(axes, methods):
+        logs = [pd.DataFrame(rows.complete_lines(run / "metrics.jsonl")) for run in method.models.run]
+        log = pd.concat(logs)
+        for side, color in {"chosen": "C0", "rejected": "C3"}.items():
+            column = f"eval_log_ratio_{side}"
+            if column not in log:
+                rows.fail(f"{method.name}: its metrics.jsonl has no {column}; train with --eval_data")
+            curve = log.dropna(subset=column).groupby("step")[column].agg(["mean", "count", "sem"])
+            error = curve["sem"].fillna(0)  # one seed has none
+            axis.errorbar(curve.index, curve["mean"], error, fmt="o-", capsize=3, color=color, label=side)
+            points.append(curve.reset_index().assign(method=method.name, side=side))
         axis.axhline(0, color="k", linestyle=":", linewidth=1)
-        axis.set(xlabel="step", ylabel="held-out log-ratio, nats", title=m["method"])
+        axis.set(xlabel="step", ylabel="held-out log-ratio, nats", title=method.name)
         axis.legend(fontsize=8)
-    if not points:
-        rows.fail(f"{', '.join(args.runs)}: no metrics.jsonl holds eval_log_ratio_chosen; train with --eval_data")
-    figures.save(figure, args.out / "figure6.png")
-    write_csv(args.out / "figure6.csv", points)
+    points = pd.concat(points).rename(columns={"mean": "log_ratio", "count": "seeds", "sem": "se_seeds"})
+    save(figure, args.out, "figure6", points)
 
 
 def alpaca(args):
     """The first sample of the first training seed, for every prompt."""
-    for m in chosen(args):
-        e, out = next(iter(m["evaluations"].values())), []
-        for row in rows.read(e["folder"]):
+    for method in choose_methods(args, load(args), args.by):
+        evaluation = method.models.evaluation.iloc[0]
+        answers = []
+        for row in rows.read(evaluation.folder):
             prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            out.append({"instruction": prompt, "output": row[e["field"]][0]["text"], "generator": m["method"]})
-        path = args.out / f"alpaca-{m['method'].replace(' ', '-')}.json"
-        rows.write_json(path, out)
+            text = row[evaluation.field][0]["text"]
+            answers.append({"instruction": prompt, "output": text, "generator": method.name})
+        path = args.out / f"alpaca-{method.name.replace(' ', '-')}.json"
+        rows.write_json(path, answers)
         print(path)
 
 
-COMMANDS = {command.__name__: command for command in (table, figure1, figure3, figure4, figure5, figure6, alpaca)}
+COMMANDS = {"table": table, "figure1": figure1, "figure3": figure3, "figure4": figure4, "figure5": figure5,
+            "figure6": figure6, "alpaca": alpaca}
 
 
 def main():
-    args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = parse_arguments()
+    with rows.writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     COMMANDS[args.what](args)
 
 

@@ -1,34 +1,159 @@
-"""What the tests share: a tiny random model with a byte-level tokenizer, rewarded rows for it, and a way to run a script."""
+"""What the tests share: a tiny random model with a byte-level tokenizer, rewarded rows for it, and ways to run a script.
+
+    python -m pytest -q -n 2 tests              # bash run.sh test: minutes
+    SLOW=1 python -m pytest -q -n 2 tests       # also the tests marked slow, each of which says what it guards
+"""
+import gc
 import json
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
-os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads sleep: with more processes than cores, spinning costs 20 times
+# One thread for each process: the models are tiny, and the tests run on all cores (pytest -n).
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads sleep
 ROOT = Path(__file__).resolve().parent.parent
-MATERIAL = ROOT.parent / "shared" / "data"  # real data to try things on, where it is there
+MATERIAL = ROOT.parent / "shared" / "data"  # real data, where they are present
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
+torch.set_num_threads(1)
+
+
+# ---- which tests run ----
 
 def needs(name):
+    """Skip a test where shared/data/NAME is not present."""
     return pytest.mark.skipif(not (MATERIAL / name).exists(), reason=f"{name} is not here")
 
 
-def run(script, *args, ranks=0, check=True, env=None):
-    """Run a script of the project as a user does, with one process or under torchrun; returns the finished process."""
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-                                 if ranks else []), str(ROOT / script), *map(str, args)]
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long by nature; runs only with SLOW=1 in the environment")
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("SLOW") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; runs with SLOW=1"))
+
+
+# ---- running a script ----
+
+def call(script, *flags):
+    """Run a script in this process, as `python SCRIPT FLAGS` would. Returns its global names, a dict."""
+    argv = sys.argv
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    sys.argv = [str(script), *map(str, flags)]
+    try:
+        return runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = argv
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    gc.collect()  # closes the files of the script, which it has locked
+    raise SystemExit(code)
+
+
+class Process:
+    """A script in a process of its own: a fork, which has all imports already. before: called first, in it."""
+
+    def __init__(self, script, *flags, env=None, before=None):
+        self.code = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.environ.update(env or {})
+            if before:
+                before()
+            call(script, *flags)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def running(self):
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is None
+
+    def wait(self):
+        """The exit code; negative: the signal that ended it."""
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+    def send(self, signum):
+        os.kill(self.pid, signum)
+
+    def kill(self):
+        self.send(signal.SIGKILL)
+        return self.wait()
+
+
+def start_ranks(world, script, *flags, before=None):
+    """A script in `world` processes that share the work, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in range(world):
+        mine = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(Process(script, *flags, env=mine, before=before))
+    return ranks
+
+
+def run(script, *flags, ranks=0, check=True, env=None):
+    """Run a script as a user does, with one process or under torchrun; returns the finished process."""
+    command = [sys.executable]
+    if ranks:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += [str(ROOT / script), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=180, env=os.environ | (env or {}))
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
+
+def refused(capsys, says, script, *flags):
+    """The script ends with exit code 2 and one line of error, which says all these things."""
+    one_line_of_error(capsys, says, lambda: call(script, *flags))
+
+
+def one_line_of_error(capsys, says, function):
+    """The call ends with exit code 2 and one line of error, which says all these things."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        function()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and len(lines) == 1, lines
+    for text in says:
+        assert text in lines[0], lines[0]
+
+
+# ---- rows ----
 
 def write_rows(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,24 +161,26 @@ def write_rows(path, rows):
 
 
 def read_rows(path):
+    """The rows of a JSONL file, or of a folder of them."""
     files = sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+# ---- a model, and data for it ----
+
 def make_tokenizer(**special):
+    """A tokenizer of bytes; its pad token is its end token, as in many released models."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     special = special or {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A folder with a random 2-layer Llama, 258 tokens, context 64; pad is eos."""
-    folder = tmp_path_factory.mktemp("model")
+def make_tiny(folder, seed=0):
     tokenizer = make_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, bos_token_id=tokenizer.bos_token_id,
@@ -64,14 +191,32 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a random 2-layer Llama, 258 tokens, context 64; pad is eos."""
+    return make_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny):
+    """The tokenizer and the model of `tiny`. Do not change them."""
+    import model
+    return model.load_tokenizer(tiny), model.load_model(tiny, torch.float32, torch.device("cpu"))
+
+
+LETTERS = """
+def letters(prompts, completions, **columns):
+    return [sum(c.isalpha() for c in text) / (len(text) + 1) for text in completions]
+"""
+
+
+@pytest.fixture(scope="session")
 def rewarded(tiny, tmp_path_factory):
     """30 rows with 4 sampled completions each, rewarded by their share of letters."""
     folder = tmp_path_factory.mktemp("data")
     prompts = write_rows(folder / "prompts.jsonl", [{"prompt": "row " + "x" * (i % 7)} for i in range(30)])
-    (folder / "reward.py").write_text(
-        "def letters(prompts, completions, **columns):\n"
-        "    return [sum(c.isalpha() for c in text) / (len(text) + 1) for text in completions]\n")
-    run("generate_refs.py", f"--model={tiny}", f"--data={prompts}", f"--out={folder / 'refs'}", "--num_refs=4",
-        "--max_new_tokens=20")
-    run("score.py", f"--data={folder / 'refs'}", f"--out={folder / 'scored'}", f"--reward={folder / 'reward.py'}:letters")
+    (folder / "reward.py").write_text(LETTERS)
+    call("generate_refs.py", f"--model={tiny}", f"--data={prompts}", f"--out={folder / 'refs'}", "--num_refs=4",
+         "--max_new_tokens=20")
+    call("score.py", f"--data={folder / 'refs'}", f"--out={folder / 'scored'}",
+         f"--reward={folder / 'reward.py'}:letters")
     return folder / "scored"

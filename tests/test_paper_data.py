@@ -1,4 +1,6 @@
-"""data/*/prepare.py: files of the hub's columns become rows; what is dropped; those rows in the project's stages."""
+"""data/*/prepare.py: files of the hub's columns become rows; what is dropped; those rows in the project's
+stages.
+"""
 import gzip
 import importlib.util
 import json
@@ -15,13 +17,15 @@ def chat(question, answer):
 @pytest.mark.parametrize("name, train, test", [("magpie_air", "train-00000-of-00001", "test-00000-of-00001"),
                                                ("ultrafeedback", "train_prefs-0", "test_prefs-0")])
 def test_chat_pairs_of_at_most_2048_tokens(tiny, tmp_path, name, train, test):
+    answers = ("yes", "no"), ("y" * 2048, "n"), ("y" * 2049, "n"), ("y", "n" * 2049)
     table = [{"instruction": f"q{i}", "chosen": chat(f"q{i}", a), "rejected": chat(f"q{i}", b), "other": 1}
-             for i, (a, b) in enumerate([("yes", "no"), ("y" * 2048, "n"), ("y" * 2049, "n"), ("y", "n" * 2049)])]
+             for i, (a, b) in enumerate(answers)]
     source = tmp_path / "hub"
     source.mkdir()
     write_rows(source / f"{train}.jsonl", table)
     (source / f"{test}.json").write_text(json.dumps(table[:1]))
-    write_rows(source / "train_sft-0.jsonl", table[:1] * 9) if name == "ultrafeedback" else None  # another split
+    if name == "ultrafeedback":
+        write_rows(source / "train_sft-0.jsonl", table[:1] * 9)  # another split
     done = run(f"data/{name}/prepare.py", f"--source={source}", f"--out={tmp_path}", f"--tokenizer={tiny}")
     assert "4 rows; 2 dropped, a response over 2048 tokens; 2 kept" in done.stdout  # one token a byte
     rows = read_rows(tmp_path / "train.jsonl")
@@ -31,16 +35,18 @@ def test_chat_pairs_of_at_most_2048_tokens(tiny, tmp_path, name, train, test):
     assert [row["id"] for row in rows] == [0, 1] and len(read_rows(tmp_path / "test.jsonl")) == 1
 
 
-def test_parquet_is_read_as_jsonl_is(tmp_path):
+def test_parquet_is_read_like_jsonl(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = [{"chosen": chat("q", "a" * i), "rejected": chat("q", "b")} for i in range(3)]
     parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "train.parquet")
     run("data/magpie_air/prepare.py", f"--source={tmp_path}", f"--out={tmp_path}", "--tokenizer=")
-    assert [row["chosen"] for row in read_rows(tmp_path / "train.jsonl")] == [row["chosen"][1:] for row in table]
+    chosen = [row["chosen"] for row in read_rows(tmp_path / "train.jsonl")]
+    assert chosen == [row["chosen"][1:] for row in table]
 
 
-def test_a_source_with_other_columns_is_refused_by_name(tmp_path):
-    file = write_rows(tmp_path / "train.jsonl", [{"chosen": chat("q", "a"), "rejected": chat("q", "b")}, {"chosen": 1}])
+def test_a_missing_column_is_named(tmp_path):
+    table = [{"chosen": chat("q", "a"), "rejected": chat("q", "b")}, {"chosen": 1}]
+    file = write_rows(tmp_path / "train.jsonl", table)
     done = run("data/magpie_air/prepare.py", f"--source={file}", f"--out={tmp_path / 'out'}", "--tokenizer=",
                check=False)
     assert done.returncode == 2 and f"{file}:2: has no 'rejected'" in done.stderr
@@ -49,15 +55,18 @@ def test_a_source_with_other_columns_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("name, content, says", (
     ("train.jsonl", b'{"chosen": "text", "rejected": "text"}', "chosen must be a list of {role, content}"),
-    ("train.jsonl", b"[1, 2]", "train.jsonl:1: must be a JSON object"), ("train.jsonl", b"\xff", "train.jsonl:1: not JSON"),
-    ("train.jsonl.gz", b"{}", "train.jsonl.gz:1: not JSON"), ("latest.jsonl", b"{}", "whose name says train or test")))
-def test_a_source_that_is_broken_is_refused_by_place(tmp_path, name, content, says):
+    ("train.jsonl", b"[1, 2]", "train.jsonl:1: must be a JSON object"),
+    ("train.jsonl", b"\xff", "train.jsonl:1: not JSON"),
+    ("train.jsonl.gz", b"{}", "train.jsonl.gz:1: not JSON"),
+    ("latest.jsonl", b"{}", "with train or test in its name")))
+def test_a_broken_source_is_refused_with_file_and_line(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
-    done = run("data/magpie_air/prepare.py", f"--source={tmp_path}", f"--out={tmp_path}", "--tokenizer=", check=False)
+    done = run("data/magpie_air/prepare.py", f"--source={tmp_path}", f"--out={tmp_path}", "--tokenizer=",
+               check=False)
     assert done.returncode == 2 and says in done.stderr, done.stderr
 
 
-def test_stories_are_different_and_a_reward_counts_words(tmp_path):
+def test_stories_differ_and_their_reward_counts_words(tmp_path):
     run("data/stories/prepare.py", f"--out={tmp_path}")
     train, test = (read_rows(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
     assert len({row["prompt"] for row in train + test}) == len(train) + len(test) == 448
@@ -69,7 +78,8 @@ def test_stories_are_different_and_a_reward_counts_words(tmp_path):
 
 
 def problem(i, asserts, answer="return x"):
-    return {"task_id": f"t{i}", "difficulty": "Easy", "problem_description": "Add.", "entry_point": "Solution().f",
+    return {"task_id": f"t{i}", "difficulty": "Easy", "problem_description": "Add.",
+            "entry_point": "Solution().f",
             "starter_code": "class Solution:\n    def f(self, x):\n        ",
             "prompt": "import math\ndef help(a):\n    b = a\n",
             "completion": f"class Solution:\n    def f(self, x):\n        {answer}\n",
@@ -84,17 +94,20 @@ def test_leetcode_keeps_20_tests_and_2048_tokens_and_says_what_runs_before(tiny,
     row, = read_rows(tmp_path / "train.jsonl")
     text = row["prompt"][0]["content"]
     assert "import math\ndef help(a):\n```" in text and "b = a" not in text and "import whatever else" in text
-    assert row["preamble"] == table[0]["prompt"] and row["completion"] == f"```python\n{table[0]['completion']}```"
+    assert row["preamble"] == table[0]["prompt"]
+    assert row["completion"] == f"```python\n{table[0]['completion']}```"
 
 
 @needs("leetcode")
 def test_leetcode_canonical_solutions_get_full_marks(tmp_path):
     run("data/leetcode/prepare.py", f"--source={MATERIAL / 'leetcode'}", f"--out={tmp_path}", "--tokenizer=")
     rows = read_rows(tmp_path / "test.jsonl")
-    assert len(rows) == 224 and not (tmp_path / "train.jsonl").exists()  # 228, of which 4 have fewer than 20 tests
+    assert len(rows) == 224  # 228, of which 4 have fewer than 20 tests
+    assert not (tmp_path / "train.jsonl").exists()
     few = sorted(rows, key=lambda row: len(row["test"]))[:3]
     few.append({**few[0], "id": "wrong", "completion": few[0]["completion"].replace("return", "return 1,")})
-    run("score.py", f"--data={write_rows(tmp_path / 'few.jsonl', few)}", f"--out={tmp_path / 'out'}", "--reward=tests")
+    run("score.py", f"--data={write_rows(tmp_path / 'few.jsonl', few)}", f"--out={tmp_path / 'out'}",
+        "--reward=tests")
     rewards = {row["id"]: row["reward"] for row in read_rows(tmp_path / "out")}
     assert rewards.pop("wrong") == 0 and set(rewards.values()) == {1.0}
 
@@ -103,10 +116,12 @@ def test_gsm8k_final_number():
     spec = importlib.util.spec_from_file_location("reward", ROOT / "data/gsm8k/reward.py")
     reward = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reward)
-    texts = ["so 3 + 4 = 7\n#### 7", "#### 1,007.0 eggs, not 7", "It is -7, no, 7", "none", "#### none, 7", "10-3", "is -3", "(a)42", "1)-2"]
+    texts = ["so 3 + 4 = 7\n#### 7", "#### 1,007.0 eggs, not 7", "It is -7, no, 7", "none", "#### none, 7",
+             "10-3", "is -3", "(a)42", "1)-2"]
     assert [reward.final_number(t) for t in texts] == [7, 1007, 7, None, 7, 3, -3, 42, 2]
     assert reward.correct(["p"], ["none"], answer=[None]) == [0]
-    assert reward.correct(["p"] * 2, ["7", [{"role": "assistant", "content": "#### 8"}]], answer=[7.0, 7.0]) == [1, 0]
+    completions = ["7", [{"role": "assistant", "content": "#### 8"}]]
+    assert reward.correct(["p"] * 2, completions, answer=[7.0, 7.0]) == [1, 0]
 
 
 @needs("gsm8k")
@@ -119,7 +134,8 @@ def test_gsm8k_model_answers_are_offline_data(tiny, tmp_path):
     first = json.loads(gzip.open(file).readline())  # of four models, only the last is right
     assert [row["reward"] for row in train[:4]] == [0, 0, 0, 1] and train[0]["answer"] == 18
     assert [row["ref_rewards"] for row in train[2:4]] == [[0, 0, 1], [0, 0, 0]]
-    assert train[3]["completion"] == " " + first["175b_verification"]["solution"].replace("\nA: 18", "\n#### 18")
+    solution = first["175b_verification"]["solution"].replace("\nA: 18", "\n#### 18")
+    assert train[3]["completion"] == " " + solution
     # the reward function, on its own, agrees with every verdict of the data set
     bare = [{k: v for k, v in row.items() if k != "reward"} for row in train + test]
     run("score.py", f"--data={write_rows(tmp_path / 'bare.jsonl', bare)}", f"--out={tmp_path / 'scored'}",
@@ -131,12 +147,15 @@ def test_gsm8k_model_answers_are_offline_data(tiny, tmp_path):
 @needs("gsm8k")
 @needs("stories260K")
 def test_gsm8k_trains_on_model_answers(tmp_path):
-    run("data/gsm8k/prepare.py", f"--source={MATERIAL / 'gsm8k/example_model_solutions.jsonl.gz'}", f"--out={tmp_path}")
+    run("data/gsm8k/prepare.py", f"--source={MATERIAL / 'gsm8k/example_model_solutions.jsonl.gz'}",
+        f"--out={tmp_path}")
     few = write_rows(tmp_path / "few.jsonl", read_rows(tmp_path / "train.jsonl")[:16])
     run("train.py", f"--model={MATERIAL / 'stories260K'}", f"--data={few}", f"--out={tmp_path / 'run'}",
-        "--train_on=completion", "--quantile=exact", "--max_length=512", "--batch_size=4", "--learning_rate=1e-4")
+        "--train_on=completion", "--quantile=exact", "--max_length=512", "--batch_size=4",
+        "--learning_rate=1e-4")
     log = read_rows(tmp_path / "run/metrics.jsonl")
-    assert len(log) >= 3 and all(0 <= row["quantile_reward"] <= 1 for row in log) and log[-1]["log_ratio"] != 0
+    assert len(log) >= 3 and log[-1]["log_ratio"] != 0
+    assert all(0 <= row["loss_down"] <= row["loss"] for row in log)
 
 
 @needs("gsm8k")

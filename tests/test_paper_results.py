@@ -1,4 +1,5 @@
-"""paper/protocol.py and results.py: the protocol's numbers by hand, and tables and figures of runs on disk."""
+"""paper/protocol.py and results.py: the protocol's numbers by hand, and tables and figures of runs on disk.
+"""
 import contextlib
 import csv
 import io
@@ -9,6 +10,7 @@ import sys
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from conftest import ROOT, read_rows, run
@@ -20,50 +22,63 @@ import protocol  # noqa: E402
 import results  # noqa: E402
 
 
+# ---- the protocol ----
+
+def length_controlled(*arrays):
+    return protocol.length_controlled(*map(pd.DataFrame, arrays)).to_numpy()
+
+
 def test_length_controlled_reward_by_hand():
-    # references of every prompt: rewards 0 and 2 (mean 1, sigma sqrt 2), lengths 10 and 30 (mean 20, sigma 10 sqrt 2)
+    # references of each prompt: rewards 0, 2 (mean 1, std sqrt 2) and lengths 10, 30 (mean 20, std 10 sqrt 2)
     ref_reward, ref_length = np.tile([0.0, 2], (4, 1)), np.tile([10.0, 30], (4, 1))
-    ref_reward[3] = 0.1  # no spread: this prompt stays as it is, and out of the regression
+    ref_reward[3] = 0.1  # no spread: this prompt is not in the regression, and its reward stays
     length, reward = np.array([[10.0], [20], [30], [90]]), np.array([[0.5], [1.5], [1.0], [9]])
-    # x = (-1, 0, 1)/sqrt 2, y = (-.5, .5, 0)/sqrt 2: the slope is (.5 + 0)/2 = 1/4; sigma_r/sigma_L = 1/10
+    # x = (-1, 0, 1)/sqrt 2, y = (-.5, .5, 0)/sqrt 2: the slope is (.5 + 0)/2 = 1/4; std_r/std_L = 1/10
     expected = [0.5 + 0.25 * 10 / 10, 1.5, 1.0 - 0.25 * 10 / 10, 9]
-    got = protocol.length_controlled(reward, length, ref_reward, ref_length)
+    got = length_controlled(reward, length, ref_reward, ref_length)
     np.testing.assert_allclose(got[:, 0], expected, rtol=1e-12)
-    ref_reward[3] = [0.1, 0.1]
-    three = np.repeat(ref_reward, 3, 1)  # sigma of six times 0.1 is 1e-17, not 0
-    assert protocol.length_controlled(reward, length, three, np.repeat(ref_length, 3, 1))[3, 0] == 9
+    six = np.repeat(ref_reward, 3, 1)  # the standard deviation of six times 0.1 is 1e-17, not 0
+    assert length_controlled(reward, length, six, np.repeat(ref_length, 3, 1))[3, 0] == 9
 
 
-def test_length_controlled_reward_is_blind_to_length_alone():
+def test_length_controlled_reward_with_an_unknown_reward():
+    ref_reward, ref_length = np.tile([0.0, 2], (4, 1)), np.tile([10.0, 30], (4, 1))
+    length, reward = np.array([[10.0], [20], [30], [90]]), np.array([[0.5], [1.5], [1.0], [np.nan]])
+    got = length_controlled(reward, length, ref_reward, ref_length)
+    # the slope is that of the others
+    np.testing.assert_allclose(got[:, 0], [0.75, 1.5, 0.75, np.nan], rtol=1e-12)
+
+
+def test_length_controlled_reward_removes_what_only_length_earned():
     rng = np.random.default_rng(0)
     ref_length = rng.normal(100, 20, (50, 16))
-    length = rng.normal(130, 20, (50, 3))  # longer than the references, and paid for it: reward = length / 100
-    got = protocol.length_controlled(length / 100, length, ref_length / 100, ref_length)
+    length = rng.normal(130, 20, (50, 3))  # longer than the references; the reward is length / 100
+    got = length_controlled(length / 100, length, ref_length / 100, ref_length)
     np.testing.assert_allclose(got, np.tile(ref_length.mean(1)[:, None] / 100, 3), rtol=1e-9)
 
 
 def test_win_rate_counts_ties_half_and_leaves_unknown_rewards_out():
-    got = protocol.win_rate(np.array([[1.0, np.nan, 3]]), np.array([[0, 1, 2, np.nan]]))
-    np.testing.assert_equal(got, [[0.5, np.nan, 1]])
+    got = protocol.win_rate(pd.DataFrame([[1.0, np.nan, 3]]), pd.DataFrame([[0, 1, 2, np.nan]]))
+    np.testing.assert_equal(got.to_numpy(), [[0.5, np.nan, 1]])
 
 
 def test_measure_by_hand():
     def evaluation(reward):
-        reward = np.array(reward, float)
-        return {"reward": reward, "length": np.full(reward.shape, 7.0), "ref_reward": np.zeros((len(reward), 2)),
-                "ref_length": np.ones((len(reward), 2))}
-    two = {0: evaluation([[0, 1], [1, 1], [5, 5]]), 1: evaluation([[0, 0], [1, 0], [5, 5]])}
-    m = protocol.measure({"evaluations": two}, np.array([0, 1]))
+        reward = pd.DataFrame(reward, dtype=float)
+        references = pd.DataFrame(np.zeros((len(reward), 2)))
+        return protocol.Evaluation(None, "samples", None, reward, reward * 0 + 7, references, references + 1)
+    two = [evaluation([[0, 1], [1, 1], [5, 5]]), evaluation([[0, 0], [1, 0], [5, 5]])]
+    m = protocol.measure(two, np.array([0, 1]))  # the first two prompts
     # seed 0: generations (.5, 1), seed 1: (.5, 0); prompts over everything: (.25, .75)
     assert m["reward"] == m["gain"] == m["lc_reward"] == 0.5 and m["length"] == 7 and m["seeds"] == 2
     assert m["reward_std"] == pytest.approx(math.sqrt((0.125 + 0.125) / 2))
     assert m["reward_se_prompts"] == pytest.approx(0.25) and m["reward_se_seeds"] == pytest.approx(0.25)
     assert m["win_rate"] == pytest.approx(0.75)  # of eight samples four win, four tie
-    single = protocol.measure({"evaluations": {0: evaluation([[0, 1], [1, 1]])}}, np.array([0, 1]))
+    single = protocol.measure([evaluation([[0, 1], [1, 1]])], np.array([0, 1]))
     assert single["reward_std"] == pytest.approx(math.sqrt(0.125)) and math.isnan(single["reward_se_seeds"])
 
 
-def test_halves_split_every_difficulty():
+def test_halves_split_each_difficulty():
     difficulty = ["hard"] * 7 + ["easy"] * 20 + ["medium"] * 10
     a, b = protocol.halves(difficulty)
     assert sorted([*a, *b]) == list(range(37))
@@ -75,9 +90,11 @@ def test_halves_split_every_difficulty():
 def test_selection_rule_step_by_step():
     def m(reward, lc, length=10, std=0.1):
         return {"reward": reward, "lc_reward": lc, "length": length, "reward_std": std, "lc_reward_std": std}
-    # the first is too long; the second the best; the third is 2.9 sqrt(.02) below and out, though its LC is the best
+    # The first is too long; the second has the best reward. The third is 2.9 sqrt(.02) below that, too far,
+    # though its length-controlled reward is the best.
     pool = [m(9, 9, 1001), m(1.0, 0.1), m(0.59, 0.9), m(0.8, 0.5), m(0.75, 0.6), m(0.72, 0.3)]
-    # of the rest the best LC is 0.6; within .8 sqrt(.02) = .113 of it lies 0.5, and has the higher reward
+    # Of the rest, the best length-controlled reward is 0.6; 0.5 is within .8 sqrt(.02) = .113 of that, and
+    # has the higher reward.
     assert protocol.select(pool) == 3
     assert protocol.select(pool, "reward") == 0
     assert protocol.select([*pool[:3], m(0.8, 0.48), *pool[4:]]) == 4  # .12 below is too far
@@ -85,44 +102,45 @@ def test_selection_rule_step_by_step():
     assert protocol.select([m(1, 0, std=0), m(0.99, 1, std=0)]) == 0
 
 
-def test_spearman_with_ties():
-    assert list(results.ranks(np.array([3, 1, 3, 2]))) == [3.5, 1, 3.5, 2]
-    # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: covariance 4.5, variances 4.5 and 5
-    assert results.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-
-
 @pytest.mark.parametrize("beta, rises", [(0.1, 0.2303), (0.01, 0.0461), (0.001, 0.0069)])
 def test_optimum_under_a_normal_reward(beta, rises):
     reward = np.linspace(-9, 9, 180_001)
-    ref, best, share = results.optimum(beta, reward)
+    density, share = results.optimum(beta, reward)
     dx = reward[1] - reward[0]
     assert share == pytest.approx(rises, abs=1e-4)
-    assert best.sum() * dx == pytest.approx(1, abs=1e-4)
-    assert ref[best > ref].sum() * dx == pytest.approx(share, abs=1e-3)  # what rises, counted
+    assert density.sum() * dx == pytest.approx(1, abs=1e-4)
+    pi_ref = np.exp(-reward ** 2 / 2) / math.sqrt(2 * math.pi)
+    rising = pi_ref[density > pi_ref].sum() * dx
+    assert rising == pytest.approx(share, abs=1e-3)
 
 
 # ---- runs on disk ----
 
 def write_run(folder, seed, reward, steps=10, finished=True, evaluated=True, metrics=None, **config):
-    """A run's folder; reward(i, k) of sample k of prompt i. Its references have rewards 0 and 1 and lengths 4 and 6."""
-    config = {"loss": "qrpo", "quantile": "paper", "train_on": "refs", "beta": 0.1, "learning_rate": 1e-4, "seed": seed,
-              "num_ref_rewards": 0, "model": "base", "out": str(folder), "steps": steps + seed, "data": f"d{seed}",
+    """A run's folder; reward(i, k) of sample k of prompt i. Its references have rewards 0 and 1 and lengths 4
+    and 6.
+    """
+    config = {"loss": "qrpo", "quantile": "paper", "train_on": "refs", "beta": 0.1, "learning_rate": 1e-4,
+              "seed": seed, "num_ref_rewards": 0, "model": f"seed{seed}/base", "steps": steps + seed,
               "data_fingerprint": f"f{seed}", **config}
     rows.write_json(folder / "run.json", {"config": config, "finished": finished})
-    rows.write_json(folder / "test/sampled/run.json", {"seed": "0"})  # of a stage, not of a run
     (folder / "test/rewarded").mkdir(parents=True)
-    text = lambda n: {"text": "x" * n, "token_ids": [1] * n, "finish_reason": "stop"}
+
+    def text(n):
+        return {"text": "x" * n, "token_ids": [1] * n, "finish_reason": "stop"}
+
     with open(folder / "test/rewarded/part-00000.jsonl", "wb") as f:
         for i in range(8):
             rows.append(f, {"id": f"p{i}", "prompt": f"do {i}", "difficulty": ["easy", "hard"][i % 2],
                             "ref_completions": [text(4), text(6)], "ref_rewards": [0.0, 1.0],
-                            "samples": [text(5), text(5 + i)], "sample_rewards": [reward(i, k) for k in range(2)]})
+                            "samples": [text(5), text(5 + i)],
+                            "sample_rewards": [reward(i, k) for k in range(2)]})
     with open(folder / "metrics.jsonl", "wb") as f:
         for line in metrics or []:
             rows.append(f, line)
     n = np.arange(16)
-    np.savez(folder / "samples.npz", log_ratio=2.0 * (n % 5) + 3, length=5 + n % 5, row=n // 2, reward=n * 0.0,
-             lo=n * 0.0, hi=n * 0.0, row_ids=np.array([f"p{i}" for i in range(8)]))
+    np.savez(folder / "samples.npz", log_ratio=2.0 * (n % 5) + 3, length=5 + n % 5, row=n // 2,
+             reward=n * 0.0, lo=n * 0.0, hi=n * 0.0, row_ids=np.array([f"p{i}" for i in range(8)]))
     if evaluated:
         rows.write_json(folder / "results.json", {})
 
@@ -143,7 +161,9 @@ def read_csv(path):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Two seeds; the second learning rate is better on the selection half, the first on the half that is reported."""
+    """Two seeds; the second learning rate is better on the selection half, the first on the half that is
+    reported.
+    """
     tmp_path = tmp_path_factory.mktemp("sweep")
     selection, report = protocol.halves(["easy", "hard"] * 4)
     for seed in (0, 1):
@@ -169,12 +189,14 @@ def test_table_selects_on_one_half_and_reports_the_other(sweep):
     methods = {m["method"]: m for m in read_csv(sweep / "out/table.csv")}
     assert list(methods) == ["reference model", "dpo best_worst", "qrpo paper refs"]
     qrpo, dpo, base = methods["qrpo paper refs"], methods["dpo best_worst"], methods["reference model"]
-    assert "learning_rate 0.0003" in qrpo["selected"] and float(qrpo["reward"]) == 0  # it was chosen by the other half
+    assert "learning_rate 0.0003" in qrpo["selected"]  # the better one on the selection half
+    assert float(qrpo["reward"]) == 0
     assert (float(dpo["reward"]), int(dpo["seeds"]), float(dpo["reward_se_seeds"])) == (0.25, 2, 0)
     assert (float(dpo["gain"]), float(dpo["gain_se_prompts"])) == (-0.25, 0)
     assert (float(base["reward"]), float(base["win_rate"]), float(base["length"])) == (0.5, 0.5, 5)
     markdown = (sweep / "out/table.md").read_text()
-    assert "| **qrpo paper refs** |" in markdown and "32.7 / 1.0" in markdown  # picked by the rule; the paper's figure
+    assert "| **qrpo paper refs** |" in markdown  # picked by the rule
+    assert "32.7 / 1.0" in markdown  # the paper's
     assert "**0.5000** ± 0.0000 ± 0.0000 | **0.0000**" in markdown  # the best of the columns
 
 
@@ -198,17 +220,20 @@ def test_figures_and_the_numbers_behind_them(sweep):
     assert [(p["beta"], p["num_ref_rewards"]) for p in points] == [("0.3", "1"), ("0.3", "2")]  # 0.1 has one
     assert [float(p["reward"]) for p in points] == pytest.approx([0.5 * share, 0.7 * share])
     for fit in read_csv(sweep / "out/figure4_fits.csv"):  # 2 nats a token; sigma is sqrt 2 tokens
-        assert float(fit["slope"]) == pytest.approx(2 * math.sqrt(2)) and float(fit["spearman"]) == pytest.approx(1)
-        assert int(fit["samples"]) == 32 and float(fit["intercept"]) == pytest.approx(3)  # at the mean length, 5
+        assert int(fit["samples"]) == 32
+        assert float(fit["slope"]) == pytest.approx(2 * math.sqrt(2))
+        assert float(fit["intercept"]) == pytest.approx(3)  # at the mean length, 5
+        assert float(fit["spearman"]) == pytest.approx(1)
     last = [p for p in read_csv(sweep / "out/figure6.csv") if p["method"] == "dpo" and p["step"] == "9"]
     assert [(p["side"], float(p["log_ratio"]), float(p["se_seeds"])) for p in last] == [
         ("chosen", 1.5, 0.5), ("rejected", -2.0, 0.0)]
 
 
 def test_checkpoints_are_selected_too(tmp_path):
-    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.1, steps=20)
-    for step, reward in ((10, 0.6), (20, 0.9)):  # step 20 is the final model, and not counted twice
-        write_run(tmp_path / f"runs/a/checkpoints/step_{step:06d}", 0, lambda i, k: reward)
+    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.1, steps=30)
+    for step, reward in ((10, 0.6), (20, 0.9)):  # step 20 was not evaluated to its end
+        write_run(tmp_path / f"runs/a/checkpoints/step_{step:06d}", 0, lambda i, k: reward,
+                  evaluated=step == 10)
         (tmp_path / f"runs/a/checkpoints/step_{step:06d}/run.json").unlink()
     command(tmp_path, "table")
     qrpo = read_csv(tmp_path / "out/table.csv")[1]
@@ -244,14 +269,28 @@ def test_a_run_without_known_rewards_is_left_out(tmp_path):
     write_run(tmp_path / "runs/a", 0, lambda i, k: 0.6)
     write_run(tmp_path / "runs/b", 0, lambda i, k: None, loss="dpo")
     write_run(tmp_path / "runs/c", 0, lambda i, k: 0.5 if k else None, loss="rebel")  # one generation of two
-    assert "dpo None refs: left out" in command(tmp_path, "table")
-    assert [m["method"] for m in read_csv(tmp_path / "out/table.csv")] == ["reference model", "rebel refs", "qrpo paper refs"]
+    assert "dpo refs: left out" in command(tmp_path, "table")
+    methods = [m["method"] for m in read_csv(tmp_path / "out/table.csv")]
+    assert methods == ["reference model", "rebel refs", "qrpo paper refs"]
+
+
+def test_a_new_loss_needs_no_line_here(tmp_path):
+    """It comes last, and no flag of it is ignored."""
+    for quantile, reward in (("paper", 0.6), ("exact", 0.8)):
+        write_run(tmp_path / f"runs/ipo-{quantile}", 0, lambda i, k: reward, loss="ipo", quantile=quantile)
+    write_run(tmp_path / "runs/simpo", 0, lambda i, k: 0.7, loss="simpo")
+    for what in ("table", "figure1", "figure4"):
+        command(tmp_path, what)
+    methods = [(m["method"], float(m["reward"])) for m in read_csv(tmp_path / "out/table.csv")]
+    expected = [("reference model", 0.5), ("simpo refs", 0.7), ("ipo exact refs", 0.8),
+                ("ipo paper refs", 0.6)]
+    assert methods == [(name, pytest.approx(reward)) for name, reward in expected]
 
 
 @pytest.mark.parametrize("flags, says", (
     (["table", "--by=loss,learning_rates"], "no run has a flag 'learning_rates'"),
     (["figure4", "--tokenizer=x"], "--tokenizer"), (["table", "--runs=/no/runs"], "/no/runs: no such folder"),
-    (["table", "--out=/dev/null"], "is a file")))
+    (["table", "--out=/dev/null"], "/dev/null: cannot be written")))
 def test_flags_that_make_no_sense(sweep, capsys, flags, says):
     with pytest.raises(SystemExit, match="2"):
         command(sweep, *flags)
@@ -278,18 +317,22 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, change, mess
 
 
 def test_a_real_run(tiny, rewarded, tmp_path):
-    """Trained, sampled, rewarded and evaluated by the project's own scripts; its table's reward by another way."""
+    """Trained, sampled, rewarded and evaluated by the project's own scripts; its table's reward by another
+    way.
+    """
     out = tmp_path / "runs" / "qrpo"
     run("train.py", f"--model={tiny}", f"--data={rewarded}", f"--eval_data={rewarded}", f"--out={out}",
         "--batch_size=40", "--learning_rate=1e-3")
-    run("generate_refs.py", f"--model={out}", f"--data={rewarded}", f"--out={out / 'test/sampled'}", "--num_refs=3",
+    run("generate_refs.py", f"--model={out}", f"--data={rewarded}", f"--out={out / 'test/sampled'}",
+        "--num_refs=3",
         "--field=samples", "--max_new_tokens=20", "--seed=1")
     run("score.py", f"--data={out / 'test/sampled'}", f"--out={out / 'test/rewarded'}",
         f"--reward={rewarded.parent / 'reward.py'}:letters")
-    run("evaluate.py", f"--model={out}", f"--ref_model={tiny}", f"--data={out / 'test/rewarded'}", f"--out={out}")
+    run("evaluate.py", f"--model={out}", f"--ref_model={tiny}", f"--data={out / 'test/rewarded'}",
+        f"--out={out}")
     for what in ("table", "figure6"):
         command(tmp_path, what)
-    with pytest.raises(SystemExit, match="2"):  # this model never ends: its references are all as long as they may be
+    with pytest.raises(SystemExit, match="2"):  # this model never stops: all its references have one length
         command(tmp_path, "figure4")
     table = sorted(read_rows(out / "test/rewarded"), key=lambda row: row["id"])
     report = protocol.halves(["None"] * len(table))[1]

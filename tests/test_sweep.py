@@ -1,6 +1,7 @@
-"""paper/sweep.py: the grids' counts and flags, a sweep on this machine, and one on a real SLURM cluster of one node,
-with a failure, a cancellation, a time limit, and a node that goes down.
+"""paper/sweep.py: the grids' counts and flags, a sweep on this machine, and one on a real SLURM cluster of
+one node, with a failure, a cancellation, a time limit, and a node that goes down.
 """
+import itertools
 import json
 import os
 import shlex
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-import train
 from conftest import ROOT, read_rows, write_rows
 
 sys.path.insert(0, str(ROOT / "paper"))
@@ -23,18 +23,24 @@ import grids  # noqa: E402
 import sweep as sweep_module  # noqa: E402
 
 
+TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone"
+
+
 def sweep(*args, env=None, code=0):
     """Run sweep.py as a user does -> what it printed."""
-    done = subprocess.run([sys.executable, str(ROOT / "paper" / "sweep.py"), *map(str, args)], capture_output=True,
-                          text=True, timeout=120, env=os.environ | (env or {}))
+    done = subprocess.run([sys.executable, str(ROOT / "paper" / "sweep.py"), *map(str, args)],
+                          capture_output=True, text=True, timeout=120, env=os.environ | (env or {}))
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def states(grid, **kwargs):
     """{name: (state, remark)} as `status` prints them."""
-    lines = [line for line in sweep("status", grid, **kwargs).splitlines() if line[14:].strip() and line[13] == " "]
-    return {line[14:].split()[0]: (line[:14].strip(), " ".join(line[14:].split()[1:])) for line in lines}
+    found = {}
+    for line in sweep("status", grid, **kwargs).splitlines()[:-1]:  # the last line counts the states
+        name, *remark = line[14:].split()
+        found[name] = line[:14].strip(), " ".join(remark)
+    return found
 
 
 def write_grid(tmp_path, commands):
@@ -44,98 +50,147 @@ def write_grid(tmp_path, commands):
     return f"{tmp_path / 'grid.py'}:mine"
 
 
+# ---- the grids ----
+
+GRIDS = (grids.chat, grids.scaling, grids.code, grids.sft, grids.refs, grids.mini, grids.mini_refs,
+         grids.stories, grids.stories_refs)
+
+
 @pytest.mark.parametrize(("name", "count"), (("chat", 972), ("scaling", 90), ("code", 72), ("sft", 10)))
-def test_the_paper_has_so_many_runs(name, count):
+def test_number_of_runs_in_the_paper(name, count):
     assert len({line.split()[0] for line in sweep("list", name).splitlines()}) == count
 
 
-def test_train_takes_the_flags_of_every_run_and_names_tell_runs_apart(monkeypatch):
-    monkeypatch.setenv("RANK", "0")  # as under torchrun: some are sharded
+def test_equal_names_mean_equal_runs():
     named = {}
-    for grid in (grids.chat, grids.scaling, grids.code, grids.sft, grids.refs, grids.mini, grids.mini_refs,
-                 grids.stories, grids.stories_refs):
+    for grid in GRIDS:
         for run in grid():
             assert named.setdefault(run["name"], run) == run
-            words = shlex.split(run["command"])
-            if "train" in words:
-                flags = words[words.index("train") + 1:]
-                monkeypatch.setattr(sys, "argv", ["train.py", "--model=m", "--data=d", "--out=o", *flags])
-                args = train.arguments()
-                assert args.batch_size * (2 if args.loss in ("dpo", "rebel", "simpo") else 1) in (64, 128, 256)
     assert len({run["command"] for run in named.values()}) == len(named)
+    for name in ("llama-magpie-sft-offpolicy2best-qrpo-n3-beta1e-3-lr3e-7", "llama-leetcode-sft",
+                 "mistral-magpie-sft-refs",
+                 "qrpo-exact-refs-n3-beta0.1-lr3e-4-seed2", "simpo-beta10-lr1e-4-seed0"):
+        assert name in named  # names are folders on disk: they stay
 
 
-def test_only_names_runs():
+def test_train_accepts_the_flags_of_every_run(monkeypatch):
+    """train.py down to the line where it starts to work, with the flags of every run that trains."""
+    monkeypatch.setenv("RANK", "0")  # as under torchrun: some are sharded
+    settings, mark, _ = (ROOT / "train.py").read_text().partition("# set-up:")
+    assert mark
+    code = compile(settings, "train.py", "exec")
+    for run in itertools.chain(*[grid() for grid in GRIDS]):
+        words = shlex.split(run["command"])
+        if "train" in words:
+            flags = words[words.index("train") + 1:]
+            monkeypatch.setattr(sys, "argv", ["train.py", "--model=m", "--data=d", "--out=o", *flags])
+            variables = {"__file__": str(ROOT / "train.py"), "__name__": "train"}
+            exec(code, variables)
+            assert variables["args"].batch_size * variables["term_size"] in (64, 128, 256)
+
+
+def test_only_selects_runs():
     assert len(sweep("list", "mini", "--only=sft-correct-lr1e-4").splitlines()) == 3
     assert len(sweep("list", "mini", "--only=sft*seed1").splitlines()) == 3
     assert len(sweep("list", "mini", "--only=sft*seed1,sft*lr1e-4*").splitlines()) == 5
     assert len(sweep("list", "mini", "--only=sft*seed1, ,").splitlines()) == 3
     assert "none of the grid's 342 runs" in sweep("list", "mini", "--only=nothing", code=2)
-    for name in "maxi", "run", "product":  # the last two are there, but no grids
+    for name in "maxi", "run", "product":  # no such name; a function with arguments; not defined there
         assert f"no grid {name!r}, a function without arguments; it has chat, " in sweep("list", name, code=2)
 
 
-def test_two_runs_never_share_a_folder(tmp_path):
-    (tmp_path / "grid.py").write_text("def two():\n    for name in 'ab':\n        yield {'name': name, 'folder': 'one'}\n")
+def test_a_grid_whose_runs_share_a_folder_is_refused(tmp_path):
+    (tmp_path / "grid.py").write_text(
+        "def two():\n    for name in 'ab':\n        yield {'name': name, 'folder': 'one'}\n")
     assert "2 runs of two have the folder 'one'" in sweep("list", f"{tmp_path}/grid.py:two", code=2)
 
 
+# ---- this machine ----
+
 def test_a_sweep_on_this_machine(tmp_path):
     python = f"{sys.executable} -c"
-    (tmp_path / "rank.py").write_text("import os\nif os.environ['RANK'] == '1': raise IndexError('of rank 1')\n")
+    (tmp_path / "rank.py").write_text(
+        "import os\nif os.environ['RANK'] == '1': raise IndexError('of rank 1')\n")
     grid = write_grid(tmp_path, {
         "good": "echo $OMP_NUM_THREADS", "crashes": f"{python} 'import no_such_module'",
         "refuses": f"{python} 'import rows; rows.fail(\"lower it\")'",
-        "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?", "odd": "exit 255", "real_time": "exit 163",
-        "ranks": f"{sys.executable} -m torch.distributed.run --nproc_per_node=2 --standalone {tmp_path}/rank.py",
+        "killed": f"{python} 'import os; os.kill(os.getpid(), 9)'; exit $?", "odd": "exit 255",
+        "real_time": "exit 163",
+        "ranks": f"{TORCHRUN} --nproc_per_node=2 {tmp_path}/rank.py",
         "second": "[ -e second ] || { touch second; exit 1; }".replace("second", str(tmp_path / "second"))})
     assert set(states(grid).values()) == {("never started", "")}
     sweep("run", grid, "--jobs=2", code=1)
     found = states(grid)
-    assert found["good"][0] == "done" and found["second"] == ("failed", "exit code 1, without a word")
+    assert found["good"][0] == "done" and found["second"] == ("failed", "exit code 1, no message")
     assert found["crashes"] == ("failed", "ModuleNotFoundError: No module named 'no_such_module'")
     assert found["refuses"] == ("failed", "error: lower it")
     assert found["ranks"] == ("failed", "IndexError: of rank 1")
     assert found["killed"] == ("failed", "killed by SIGKILL (often: out of memory)")
-    assert found["odd"] == ("failed", "exit code 255, without a word")
-    assert found["real_time"] == ("failed", "exit code 163, without a word")
+    assert found["odd"] == ("failed", "exit code 255, no message")
+    assert found["real_time"] == ("failed", "exit code 163, no message")
     assert (tmp_path / "out/good/log.txt").read_text() == f"{max(1, len(os.sched_getaffinity(0)) // 2)}\n"
     before = (tmp_path / "out/good/job.json").read_text()
     sweep("run", grid, "--rerun", code=1)
     assert states(grid)["second"][0] == "done" and (tmp_path / "out/good/job.json").read_text() == before
 
 
-def test_what_runs_is_seen_and_stopping_the_sweep_stops_it(tmp_path):
-    saves = ("import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)));"
+def test_status_sees_what_runs_and_stopping_the_sweep_stops_it(tmp_path):
+    saves = ("import signal, sys, time;"
+             "signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)));"
              "print('up', flush=True); time.sleep(60)")
-    grid = write_grid(tmp_path, {"long": f"{sys.executable} -c {shlex.quote(saves)}; echo goes on", "waits": "true"})
-    process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    grid = write_grid(tmp_path, {"long": f"{sys.executable} -c {shlex.quote(saves)}; echo goes on",
+                                 "waits": "true"})
+    process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "out/long/log.txt"
     wait_for(lambda: log.exists() and "up" in log.read_text())
     assert states(grid)["long"][0] == "running" and states(grid)["waits"][0] == "never started"
     silent = time.time() - 3600
     os.utime(log, (silent, silent))
-    assert states(grid)["long"] == ("stalled", f"on {socket.gethostname()}, silent for 60 min")
+    assert states(grid)["long"] == ("stalled", f"on {socket.gethostname()}, no output for 60 min")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130 and log.read_text() == "up\nsaved\n"  # it waited for that, and stopped there
-    assert states(grid) == {"long": ("failed", "stopped, with a checkpoint to continue from"),
+    assert process.wait(30) == 130
+    assert log.read_text() == "up\nsaved\n"  # it waited for the save, and ran nothing after it
+    assert states(grid) == {"long": ("failed", "stopped, before its first checkpoint"),
                             "waits": ("never started", "")}
+    (tmp_path / "out/long/resume/step_000003").mkdir(parents=True)
+    assert states(grid)["long"] == ("failed", "stopped, with a checkpoint to continue from")
 
 
-OOM = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.batch. Some of your processes may have been killed"
+def test_torchrun_is_not_told_to_stop_while_its_workers_save(tmp_path):
+    """It would kill them 30 seconds later."""
+    (tmp_path / "rank.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)))\n"
+        "print('up', flush=True)\ntime.sleep(60)\n")
+    grid = write_grid(tmp_path, {"ranks": f"{TORCHRUN} --nproc_per_node=2 {tmp_path}/rank.py"})
+    process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "out/ranks/log.txt"
+    wait_for(lambda: log.exists() and log.read_text().count("up") == 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert log.read_text().count("saved") == 2 and "death signal" not in log.read_text()
+    (tmp_path / "out/ranks/resume/step_000003").mkdir(parents=True)
+    assert states(grid)["ranks"] == ("failed", "stopped, with a checkpoint to continue from")
+
+
+OOM = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.batch. Some of your processes may have"
 
 
 @pytest.mark.parametrize(("job", "said", "reason"), (
     ({"exit": 137, "started": 1}, OOM, "error: Detected 1 oom"),
     ({"exit": 1, "started": 1}, OOM, "error: Detected 1 oom"),
-    ({"started": 1}, "slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***",
-     "error: *** JOB 5"), ({"started": 1}, "", "ended without a word"), ({}, "", "cancelled before it started"),
+    ({"started": 1},
+     "slurmstepd-n1: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***",
+     "error: *** JOB 5"), ({"started": 1}, "", "ended without a message"),
+    ({}, "", "cancelled before it started"),
     ({}, "/var/spool/script: line 4: /gone/python: No such file or directory", "/var/spool/script: line 4")))
-def test_what_the_scheduler_says_explains_a_kill(tmp_path, job, said, reason):
+def test_a_kill_is_explained_by_what_slurm_says(tmp_path, job, said, reason):
     (tmp_path / "slurm").write_text(said + "\n")
-    (tmp_path / "log").write_text("Traceback\nKeyError: 'x'\n")
-    assert sweep_module.why(job | {"slurm_log": tmp_path / "slurm", "log_from": 0}, tmp_path / "log").startswith(reason)
+    (tmp_path / "log.txt").write_text("Traceback\nKeyError: 'x'\n")
+    job = job | {"slurm_log": tmp_path / "slurm", "log_from": 0}
+    assert sweep_module.why(tmp_path, job).startswith(reason)
 
 
 # ---- SLURM ----
@@ -143,15 +198,16 @@ def test_what_the_scheduler_says_explains_a_kill(tmp_path, job, said, reason):
 def wait_for(condition, seconds=300):
     end = time.time() + seconds
     while not condition():
-        assert time.time() < end, "waited in vain"
+        assert time.time() < end, "timed out"
         time.sleep(0.3)
 
 
 class Cluster:
-    """A throw-away SLURM on this machine, where a node is a daemon: its own munge key, ports and folders."""
+    """A temporary SLURM on this machine, where a node is a daemon: with its own munge key, ports and folders.
+    """
 
     def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # not in pytest's, which is for root alone
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # pytest's is for root only
         self.folder.chmod(0o755)
         self.env, self.daemons = {"SLURM_CONF": str(self.folder / "slurm.conf")}, {}
 
@@ -202,7 +258,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
     def start(self, *command, **kwargs):
         self.daemons[command] = subprocess.Popen(command, stdout=open(self.folder / "daemons.log", "ab"),
-                                                 stderr=subprocess.STDOUT, env=os.environ | self.env, **kwargs)
+                                                 stderr=subprocess.STDOUT, env=os.environ | self.env,
+                                                 **kwargs)
 
     def call(self, *command):
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.env)
@@ -238,17 +295,19 @@ def cluster(request, monkeypatch):
 
 @pytest.mark.parametrize("cluster", (1,), indirect=True)
 def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
-    """Its longest wait is for the shortest time limit that SLURM has, a minute; SLURM looks at it every 30 s."""
-    slow = tmp_path / "slow.py"  # train.py, which sleeps at every step until it has a checkpoint to continue from
-    slow.write_text(f"import runpy, sys, time, torch\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\n"
-                    "step, sleep = torch.optim.AdamW.step, 0 if Path(sys.argv[1], 'checkpoints').exists() else 1\n"
-                    "torch.optim.AdamW.step = lambda *args, **kwargs: (time.sleep(sleep), step(*args, **kwargs))[1]\n"
+    """Most of its time passes until SLURM's shortest time limit, a minute, which SLURM checks every 30 s."""
+    slow = tmp_path / "slow.py"  # train.py, but sleeps at every step until it has saved
+    slow.write_text("import runpy, sys, time, torch\nfrom pathlib import Path\n"
+                    f"sys.path.insert(0, {str(ROOT)!r})\n"
+                    "step, sleep = torch.optim.AdamW.step, 0 if Path(sys.argv[1], 'resume').exists() else 1\n"
+                    "def slow_step(*args, **kwargs):\n    time.sleep(sleep)\n    return step(*args, **kwargs)\n"
+                    "torch.optim.AdamW.step = slow_step\n"
                     f"del sys.argv[1]\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
     out, go, slurmd = tmp_path / "out", tmp_path / "go", ("slurmd", "-D", "-N", "node0")
     grid = write_grid(tmp_path, {
         "fails": f"[ -e {go} ] || {sys.executable} -c 'raise ValueError(\"no such luck\")'",
         "cancelled": f"[ -e {go} ] || sleep 600",
-        "trains": f"{sys.executable} -m torch.distributed.run --nproc_per_node=1 --standalone {slow} {out}/trains "
+        "trains": f"{TORCHRUN} --nproc_per_node=1 {slow} {out}/trains "
                   f"--model={tiny} --data={rewarded} --out={out}/trains --epochs=10 --learning_rate=1e-3 "
                   "--batch_size=12 --resume; exit $?",
         "node": f"echo up; [ -e {go} ] || sleep 600; echo $SLURM_ARRAY_TASK_ID $SLURM_RESTART_COUNT"})
@@ -260,7 +319,8 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
         path = out / name / "log.txt"
         return path.read_text() if path.exists() else ""
 
-    text = sweep("submit", grid, "--only=[fct]*", "--time=1", "--save_time=5", "--max_running=2", env=cluster.env)
+    text = sweep("submit", grid, "--only=[fct]*", "--sbatch=--time=1 --signal=B:USR1@5", "--max_running=2",
+                 env=cluster.env)
     array = text.split("job array ")[1].split(":")[0]
     wait_for(lambda: now("fails")[0] == "failed" and now("cancelled")[0] == now("trains")[0] == "running")
     assert now("fails") == ("failed", "ValueError: no such luck") and now("node")[0] == "never started"
@@ -281,10 +341,10 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     wait_for(lambda: now("trains")[0] == now("node")[0] == "done")
     assert "continuing after step" in log("trains")
     assert [row["step"] for row in read_rows(out / "trains/metrics.jsonl")] == list(range(1, 101))
-    lines = [line for line in log("node").splitlines() if line and "Killed" not in line]  # bash may say what died
-    assert lines == ["up", "up", "1"]  # started again once, and the array is none of its business
+    lines = [line for line in log("node").splitlines() if line and "Killed" not in line]  # bash may say that
+    assert lines == ["up", "up", "0 1"]  # started again once
 
-    assert log("fails").count("ValueError") == 1  # the requeue of one task is not the others'
+    assert log("fails").count("ValueError") == 1  # the requeue of one task does not run the others again
     assert "2 failed" in sweep("submit", grid, "--rerun", env=cluster.env)
     wait_for(lambda: {state for state, _ in states(grid, env=cluster.env).values()} == {"done"})
     assert (out / "cancelled/job.json").stat().st_mtime > (out / "node/job.json").stat().st_mtime
@@ -298,19 +358,21 @@ def test_two_nodes_share_a_run(cluster, tmp_path, tiny):
     (tmp_path / "reward.py").write_text("def letters(prompts, completions, **columns):\n"
                                         "    return [sum(map(str.isalpha, text)) for text in completions]\n")
     out = tmp_path / "out"
-    settings = (f"OUT={out} RUN=trains MODEL={tiny} DATA={tmp_path} REWARD={tmp_path}/reward.py:letters NPROC=1 "
-                "GENERATE='--num_refs=4 --max_new_tokens=8'")
-    grid = write_grid(tmp_path, {"refs": f"{settings} bash run.sh refs", "trains": f"{settings} bash run.sh train "
+    settings = (f"OUT={out} RUN=trains MODEL={tiny} DATA={tmp_path} REWARD={tmp_path}/reward.py:letters "
+                "NPROC=1 GENERATE='--num_refs=4 --max_new_tokens=8'")
+    grid = write_grid(tmp_path, {"refs": f"{settings} bash run.sh refs",
+                                 "trains": f"{settings} bash run.sh train "
                                  "--epochs=100 --batch_size=24 --learning_rate=1e-4"})
-    sweep("submit", grid, "--only=refs", "--nodes=2", env=cluster.env)
+    sweep("submit", grid, "--only=refs", "--sbatch=--nodes=2", env=cluster.env)
     wait_for(lambda: states(grid, env=cluster.env)["refs"][0] == "done")
     for stage in ("sampled", "rewarded"):
         assert [len(read_rows(out / "train" / stage / f"part-{k:05d}.jsonl")) for k in range(2)] == [12, 12]
 
-    array = sweep("submit", grid, "--nodes=2", env=cluster.env).split("job array ")[1].split(":")[0]
+    array = sweep("submit", grid, "--sbatch=--nodes=2", env=cluster.env).split("job array ")[1].split(":")[0]
     metrics = out / "trains/metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
-    cluster.call("scancel", "--batch", "--signal=USR1", f"{array}_0")  # what SLURM sends when the time limit is near
+    # what SLURM sends when the time limit is near
+    cluster.call("scancel", "--batch", "--signal=USR1", f"{array}_0")
     wait_for(lambda: states(grid, env=cluster.env)["trains"][0] == "queued")
     wait_for(lambda: json.loads((out / "trains/run.json").read_text())["finished"])
     log = (out / "trains/log.txt").read_text()

@@ -1,6 +1,10 @@
-"""train.py: one gradient however it is split, bit-identical resume, a checkpoint that loads, and the gate."""
+"""train.py: what a run writes, what a step computes, and that nothing disturbs the result: neither the number of
+processes nor kills, signals and full disks.
+"""
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,21 +13,22 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 import transformers
 
-import dataset
-import models
-import train
-from conftest import ROOT, read_rows, run, write_rows
+import rows
+from conftest import Process, call, read_rows, refused, run, start_ranks, write_rows
 
 FLAGS = ("--beta=0.1", "--learning_rate=1e-3", "--batch_size=16", "--micro_batch_tokens=160", "--dtype=float32")
+STEPS = 8  # of 16 completions: 30 rows of 4
 
 
-def flags(tiny, rewarded, out, *more):
-    return [f"--model={tiny}", f"--data={rewarded}", f"--out={out}", *FLAGS, *more]
+def flags(model, data, out, *more):
+    return [f"--model={model}", f"--data={data}", f"--out={out}", *FLAGS, *more]
 
 
-def steps(out, name="loss"):
+def logged(out, name="loss"):
     return [row[name] for row in read_rows(out / "metrics.jsonl") if name in row]
 
 
@@ -31,274 +36,393 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tiny, rewarded, tmp_path_factory):
+    """A run with evaluation data and checkpoints, to compare others with."""
     out = tmp_path_factory.mktemp("train") / "run"
-    run("train.py", *flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2"))
+    call("train.py", *flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2"))
     return out
 
 
-def load(monkeypatch, tiny, rewarded, *more):
-    """What train.py's main sets up before its loop."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(tiny, rewarded, "unused", *more)])
-    args = train.arguments()
-    model, tokenizer = models.load_model(tiny, torch.float32, "cpu"), models.load_tokenizer(tiny)
-    data = dataset.build(rewarded, tokenizer, model, args.train_on, args.loss, args.side)
-    policy = models.Policy(model)
-    data["ref_logps"] = dataset.logps(policy, data, 500, "cpu").numpy()
-    data["targets"] = train.targets(args, data)
-    with torch.no_grad():
-        for parameter in model.parameters():  # away from the start, where DPO's gradients are all alike
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.01)
-    return args, policy, data
+# ---- what a run writes ----
 
-
-@pytest.mark.parametrize("loss", (("--loss=qrpo",), ("--loss=dpo", "--train_on=best_worst"), ("--loss=rebel",
-                                  "--train_on=random_pairs"), ("--loss=simpo", "--train_on=best_worst"), ("--loss=sft",)))
-def test_the_gradient_does_not_depend_on_the_micro_batches(monkeypatch, tiny, rewarded, loss):
-    args, policy, data = load(monkeypatch, tiny, rewarded, *loss)
-    unit = 2 if args.loss in dataset.PAIRWISE else 1
-    units = train.step_units(args, len(data["lens"]) // unit, 0)
-    found = []
-    for tokens in (1, 200, 5000):
-        args.micro_batch_tokens = tokens
-        policy.zero_grad()
-        total = train.totals(args, policy, data, units, 0, 1, torch.device("cpu"), torch.autocast("cpu", enabled=False), True)
-        found.append((total["loss"], torch.cat([p.grad.flatten() for p in policy.parameters()])))
-    for loss, gradient in found[1:]:
-        assert abs(loss - found[0][0]) < 1e-5 * abs(found[0][0])
-        torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-5 * found[0][1].abs().max().item())
-    # and it is that of the plain mean: one example at a time, through the model's own logits
-    if args.loss == "qrpo":
-        policy.zero_grad()
-        for u in units:
-            b = dataset.batch(data, np.array([u]), "cpu")
-            logps = torch.log_softmax(policy.model(b["tokens"]).logits[0, :-1], -1)
-            start = int(b["prompt_lens"])
-            logp = logps.gather(1, b["tokens"][0, 1:, None])[start - 1:, 0].sum()
-            q = (b["ref_rewards"] <= b["rewards"]).double().mean()
-            beta_log_Z = 0.1 * np.log(0.1 * (np.exp(10.0) - 1))
-            ((q - beta_log_Z - 0.1 * (logp - b["ref_logps"][0])) ** 2 / len(units)).backward()
-        plain = torch.cat([p.grad.flatten() for p in policy.parameters()])
-        torch.testing.assert_close(found[0][1], plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
-
-
-def test_two_processes_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_path):
-    run("train.py", *flags(tiny, rewarded, tmp_path / "two", f"--eval_data={rewarded}", "--save_every=2"), ranks=2)
-    for name in ("loss", "eval_loss", "grad_norm", "log_ratio"):
-        np.testing.assert_allclose(steps(tmp_path / "two", name), steps(undisturbed, name), rtol=1e-5, atol=2e-5 if "ratio" in name else 2e-6)
-
-
-def test_a_killed_run_ends_in_the_same_bits(tiny, rewarded, undisturbed, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *flags(
-        tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume")]
-    for kill_after in (0, 3, 5):  # lines of metrics.jsonl; each attempt is killed after one more
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (out / "metrics.jsonl").exists() or process.poll() is None and len(
-                read_rows(out / "metrics.jsonl")) <= kill_after:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    run(*["train.py", *command[2:]])
-    assert weights(out) == weights(undisturbed)
-    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, *range(1, 9), 8]
-    assert steps(out) == steps(undisturbed)
-    again = run(*["train.py", *command[2:]])
-    assert "finished" in again.stdout
-
-
-def test_the_checkpoint_loads_in_plain_transformers_and_generates(tiny, undisturbed):
+def test_the_trained_model_loads_in_plain_transformers_and_generates(tiny, undisturbed):
     model = transformers.AutoModelForCausalLM.from_pretrained(undisturbed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(undisturbed)
-    assert model.generate(**tokenizer("row", return_tensors="pt"), max_new_tokens=5, pad_token_id=0).shape[1] > 2
+    prompt = tokenizer("row", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=5, pad_token_id=0).shape[1] > 2
     before = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     assert model.config.to_dict() == before.config.to_dict() | {"_name_or_path": model.config._name_or_path}
     assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
+
+
+def test_run_json_says_how_the_model_was_made(undisturbed):
     record = json.loads((undisturbed / "run.json").read_text())
-    assert record["finished"] and record["config"]["beta"] == 0.1 and record["versions"]["torch"] == torch.__version__
-    assert (undisturbed / "curves.png").stat().st_size > 10_000
-    assert [p.parent.name for p in undisturbed.glob("checkpoints/*/resume.pt")] == ["step_000008"]
+    assert record["finished"] and record["config"]["beta"] == 0.1 and record["config"]["steps"] == STEPS
+    assert record["versions"]["torch"] == torch.__version__ and "--save_every=2" in record["command"]
 
 
-def test_step_0_is_at_the_reference_and_training_moves_towards_the_targets(undisturbed):
+def test_checkpoints_are_whole_models_and_the_resume_state_goes_when_the_run_ends(tiny, undisturbed):
+    assert names(undisturbed / "checkpoints") == ["step_000002", "step_000004", "step_000006"]
+    for step in (undisturbed / "checkpoints").iterdir():
+        assert set(names(tiny)) <= set(names(step)) and weights(step) != weights(undisturbed)
+    assert set(names(undisturbed)) == set(names(tiny)) | {
+        "cache", "checkpoints", "metrics.jsonl", "run.json"}
+
+
+def test_the_log_has_every_step_and_evaluations_before_and_after(undisturbed):
+    log = read_rows(undisturbed / "metrics.jsonl")
+    assert [row["step"] for row in log] == [0, *range(1, STEPS + 1), STEPS]
+    assert {"loss", "loss_down", "log_ratio", "log_ratio_chosen", "log_ratio_rejected", "drift", "grad_norm",
+            "learning_rate", "epoch", "seconds", "tokens_per_second"} == set(log[1]) - {"step"}
+    assert {"eval_loss", "eval_log_ratio"} < set(log[0]) and {"eval_loss", "eval_log_ratio"} < set(log[-1])
+
+
+def test_training_starts_at_the_reference_model_and_moves_towards_the_targets(undisturbed):
     first = read_rows(undisturbed / "metrics.jsonl")[0]
-    assert abs(first["eval_log_ratio"]) < 1e-5 and first["step"] == 0
-    losses = steps(undisturbed, "eval_loss")
+    assert abs(first["eval_log_ratio"]) < 1e-5 and first["eval_drift"] < 1e-5
+    losses = logged(undisturbed, "eval_loss")
     assert losses[-1] < losses[0]
 
 
-def test_the_gate_refuses_reference_log_probabilities_of_another_model(tiny, rewarded, tmp_path):
-    out = tmp_path / "run"
-    command = flags(tiny, rewarded, out, "--resume")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command], stderr=subprocess.DEVNULL)
-    while not list(out.glob("cache/ref_logps-*.npy")):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    cache, = out.glob("cache/ref_logps-*.npy")
-    np.save(cache, np.load(cache) + 0.5)
-    done = run("train.py", *command, check=False)
-    assert done.returncode == 2 and "cache" in done.stderr and "step 0" in done.stderr
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine_to_zero(undisturbed):
+    expected = [1e-3 * 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1))) for step in range(1, STEPS)]
+    np.testing.assert_allclose(logged(undisturbed, "learning_rate"), [1e-3, *expected])
 
 
-def test_bfloat16_checkpoints_stay_bfloat16_and_masters_are_float32(tiny, rewarded, tmp_path):
+def test_a_bfloat16_model_trains_and_is_saved_in_float32(tiny, rewarded, tmp_path):
+    """At a learning rate of 1e-7 most bfloat16 weights would not move."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
     transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "half")
-    run("train.py", *flags(tmp_path / "half", rewarded, tmp_path / "run", "--learning_rate=1e-7", "--gradient_checkpointing"))
+    call("train.py", *flags(tmp_path / "half", rewarded, tmp_path / "run", "--learning_rate=1e-7"))
     trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
-    assert trained.dtype == torch.bfloat16
-    state = torch.load(tmp_path / "run" / "checkpoints" / "step_000008" / "resume.pt", weights_only=True)
-    moved = [(state["model"][name] != p.float()).float().mean().item() for name, p in model.named_parameters()]
-    assert np.mean(moved) > 0.3  # float32 weights move at a learning rate that bfloat16 ones would not see
+    assert trained.dtype == torch.float32
+    moved = [(a != b.float()).float().mean().item() for a, b in zip(trained.parameters(), model.parameters())]
+    assert np.mean(moved) > 0.3
 
 
-@pytest.mark.parametrize("regime, expected", (
-    ("refs", [0.1, 0.9, 0.5, 0.5]), ("best_worst", [0.9, 0.1]), ("random_pairs", [0.9, 0.1, 0.5, 0.5]),
-    ("chosen_rejected", [3.0, 4.0]), ("completion", [2.0])))
-def test_regimes(tiny, tmp_path, regime, expected):
-    row = {"prompt": "p", "completion": "c", "reward": 2, "chosen": "yes", "rejected": "no", "chosen_reward": 3,
-           "rejected_reward": 4, "ref_rewards": [0.1, 0.9, 0.5, 0.5, None],
-           "ref_completions": [{"text": "abcde"[k], "token_ids": [66 + k - 1], "finish_reason": "length"} for k in range(5)]}
-    model, tokenizer = models.load_model(tiny, torch.float32, "cpu"), models.load_tokenizer(tiny)
-    for k, completion in enumerate(row["ref_completions"]):
-        completion["token_ids"] = tokenizer(completion["text"], add_special_tokens=False).input_ids
-    data = dataset.build(write_rows(tmp_path / "d.jsonl", [row]), tokenizer, model, regime, "sft", num_ref_rewards=3)
-    np.testing.assert_allclose(data["rewards"], expected)
-    assert data["ref_rewards"].shape == (1, 3)
-    if regime == "refs":
-        assert data["side"].tolist() == [-1, 1, 0, 0] and data["among_refs"].tolist() == [True, True, True, False]
-    if regime == "chosen_rejected":
-        assert data["side"].tolist() == [1, -1] and not data["among_refs"].any()
-        start, n = data["starts"][0] + data["prompt_lens"][0], data["lens"][0] - data["prompt_lens"][0]
-        assert tokenizer.decode(data["tokens"][start:start + n]) == "yes<eos>"
-    if regime == "random_pairs":
-        data = dataset.build(tmp_path / "d.jsonl", tokenizer, model, regime, "dpo")
-        np.testing.assert_allclose(data["rewards"], [0.9, 0.1])
+def test_a_dry_run_shows_a_batch_and_writes_nothing(tiny, rewarded, tmp_path, capsys):
+    call("train.py", *flags(tiny, rewarded, tmp_path / "run", "--dry_run"))
+    out = capsys.readouterr().out
+    assert out.count("<<<\n") == 4 and "target log-ratio" in out and "minutes" in out
+    assert names(tmp_path) == []
 
 
-def test_a_side_of_the_pairs_and_a_least_reward(tiny, rewarded):
-    model, tokenizer = models.load_model(tiny, torch.float32, "cpu"), models.load_tokenizer(tiny)
-    both = dataset.build(rewarded, tokenizer, model, "best_worst")
-    for side, sign in (("chosen", 1), ("rejected", -1)):
-        one = dataset.build(rewarded, tokenizer, model, "best_worst", side=side)
-        assert set(one["side"]) == {sign}
-        np.testing.assert_array_equal(one["rewards"], both["rewards"][both["side"] == sign])
-    good = dataset.build(rewarded, tokenizer, model, "refs", "sft", min_reward=0.5)
-    every = dataset.build(rewarded, tokenizer, model, "refs")["rewards"]
-    assert 0 < len(good["rewards"]) == (every >= 0.5).sum() < len(every)
-
-
-def test_length_normalized_qrpo_is_the_loss_with_beta_over_tokens(monkeypatch, tiny, rewarded):
-    args, policy, data = load(monkeypatch, tiny, rewarded, "--length_normalize", "--beta=1", "--max_beta=0.12")
-    data["lens"] = data["lens"] - 15 * (np.arange(len(data["lens"])) % 2)  # every second completion: 5 tokens, not 20
-    data["targets"] = train.targets(args, data)
-    batch = dataset.batch(data, np.arange(12), "cpu")
-    logps = policy(batch["tokens"], batch["prompt_lens"], batch["lens"]).detach()
-    lens = batch["lens"] - batch["prompt_lens"]
-    assert lens.min() < 1 / 0.12 < lens.max()  # the clamp takes some and leaves some
-    expected = []
-    for i in range(len(lens)):
-        beta = min(1 / int(lens[i]), 0.12)
-        q = (batch["ref_rewards"][i] <= batch["rewards"][i]).double().mean().item()
-        log_Z = np.log(beta * np.expm1(1 / beta))
-        expected.append((q - beta * log_Z - beta * (logps[i] - batch["ref_logps"][i]).item()) ** 2)
-    np.testing.assert_allclose(train.losses(args, batch, logps), expected, rtol=1e-4)
-    # at its target a completion's loss is 0
-    at_target = batch["ref_logps"] + batch["targets"]
-    np.testing.assert_allclose(train.losses(args, batch, at_target), np.zeros(len(lens)), atol=1e-9)
-
-
-def test_told_to_stop_it_saves_exits_with_75_and_continues_to_the_same_bits(tiny, rewarded, undisturbed, tmp_path):
-    out = tmp_path / "run"
-    command = ["train.py", *flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume")]
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        done = len(read_rows(out / "metrics.jsonl")) if out.exists() else 0
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL)
-        while not (out / "metrics.jsonl").exists() or len(read_rows(out / "metrics.jsonl")) < done + 2:
-            time.sleep(0.005)
-        process.send_signal(signum)
-        assert process.wait() == 75
-    run(*command)
-    assert weights(out) == weights(undisturbed) and steps(out) == steps(undisturbed)
-    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, *range(1, 9), 8]
-
-
-def test_a_second_process_on_the_same_run_is_refused(tiny, rewarded, tmp_path):
-    command = flags(tiny, rewarded, tmp_path / "run", "--resume", "--epochs=50")
-    first = subprocess.Popen([sys.executable, ROOT / "train.py", *command], stderr=subprocess.DEVNULL)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    second = run("train.py", *command, check=False)
-    first.kill()
-    first.wait()
-    assert second.returncode == 2 and "another process is writing it" in second.stderr
-
-
-def test_sharded_training_has_the_same_losses_checkpoints_and_resume(tiny, rewarded, undisturbed, tmp_path):
-    out = tmp_path / "run"
-    shared = flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *shared]
-    process = subprocess.Popen([*command, "--shard"], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not list(out.glob("checkpoints/step_000004")):
-        time.sleep(0.01)
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    run("train.py", *shared)  # what two sharded ranks saved continues in one process
-    for name in ("loss", "eval_loss", "grad_norm"):
-        np.testing.assert_allclose(steps(out, name), steps(undisturbed, name), rtol=2e-5, atol=2e-6)
-    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
-
-
-def test_a_dry_run_shows_a_batch_and_writes_nothing(tiny, rewarded, tmp_path):
-    done = run("train.py", *flags(tiny, rewarded, tmp_path / "run", "--dry_run"))
-    assert done.stdout.count("<<<\n") == 4 and "target log-ratio" in done.stdout and "minutes" in done.stdout
-    assert not (tmp_path / "run").exists()
-
-
-def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path):
+def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path, capsys, monkeypatch):
     (tmp_path / "trackio.py").write_text(
         "import json, pathlib\nfile = pathlib.Path(__file__).with_name('sent.jsonl').open('a')\n"
         "def init(**settings): assert settings['project'] == 'qrpo' and settings['config']['beta'] == 0.1\n"
-        "def log(row, step): file.write(json.dumps(row | {'step': step}) + '\\n')\n")
-    run("train.py", *flags(tiny, rewarded, tmp_path / "run", "--track=trackio"), env={"PYTHONPATH": str(tmp_path)})
+        "def log(row, step): print(json.dumps(row | {'step': step}), file=file, flush=True)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    call("train.py", *flags(tiny, rewarded, tmp_path / "run", "--track=trackio"))
+    monkeypatch.delitem(sys.modules, "trackio")
     assert read_rows(tmp_path / "sent.jsonl") == read_rows(tmp_path / "run" / "metrics.jsonl")
-    missing = run("train.py", *flags(tiny, rewarded, tmp_path / "other", "--track=wandb"), check=False)
-    assert missing.returncode == 2 and "install it" in missing.stderr
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    refused(capsys, ["install it"], "train.py", *flags(tiny, rewarded, tmp_path / "other", "--track=wandb"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
-def test_a_full_disk_leaves_the_last_checkpoint_and_room_lets_it_continue(tiny, rewarded, undisturbed, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", disk], stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        command = flags(tiny, rewarded, disk / "run", f"--eval_data={rewarded}", "--save_every=1", "--keep=9", "--resume")
-        full = run("train.py", *command, check=False)
-        assert full.returncode == 2 and "make room" in full.stderr
-        last = max(disk.glob("run/checkpoints/step_*"))
-        assert torch.load(last / "resume.pt", weights_only=True) and not list(disk.glob("run/checkpoints/.new*"))
-        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-        again = run("train.py", *command)
-        assert f"continuing after step {int(last.name[5:])}" in again.stdout
-        assert weights(disk / "run") == weights(undisturbed) and steps(disk / "run") == steps(undisturbed)
-    finally:
-        subprocess.run(["umount", disk], check=True)
+# ---- what a step computes ----
+
+LOSSES = {  # each loss and the data it is tried on
+    "qrpo": "refs", "dpo": "best_worst", "rebel": "random_pairs", "simpo": "best_worst", "sft": "refs"}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny, rewarded, tmp_path):
-    done = run("train.py", *flags(tiny, rewarded, tmp_path / "run", "--save_every=1", "--learning_rate=1e30",
-                                  "--max_grad_norm=1", "--weight_decay=0.1", "--norm=mae"), check=False)
-    assert done.returncode == 2 and "gradient norm" in done.stderr and "ids " in done.stderr
-    kept = torch.load(max(tmp_path.glob("run/checkpoints/step_*/resume.pt")), weights_only=True)  # the last good one
-    assert kept["model"]
+def qrpo(c, ref_rewards):
+    q = np.mean([reward <= c["reward"] for reward in ref_rewards])
+    beta_log_Z = 0.1 * math.log(0.1 * (math.exp(10) - 1))
+    return (q - beta_log_Z - 0.1 * c["log_ratio"]) ** 2
+
+
+PAIR_LOSSES = {  # of a better completion c and a worse one r
+    "dpo": lambda c, r: -F.logsigmoid(0.1 * (c["log_ratio"] - r["log_ratio"])),
+    "simpo": lambda c, r: -F.logsigmoid(0.1 * (c["logp"] / c["n"] - r["logp"] / r["n"] - 0.5)),
+    "rebel": lambda c, r: ((c["reward"] - r["reward"]) / 0.1 - (c["log_ratio"] - r["log_ratio"])) ** 2}
+
+
+def read_by_hand(policy, reference, tokenizer, row):
+    """The completions of a row with their log-probabilities, one at a time, from the models' own logits."""
+    prompt, pool = tokenizer(row["prompt"]).input_ids, []
+    for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):
+        ids, logps = completion["token_ids"], []
+        for model in (policy, reference):
+            each = torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0], -1)
+            logps.append(sum(each[len(prompt) + t - 1, token] for t, token in enumerate(ids)))
+        log_ratio = logps[0] - logps[1].detach()
+        pool.append({"reward": reward, "logp": logps[0], "n": len(ids), "log_ratio": log_ratio})
+    return pool
+
+
+def pairs_by_hand(regime, pool):
+    if regime == "best_worst":
+        ordered = sorted(pool, key=lambda c: -c["reward"])
+        return [(ordered[0], ordered[-1])]
+    return [sorted(pool[i:i + 2], key=lambda c: -c["reward"]) for i in (0, 2)]
+
+
+def step_by_hand(loss, policy, reference, table):
+    """The mean loss over all rows, its gradient, and the mean log-ratios of the better completions and of
+    the worse.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
+    policy = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(reference)
+    terms, tokens, better, worse = [], 0, [], []
+    for row in table:
+        pool = read_by_hand(policy, reference, tokenizer, row)
+        if loss in PAIR_LOSSES:
+            pairs = pairs_by_hand(LOSSES[loss], pool)
+            terms += [PAIR_LOSSES[loss](c, r) for c, r in pairs]
+            better += [c["log_ratio"].item() for c, _ in pairs]
+            worse += [r["log_ratio"].item() for _, r in pairs]
+            continue
+        for c in pool:
+            tokens += c["n"]
+            terms.append(qrpo(c, row["ref_rewards"]) if loss == "qrpo" else -c["logp"])
+            side = better if c["reward"] > np.mean(row["ref_rewards"]) else worse
+            side.append(c["log_ratio"].item())
+    value = sum(terms) / (tokens if loss == "sft" else len(terms))  # SFT: the mean over all tokens
+    value.backward()
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    return value.item(), gradient, np.mean(better), np.mean(worse)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_is_the_gradient_of_the_mean_loss_however_it_is_split(
+        loss, tiny, rewarded, undisturbed, tmp_path, monkeypatch):
+    """A second round: the policy is a trained model, so that it is away from its reference."""
+    table = read_rows(rewarded)[:6]
+    data, gradients = write_rows(tmp_path / "data.jsonl", table), []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def recorded(parameters, limit):
+        parameters = list(parameters)
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return clip(parameters, limit)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded)
+    expected, gradient, better, worse = step_by_hand(loss, undisturbed, tiny, table)
+    for i, more in enumerate((["--micro_batch_tokens=1"], ["--micro_batch_tokens=200"],
+                              ["--micro_batch_tokens=5000", "--gradient_checkpointing"])):
+        out = tmp_path / str(i)
+        call("train.py", *flags(undisturbed, data, out, f"--ref_model={tiny}", "--batch_size=24", f"--loss={loss}",
+                                f"--train_on={LOSSES[loss]}", f"--cache={tmp_path}/cache", *more))
+        assert logged(out) == [pytest.approx(expected, rel=1e-4)]
+        assert logged(out, "grad_norm") == [pytest.approx(gradient.norm().item(), rel=1e-3)]
+        torch.testing.assert_close(gradients[i], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+        assert logged(out, "log_ratio_chosen") == [pytest.approx(better, rel=1e-3, abs=1e-4)]
+        assert logged(out, "log_ratio_rejected") == [pytest.approx(worse, rel=1e-3, abs=1e-4)]
+
+
+def test_length_normalize_divides_beta_by_the_tokens_of_the_completion(tiny, rewarded, tmp_path, loaded):
+    table, tokenizer = read_rows(rewarded)[:8], loaded[0]
+    for row in table:
+        for completion in row["ref_completions"][::2]:  # every second one: 5 tokens
+            completion["token_ids"] = completion["token_ids"][:5]
+            completion["text"] = tokenizer.decode(completion["token_ids"], skip_special_tokens=True)
+    script = call("train.py", *flags(tiny, write_rows(tmp_path / "data.jsonl", table), tmp_path / "run",
+                                     "--length_normalize", "--beta=1", "--max_beta=0.12"))
+    b = script["load_batch"](script["train_data"], np.arange(12), 1.0)
+    logps = script["policy"](b.tokens, b.prompt_lens, b.lens).detach()
+    lens = b.lens - b.prompt_lens
+    assert lens.min() < 1 / 0.12 < lens.max()  # the limit applies to some of them
+    expected = []
+    for i in range(12):
+        beta = min(1 / int(lens[i]), 0.12)
+        q = np.mean(b.ref_rewards[i].numpy() <= b.rewards[i].item())
+        log_Z = np.log(beta * np.expm1(1 / beta))
+        expected.append((q - beta * log_Z - beta * (logps[i] - b.ref_logps[i]).item()) ** 2)
+    loss = script["LOSSES"]["qrpo"][2]
+    np.testing.assert_allclose(loss(b, logps), expected, rtol=1e-4)
+    np.testing.assert_allclose(loss(b, b.ref_logps + b.targets), np.zeros(12), atol=1e-9)  # 0 at its target
+
+
+def test_scaled_normal_icdf_scales_by_the_spread_of_each_prompts_rewards(tiny, rewarded, tmp_path):
+    script = call("train.py", *flags(tiny, rewarded, tmp_path / "run", "--transform=scaled-normal-icdf", "--beta=0.5"))
+    b = script["load_batch"](script["train_data"], np.arange(40), 1.0)
+    table = sorted(read_rows(rewarded), key=lambda row: row["id"])
+    spread = np.array([np.std(row["ref_rewards"], ddof=1) for row in table])
+    sigma = torch.tensor(spread / spread.mean()).repeat_interleave(4)[:40]
+    q = (b.ref_rewards <= b.rewards[:, None]).double().mean(1).clamp(1 / 4, 3 / 4)
+    expected = sigma * torch.special.ndtri(q) / 0.5 - (sigma / 0.5) ** 2 / 2
+    torch.testing.assert_close(b.targets.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("beta", (3e-4, 10.0))
-def test_betas_from_tiny_to_large_train_without_overflow(tiny, rewarded, tmp_path, beta):
-    for i, more in enumerate((["--quantile=exact"], ["--transform=log", "--norm=mae", "--max_grad_norm=1"])):
-        run("train.py", *flags(tiny, rewarded, tmp_path / f"run{i}", f"--beta={beta}", *more))
-        assert np.isfinite(steps(tmp_path / f"run{i}")).all() and np.isfinite(steps(tmp_path / f"run{i}", "grad_norm")).all()
+@pytest.mark.parametrize("more", (["--quantile=exact"], ["--transform=log", "--norm=mae", "--max_grad_norm=1"]))
+def test_betas_from_tiny_to_large_train_without_overflow(tiny, rewarded, tmp_path, beta, more):
+    call("train.py", *flags(tiny, rewarded, tmp_path / "run", f"--beta={beta}", *more))
+    assert np.isfinite(logged(tmp_path / "run")).all() and np.isfinite(logged(tmp_path / "run", "grad_norm")).all()
+
+
+def test_every_epoch_is_another_order_of_all_the_data(tiny, rewarded, tmp_path):
+    script = call("train.py", *flags(tiny, rewarded, tmp_path / "run", "--epochs=2"))
+    order = [np.concatenate([script["step_terms"](epoch * STEPS + i).reshape(-1) for i in range(STEPS)])
+             for epoch in range(2)]
+    assert sorted(order[0]) == sorted(order[1]) == list(range(120)) and (order[0] != order[1]).any()
+    assert len(logged(tmp_path / "run")) == 2 * STEPS
+
+
+# ---- step 0 ----
+
+def test_reference_log_probabilities_of_another_model_are_refused(
+        tiny, rewarded, undisturbed, tmp_path, capsys):
+    cache = shutil.copytree(undisturbed / "cache", tmp_path / "cache")
+    path, = cache.glob("ref_logps-*.npy")
+    np.save(path, np.load(path) + 0.5)
+    refused(capsys, ["step 0", str(cache), "made with another model"], "train.py",
+            *flags(tiny, rewarded, tmp_path / "run", f"--cache={cache}"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny, rewarded, tmp_path, capsys):
+    refused(capsys, ["gradient norm", "look at this step's rows"], "train.py", *flags(
+        tiny, rewarded, tmp_path / "run", "--save_every=1", "--learning_rate=1e30", "--max_grad_norm=1", "--norm=mae"))
+    assert names(tmp_path / "run" / "resume")[0].startswith("step_")  # the last good one
+
+
+# ---- several processes ----
+
+def test_two_processes_under_torchrun_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_path):
+    run("train.py", *flags(tiny, rewarded, tmp_path / "two", f"--eval_data={rewarded}", "--save_every=2"), ranks=2)
+    for name in ("loss", "eval_loss", "grad_norm", "log_ratio"):
+        np.testing.assert_allclose(logged(tmp_path / "two", name), logged(undisturbed, name), rtol=1e-5,
+                                   atol=2e-5 if "ratio" in name else 2e-6)
+    assert names(tmp_path / "two") == names(undisturbed)
+
+
+def test_what_two_sharded_processes_saved_continues_in_one(tiny, rewarded, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    command = flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume")
+    ranks = start_ranks(2, "train.py", *command, "--shard", before=lambda: die_after_saving(4))
+    assert ranks[0].wait() == -signal.SIGKILL
+    ranks[1].kill()
+    assert names(out / "resume")[-1] == "step_000004"
+    call("train.py", *command)
+    for name in ("loss", "eval_loss", "grad_norm"):
+        np.testing.assert_allclose(logged(out, name), logged(undisturbed, name), rtol=2e-5, atol=2e-6)
+    assert names(out) == names(undisturbed)
+
+
+def test_two_sharded_processes_have_the_result_of_one(tiny, rewarded, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    command = flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--shard")
+    assert [rank.wait() for rank in start_ranks(2, "train.py", *command)] == [0, 0]
+    np.testing.assert_allclose(logged(out), logged(undisturbed), rtol=2e-5, atol=2e-6)
+    a, b = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (out, undisturbed))
+    for ours, theirs in zip(a.parameters(), b.parameters()):
+        assert (ours - theirs).abs().max() < 1e-3  # AdamW turns rounding into steps of the learning rate
+    assert names(out) == names(undisturbed)
+
+
+def test_a_second_process_on_the_same_run_is_refused(tiny, rewarded, tmp_path, capsys):
+    command = flags(tiny, rewarded, tmp_path / "run", "--resume", "--epochs=500")
+    first = Process("train.py", *command)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert first.running()
+        time.sleep(0.01)
+    refused(capsys, ["another process is writing it"], "train.py", *command)
+    assert first.running()
+    first.kill()
+
+
+# ---- kills, signals and full disks ----
+
+def counted(function, reached):
+    """The function, which calls reached() before its work."""
+    def wrapper(*args):
+        reached()
+        return function(*args)
+    return wrapper
+
+
+def die_at_write(n):
+    """Kill this process right before its n-th write: an appended row, or a file or folder moved into place."""
+    writes = []
+
+    def reached():
+        writes.append(1)
+        if len(writes) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+    rows.append = counted(rows.append, reached)
+    os.replace = counted(os.replace, reached)
+
+
+def die_after_saving(step):
+    """Kill this process when OUT/resume/step_N has been moved into place."""
+    replace = os.replace
+
+    def replace_and_die(old, new):
+        replace(old, new)
+        if str(new).endswith(f"resume/step_{step:06d}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = replace_and_die
+
+
+def test_a_run_killed_before_any_of_its_writes_ends_in_the_same_bits(tiny, rewarded, undisturbed, tmp_path):
+    """Start it, kill it before its first write; start it again, kill it before its second; and so on to its end."""
+    out = tmp_path / "run"
+    command = flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume")
+    kills = 0
+    while Process("train.py", *command, before=lambda: die_at_write(kills + 1)).wait() == -signal.SIGKILL:
+        kills += 1
+    assert kills > 10
+    assert weights(out) == weights(undisturbed) and names(out) == names(undisturbed)
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, *range(1, STEPS + 1), STEPS]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert logged(out, name) == logged(undisturbed, name)
+    for step in names(undisturbed / "checkpoints"):
+        assert weights(out / "checkpoints" / step) == weights(undisturbed / "checkpoints" / step)
+
+
+def test_a_finished_run_has_nothing_to_do(tiny, rewarded, undisturbed, capsys):
+    before = weights(undisturbed)
+    with pytest.raises(SystemExit) as end:
+        call("train.py", *flags(tiny, rewarded, undisturbed, f"--eval_data={rewarded}", "--resume"))
+    assert not end.value.code and "finished" in capsys.readouterr().out and weights(undisturbed) == before
+
+
+@pytest.mark.parametrize("signum", (signal.SIGTERM, signal.SIGUSR1))
+def test_told_to_stop_it_saves_exits_with_75_and_continues_to_the_same_bits(
+        tiny, rewarded, undisturbed, tmp_path, monkeypatch, signum):
+    out, append = tmp_path / "run", rows.append
+    command = ["train.py", *flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume")]
+
+    def append_and_signal(file, row):
+        append(file, row)
+        if row["step"] == 3:
+            signal.raise_signal(signum)
+    monkeypatch.setattr(rows, "append", append_and_signal)
+    with pytest.raises(SystemExit) as end:
+        call(*command)
+    assert end.value.code == 75 and names(out / "resume") == ["step_000003"]
+    monkeypatch.setattr(rows, "append", append)
+    call(*command)
+    assert weights(out) == weights(undisturbed) and logged(out) == logged(undisturbed)
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, *range(1, STEPS + 1), STEPS]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+@pytest.mark.parametrize("kilobytes", (1100, 1500))  # full while the model, and while the resume state is saved
+def test_a_full_disk_leaves_the_last_checkpoint_and_room_lets_it_continue(
+        tiny, rewarded, undisturbed, tmp_path, capsys, kilobytes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk]
+    if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        command = flags(tiny, rewarded, disk / "run", f"--eval_data={rewarded}", "--save_every=1", "--resume")
+        refused(capsys, ["cannot be written", "Make room"], "train.py", *command)
+        last = max((disk / "run" / "resume").glob("step_*"))
+        assert dcp.FileSystemReader(last).read_metadata().state_dict_metadata
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        call("train.py", *command)
+        assert f"continuing after step {int(last.name[5:])}" in capsys.readouterr().out
+        assert weights(disk / "run") == weights(undisturbed) and logged(disk / "run") == logged(undisturbed)
+        assert names(disk / "run") == names(undisturbed)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)

@@ -1,4 +1,4 @@
-"""A reward for GSM8K: is the final number right? A column `answer` holds the right one, as prepare.py writes it.
+"""A reward for GSM8K: is the final number right? The column `answer` has the right one; prepare.py writes it.
 
     python score.py --data=out/refs --out=out/rewarded --reward=data/gsm8k/reward.py:correct
 """
@@ -6,7 +6,7 @@ import re
 
 
 def final_number(text):
-    """The number after the first "####", or else the last one; None where there is none."""
+    """The number after the first "####", or without that mark the last number; None if there is none."""
     _, mark, tail = text.partition("####")
     found = re.findall(r"(?:(?<![\d)])-)?\d[\d,]*(?:\.\d+)?", tail if mark else text)
     return float(found[0 if mark else -1].replace(",", "")) if found else None

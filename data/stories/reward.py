@@ -1,4 +1,4 @@
-"""A reward for stories: how many happy words a story has, less its sad ones.
+"""A reward for stories: the number of happy words minus the number of sad words.
 
     python score.py --data=out/refs --out=out/rewarded --reward=data/stories/reward.py:happy
 """

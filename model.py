@@ -1,0 +1,267 @@
+"""Models: load a causal LM and its tokenizer, turn prompts and completions into token ids, and compute log pi(y|x).
+
+Sampling, the reference pass, training and evaluation use the same functions, so all of them see the same tokens.
+
+    python -c 'import model; print(model.prompt_ids(model.load_tokenizer("data/minicode/model"), "hello"))'
+"""
+import ctypes
+import hashlib
+import os
+import platform
+
+import numpy as np
+import torch
+import transformers
+
+import qrpo
+import rows
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+# ---- device and dtype ----
+
+def get_device():
+    """This process's own GPU under torchrun, the first GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def get_dtype(name, device):
+    """--dtype as a torch.dtype; auto is bfloat16 on a GPU and float32 on a CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def keep_freed_memory():
+    """On a CPU: let glibc keep what is freed. Every step needs the same large tensors, and to get them from the kernel
+    page by page again takes 12 to 18% of a step (https://man7.org/linux/man-pages/man3/mallopt.3.html).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
+# ---- loading ----
+
+def load(kind, path, **kwargs):
+    """kind.from_pretrained(path), with an error in one line. kind: a transformers Auto class."""
+    try:
+        return kind.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        what = kind.__name__.replace("AutoModelFor", "").replace("Auto", "")
+        rows.fail(f"{path}: no {what} can be loaded from it ({reason}); give a Hugging Face folder, or a hub name that "
+                  "this machine can reach")
+
+
+def load_tokenizer(path, trust_remote_code=False):
+    return load(transformers.AutoTokenizer, path, trust_remote_code=trust_remote_code)
+
+
+def load_model(path, dtype, device, trust_remote_code=False):
+    """The causal LM of a Hugging Face folder, in evaluation mode: it has no dropout here, in training either."""
+    config = load(transformers.AutoConfig, path, trust_remote_code=trust_remote_code)
+    model = load(transformers.AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.stored_dtype = config.dtype or torch.float32  # what its checkpoint is in
+    return model.to(device).eval()
+
+
+MODEL_FILES = ("model", "pytorch_model", "config", "generation_config", "tokenizer", "special_tokens", "added_tokens",
+               "vocab", "merges", "chat_template")  # how the names of a model's files begin
+
+
+def identity(path):
+    """What tells one model and tokenizer from another, copied or not: names, sizes, and the first and last MiB of its
+    files (training changes all of the weights). A hub name stands for itself.
+    """
+    if not os.path.isdir(path):
+        return path
+    found = []
+    for entry in os.scandir(path):
+        if entry.is_file() and entry.name.startswith(MODEL_FILES):
+            size = entry.stat().st_size
+            with open(entry.path, "rb") as file:
+                digest = hashlib.sha256(file.read(1 << 20))
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read())
+            found.append((entry.name, size, digest.hexdigest()))
+    return sorted(found)
+
+
+def context_length(model):
+    """Tokens that the model can attend to, prompt and completion together."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def end_ids(model, tokenizer):
+    """Token ids that end a completion: the generation config's (one or a list) and the tokenizer's eos."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    ends = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    if not ends:
+        rows.fail(f"{tokenizer.name_or_path}: neither generation_config nor tokenizer names an end token; set "
+                  "eos_token_id")
+    return sorted(ends)
+
+
+# ---- text to token ids ----
+
+def row_prompt_ids(tokenizer, row):
+    """Token ids of a row's prompt (`prompt_ids`); refuses what is neither text nor chat messages."""
+    prompt = row["prompt"]
+    if not prompt or not (isinstance(prompt, str) or is_chat(prompt)):
+        rows.fail(f"{row['__at__']}: prompt must be a string or a list of {{role, content}} messages, and not empty")
+    try:
+        return prompt_ids(tokenizer, prompt)
+    except Exception as error:  # whatever a template raises
+        rows.fail(f"{row['__at__']}: the prompt cannot be turned into tokens ({error}); fix the row")
+
+
+def is_chat(value):
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+
+
+def render(tokenizer, messages, **kwargs):
+    """The text of chat messages by the tokenizer's chat template."""
+    if not tokenizer.chat_template:
+        rows.fail("the prompts are chat messages but the model's tokenizer has no chat template; use string prompts")
+    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+
+def text_ids(tokenizer, text):
+    """Ids of a text that is not a chat: with the BOS that the tokenizer gives, never two, and no EOS at its end."""
+    ids = tokenizer(text).input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:  # the text had one of its own
+        ids = ids[1:]
+    if len(ids) > 1 and ids[-1] == eos and not text.endswith(tokenizer.eos_token):  # some tokenizers close every text
+        ids = ids[:-1]
+    return ids
+
+
+def prompt_ids(tokenizer, prompt):
+    """Token ids that the completion follows. A chat template writes its own BOS, if it wants one."""
+    if isinstance(prompt, str):
+        return text_ids(tokenizer, prompt)
+    return tokenizer(render(tokenizer, prompt, add_generation_prompt=True), add_special_tokens=False).input_ids
+
+
+def completion_ids(tokenizer, prompt, start, completion, ends):
+    """Token ids of a dataset's own completion, which is a whole answer, so it ends in an end token (one of `ends`).
+
+    start: the ids of its prompt (`prompt_ids`). Sampled completions never come here: they keep the ids that were sampled.
+    """
+    if isinstance(prompt, str):
+        before, whole = prompt, prompt + completion
+        ids = text_ids(tokenizer, whole)
+    else:
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        before, whole = render(tokenizer, prompt, add_generation_prompt=True), render(tokenizer, prompt + answer)
+        if not whole.startswith(before):
+            raise ValueError("the chat template does not render the answer right after the generation prompt")
+        ids = tokenizer(whole, add_special_tokens=False).input_ids
+    if ids[:len(start)] == start:
+        ids = ids[len(start):]
+    else:  # a token would straddle the border; the model never samples one that does
+        ids = tokenizer(whole[len(before):], add_special_tokens=False).input_ids
+    for i, token in enumerate(ids):
+        if token in ends:  # what a template writes after the end of the turn is not the model's to say
+            return ids[:i + 1]
+    return ids + [ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
+
+
+def decode(tokenizer, ids):
+    """The text of sampled token ids, without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def pad(sequences, device):
+    """Lists (or arrays) of token ids -> (batch, time), right-padded with 0."""
+    tensors = [torch.as_tensor(np.asarray(s, np.int64)) for s in sequences]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+
+
+# ---- log pi(y|x) ----
+
+def output_layer(model):
+    """A function from last hidden states (n, dim) to logits (n, vocab), with the scaling and capping of its family."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden):
+        out = head(hidden)
+        if scale != 1:
+            out = out * scale
+        if cap:
+            out = torch.tanh(out / cap) * cap
+        return out
+    return logits
+
+
+class Policy(torch.nn.Module):
+    """The model with log pi(completion | prompt) as its forward: what DDP and FSDP wrap."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, prompt_lens, lens, groups=1):
+        """tokens (batch, time), right-padded with anything; prompt_lens, lens (batch,) -> float32 (batch,).
+
+        There is no attention mask: the padding comes after everything that a causal model can look at. The batch goes
+        through the model in `groups` groups of similar length: with 2, pairs waste less on padding (25% -> 5%).
+        """
+        order = lens.argsort(descending=True, stable=True)
+        states = []
+        for group in order.chunk(groups):
+            longest = lens[group[0]]
+            hidden = self.model.base_model(input_ids=tokens[group, :longest], use_cache=False).last_hidden_state
+            states.append(torch.nn.functional.pad(hidden, (0, 0, 0, tokens.shape[1] - longest)))
+        hidden = torch.cat(states)[order.argsort()]  # (batch, time, dim)
+        return qrpo.completion_logps(hidden, tokens, prompt_lens, lens, output_layer(self.model))
+
+
+def shard(policy, dtype):
+    """The policy with its parameters, and so gradients and optimizer states, sharded across ranks (FSDP2)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
+    blocks = set(policy.model._no_split_modules or ())
+    for module in policy.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mp_policy=precision)
+    # sharded again after every forward, so that the optimizer and checkpoints see this rank's part
+    return fully_shard(policy, mp_policy=precision, reshard_after_forward=True)
+
+
+# ---- speed ----
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # bfloat16, dense, as their maker states
+
+
+def peak_flops(device):
+    """bfloat16 operations per second of this GPU at best, or None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for part, peak in PEAK_FLOPS.items():
+        if part in name:
+            return peak
+    return None
+
+
+def flops_per_token(model, length):
+    """Floating-point operations of training on one token of a sequence of that length: 6 per weight that multiplies (an
+    input embedding does not), and attention's 6 * layers * hidden_size * length (half of the square, as it is causal).
+    """
+    config = model.config.get_text_config()
+    weights = sum(p.numel() for p in model.parameters())
+    if not config.tie_word_embeddings:
+        weights -= model.get_input_embeddings().weight.numel()
+    return 6 * (weights + config.num_hidden_layers * config.hidden_size * length)

@@ -1,0 +1,197 @@
+"""dataset.py: which completions a regime takes from a row, and the arrays in the cache."""
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dataset
+import rows
+from conftest import ROOT, call, read_rows, write_rows
+
+
+def build(folder, path, loaded, train_on="refs", **choices):
+    """The arrays of a dataset, with their cache in FOLDER/cache."""
+    tokenizer, model = loaded
+    choices = dataset.Choices(train_on=train_on, **choices)
+    return dataset.load(path, Path(folder) / "cache", model.name_or_path, tokenizer, model, choices)
+
+
+def texts(data, tokenizer):
+    """What is trained on, as text."""
+    found = []
+    for start, n, end in zip(data.starts, data.prompt_lens, data.lens):
+        found.append(tokenizer.decode(data.tokens[start + n:start + end]))
+    return found
+
+
+# ---- regimes ----
+
+@pytest.fixture
+def row(loaded):
+    completions = []
+    for letter in "abcde":
+        ids = loaded[0](letter, add_special_tokens=False).input_ids
+        completions.append({"text": letter, "token_ids": ids, "finish_reason": "length"})
+    return {"prompt": "p", "completion": "c", "reward": 2,
+            "chosen": "yes", "rejected": "no", "chosen_reward": 3, "rejected_reward": 4,
+            "ref_completions": completions, "ref_rewards": [0.1, 0.9, 0.5, 0.5, None],
+            "samples": completions[:2], "sample_rewards": [7, 8]}
+
+
+REGIMES = {  # regime: what is trained on, and its rewards; an end token only where one was sampled or belongs
+    "refs": ("a b c d", [0.1, 0.9, 0.5, 0.5]),
+    "best_worst": ("b a", [0.9, 0.1]),
+    "random_pairs": ("b a c d", [0.9, 0.1, 0.5, 0.5]),
+    "samples": ("a b", [7, 8]),
+    "chosen_rejected": ("yes<eos> no<eos>", [3, 4]),
+    "chosen": ("yes<eos>", [3]),
+    "completion": ("c<eos>", [2])}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_what_each_regime_trains_on(loaded, row, tmp_path, regime):
+    """A completion of unknown reward is dropped."""
+    data = build(tmp_path, write_rows(tmp_path / "d.jsonl", [row]), loaded, regime, num_ref_rewards=3)
+    expected, rewards = REGIMES[regime]
+    assert texts(data, loaded[0]) == expected.split()
+    np.testing.assert_allclose(data.rewards, rewards)
+    np.testing.assert_allclose(data.ref_rewards, [[0.1, 0.9, 0.5]])
+    if dataset.REGIMES[regime].size == 2:
+        assert data.side.tolist() == [1, -1] * (len(rewards) // 2)  # chosen before rejected
+
+
+def test_every_regime_is_tested():
+    assert set(REGIMES) == set(dataset.REGIMES)
+
+
+def test_a_completion_is_among_its_references_where_its_reward_is_used(loaded, row, tmp_path):
+    data = build(tmp_path, write_rows(tmp_path / "d.jsonl", [row]), loaded, num_ref_rewards=3)
+    assert data.among_refs.tolist() == [True, True, True, False]
+    assert data.side.tolist() == [-1, 1, 0, 0]  # against the mean reference reward
+    for regime in ("samples", "chosen_rejected", "completion"):
+        assert not build(tmp_path, tmp_path / "d.jsonl", loaded, regime).among_refs.any()
+
+
+def test_losses_of_pairs_drop_pairs_of_equal_reward(loaded, row, tmp_path):
+    data = build(tmp_path, write_rows(tmp_path / "d.jsonl", [row]), loaded, "random_pairs", pairs=True)
+    np.testing.assert_allclose(data.rewards, [0.9, 0.1])
+
+
+def test_the_first_candidates_and_a_lowest_reward(loaded, rewarded, tmp_path):
+    every = build(tmp_path, rewarded, loaded).rewards
+    first = build(tmp_path, rewarded, loaded, num_candidates=3).rewards
+    np.testing.assert_array_equal(first.reshape(30, 3), every.reshape(30, 4)[:, :3])
+    good = build(tmp_path, rewarded, loaded, min_reward=0.5).rewards
+    assert 0 < len(good) == (every >= 0.5).sum() < len(every)
+
+
+def test_the_order_of_rows_does_not_depend_on_how_many_processes_wrote_them(loaded, rewarded, tmp_path):
+    table = read_rows(rewarded)
+    (tmp_path / "two").mkdir()
+    write_rows(tmp_path / "two" / "part-00000.jsonl", table[1::2])
+    write_rows(tmp_path / "two" / "part-00001.jsonl", table[0::2])
+    one, two = build(tmp_path, rewarded, loaded), build(tmp_path, tmp_path / "two", loaded)
+    assert texts(one, loaded[0]) == texts(two, loaded[0])
+    for name in ("lens", "rewards", "row", "ids", "ref_rewards"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+def test_several_processes_build_the_arrays_of_one(loaded, rewarded, tmp_path, monkeypatch):
+    one = build(tmp_path / "one", rewarded, loaded)
+    monkeypatch.setattr(dataset, "CHUNK", 1000)  # bytes of rows for a process at a time: one or two rows
+    many = build(tmp_path / "many", rewarded, loaded)
+    assert one.fingerprint == many.fingerprint
+    np.testing.assert_array_equal(one.tokens, many.tokens)
+
+
+# ---- the cache ----
+
+def test_the_arrays_are_kept_and_made_again_when_data_choices_or_code_change(
+        loaded, rewarded, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "data.jsonl", read_rows(rewarded))
+    code = tmp_path / "code"
+    code.mkdir()
+    for name in dataset.CODE:
+        shutil.copy(ROOT / name, code / name)
+    monkeypatch.setattr(dataset, "__file__", str(code / "dataset.py"))
+    builds, build_arrays = [], dataset.build
+
+    def counted(*args):
+        builds.append(1)
+        build_arrays(*args)
+    monkeypatch.setattr(dataset, "build", counted)
+    build(tmp_path, data, loaded)
+    build(tmp_path, data, loaded)
+    assert len(builds) == 1
+    for i, name in enumerate(dataset.CODE):
+        with open(code / name, "a") as file:
+            file.write("\n# an edit\n")
+        build(tmp_path, data, loaded)
+        assert len(builds) == 2 + i, name
+    build(tmp_path, data, loaded, num_candidates=2)
+    assert len(builds) == 5
+    write_rows(data, read_rows(rewarded)[:20])
+    build(tmp_path, data, loaded)
+    assert len(builds) == 6
+
+
+def test_the_reference_log_probabilities_are_made_again_when_code_changes(
+        tiny, rewarded, tmp_path, monkeypatch):
+    """train.py from a folder of copies. Without an edit a second run finds them in the cache."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path / path.name)
+    passes, all_logps = [], dataset.all_logps
+
+    def counted(*args):
+        passes.append(1)
+        return all_logps(*args)
+    monkeypatch.setattr(dataset, "all_logps", counted)
+    flags = f"--model={tiny}", f"--data={rewarded}", f"--cache={tmp_path}/cache", "--batch_size=120"
+    for i, name in enumerate((None, None, "qrpo.py", "model.py", "dataset.py")):
+        if name:
+            with open(tmp_path / name, "a") as file:
+                file.write("\n# an edit\n")
+        call(tmp_path / "train.py", *flags, f"--out={tmp_path / str(i)}")
+        assert len(passes) == max(1, i), name
+
+
+def test_half_written_arrays_of_a_killed_run_are_made_again(loaded, rewarded, tmp_path):
+    data = build(tmp_path, rewarded, loaded)
+    folder, = [path for path in (tmp_path / "cache").glob("data-*") if path.is_dir()]
+    folder.rename(folder.with_name(f".new_{folder.name}"))
+    (folder.with_name(f".new_{folder.name}") / "tokens.bin").write_bytes(b"half")
+    again = build(tmp_path, rewarded, loaded)
+    assert again.fingerprint == data.fingerprint and len(again.tokens) == again.lens.sum()
+    assert not list((tmp_path / "cache").glob(".new_*"))
+
+
+def test_unknown_rewards_are_nan_and_never_zero(loaded, row, tmp_path):
+    row |= {"ref_rewards": [0.1, None, 0.5, float("nan"), 0.9], "chosen_reward": None}
+    path = write_rows(tmp_path / "d.jsonl", [row])
+    data = build(tmp_path, path, loaded)
+    np.testing.assert_allclose(data.rewards, [0.1, 0.5, 0.9])
+    np.testing.assert_allclose(data.ref_rewards, [[0.1, np.nan, 0.5, np.nan, 0.9]])
+    pair = build(tmp_path, path, loaded, "chosen_rejected")  # a loss that needs no rewards keeps them
+    np.testing.assert_allclose(pair.rewards, [np.nan, 4])
+    with pytest.raises(SystemExit):
+        build(tmp_path, path, loaded, "chosen", needs_reward=True)
+
+
+# ---- micro-batches ----
+
+@pytest.mark.parametrize("world", (1, 3))
+@pytest.mark.parametrize("size", (1, 2))
+def test_micro_batches_hold_every_term_once_within_the_budget(world, size, monkeypatch):
+    lens = np.random.default_rng(0).integers(5, 60, 40 * size)
+    terms = np.arange(40 * size).reshape(40, size)
+    found, counts = [], set()
+    for rank in range(world):
+        monkeypatch.setattr(rows, "share", lambda: (rank, world))
+        batches = list(dataset.micro_batches(lens, terms, 200))
+        counts.add(len(batches))
+        for index, works in batches:
+            assert len(index) == size or len(index) * lens[index].max() <= 200
+            if works:
+                found += index.tolist()
+    assert sorted(found) == list(range(40 * size)) and len(counts) == 1  # every rank takes part as often
