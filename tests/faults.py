@@ -54,7 +54,7 @@ def is_worker(line):
 
 
 def disturb(done, wanted, rng, counts):
-    while not done.wait(rng.uniform(0.02, 0.6)) and sum(counts.values()) < wanted:
+    while not done.wait(rng.uniform(0.05, 1.5)) and sum(counts.values()) < wanted:
         kinds = processes()
         if kinds:
             kind = rng.choice(sorted(kinds))
