@@ -25,6 +25,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import formats
 import rows
 import sandbox
 from model import context_length, get_device, get_dtype, identity, load, load_tokenizer
@@ -46,6 +47,9 @@ def arguments(argv=None):
     add("--max_length", type=int, default=2048, help="model: cut its input to N tokens")
     add("--trust_remote_code", action="store_true", help="model: run the code that comes with it (ArmoRM needs this)")
     add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES), help="tests: by default the first that works")
+    add("--packages", default=sandbox.PACKAGES, help="tests: import names of installed packages that programs and tests "
+        "may use, such as numpy")
+    add("--block", default="answer", choices=tuple(sandbox.BLOCKS), help="tests: the program in an answer; see sandbox.py")
     add("--unsafe", action="store_true", help="tests: run programs without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
         add(f"--{name}", type=type(default), default=default, help=f"tests: {text}")
@@ -96,27 +100,30 @@ def text_of(completion):
 # ---- tests ----
 
 def tests_settings(args):
-    return {"reward": "tests"} | {name: getattr(args, name) for name in sandbox.FLAGS}
+    return {"reward": "tests"} | {name: getattr(args, name) for name in ("packages", "block", *sandbox.FLAGS)}
 
 
 def tests_rewards(args, todo):
-    """Share of the row's tests passed, in [0,1]; None where the sandbox itself failed. Needs `test`, `entry_point`."""
+    """Share of the row's tests passed, in [0,1]; None where there is no verdict. Formats: docs/test_formats.md."""
     waiting = {}  # row id: [row, rewards so far, how many are missing]
+    slowest = []  # verdicts
 
     def programs():
         for row, completions in todo:
-            for field in ("test", "entry_point"):
-                if not isinstance(row.get(field), str):
-                    rows.fail(f"{row['__at__']}: has no {field!r}, which --reward=tests needs")
+            try:
+                tests = formats.normalize(row)
+            except ValueError as error:
+                rows.fail(f"{row['__at__']}: --reward=tests: {error}")
             waiting[row["id"]] = [row, [None] * len(completions), len(completions)]
             for k, completion in enumerate(completions):
-                yield {"id": (row["id"], k), "completion": text_of(completion), "preamble": row.get("preamble", ""),
-                       "test": row["test"], "entry_point": row["entry_point"], "fenced": row.get("fenced", True)}
+                yield {"id": (row["id"], k), "completion": text_of(completion), "fenced": row.get("fenced", True), **tests}
 
     limits = {name: getattr(args, name) for name in sandbox.FLAGS}
     try:
-        for verdict in sandbox.judge(programs(), runtime=args.runtime, unsafe=args.unsafe, **limits):
+        for verdict in sandbox.judge(programs(), runtime=args.runtime, packages=args.packages, unsafe=args.unsafe,
+                                     block=args.block, **limits):
             row_id, k = verdict["id"]
+            slowest = sandbox.slowest([*slowest, verdict])
             entry = waiting[row_id]
             entry[1][k] = verdict["reward"]
             entry[2] -= 1
@@ -125,6 +132,7 @@ def tests_rewards(args, todo):
                 yield entry[0], entry[1]
     except RuntimeError as error:  # a bad limit, or no isolation works here
         rows.fail(error)
+    print(sandbox.about(slowest), file=sys.stderr)
 
 
 # ---- a Python function ----

@@ -103,7 +103,11 @@ def test_verdicts_do_not_depend_on_load(column):
         for other in others:
             other.kill()
             other.wait()
-    assert len(idle) == 228 and loaded == idle
+    assert len(idle) == 228 and without_seconds(loaded) == without_seconds(idle)
+
+
+def without_seconds(got):
+    return {name: {**verdict, "seconds": 0} for name, verdict in got.items()}
 
 
 # ---- hostile programs: in each, f is what the tests call ----
@@ -252,7 +256,7 @@ HONEST = row("honest", "def f(x):\n    return 31 * x + 7")
 def leftovers():
     """Workers with the limits of these tests, shared-memory segments and files that a program could leave behind."""
     shm = Path("/proc/sysvipc/shm").read_text().count("\n") if os.path.exists("/proc/sysvipc/shm") else 0
-    boxes = [pid for pid in os.listdir("/proc") if pid.isdigit() and b'{"test_cpu": 1.0, "cpu": 3.0,' in cmdline(pid)]
+    boxes = [pid for pid in os.listdir("/proc") if pid.isdigit() and b'"test_cpu": 1.0, "cpu": 3.0,' in cmdline(pid)]
     return {"shm": shm, "/dev/shm": os.listdir("/dev/shm"), "boxes": sorted(boxes)}
 
 
@@ -296,7 +300,7 @@ def test_nothing_is_left_behind(hostile):
 @pytest.mark.parametrize("name, word", [
     ("endless loop", "timeout"), ("sleep", "timeout"), ("memory in one go", "memory"),
     ("os._exit in the call", "killed"),
-    ("large value", "output"), ("f", "output"), ("BaseException in the call", "exception"), ("None", "wrong"),
+    ("large value", "output"), ("f", "wrong"), ("BaseException in the call", "exception"), ("None", "wrong"),
     ("no code", "no_code"), ("not closed", "no_code"), ("syntax error", "exception"), ("bytes not JSON", "output"),
     ("segfault in the call", "killed"), ("ignored signals", "timeout")])
 def test_verdict_words(hostile, name, word):
@@ -396,7 +400,7 @@ keep = [bytes(text) for _ in range(500)]""")
 found = os.listdir('/tmp') + [m.__name__ for m in list(sys.modules.values()) if hasattr(m, 'mark')]
 low = min(map(id, gc.get_objects())) & -4096
 heap = ctypes.string_at(low, 1 << 19)
-return found + list(os.environ.keys() - {'HOME', 'LANG'}) + [1] * (b'ma' + b'rk' * 50 in heap)""")
+return found + list(os.environ.keys() - {'HOME', 'LANG'}) + [1] * bool(__import__('re').search(rb'ma(?:rk){50}', heap))""")
     # (they are distinct programs, so that none is answered from memory)
     rows = [row(n, (marks if n % 2 == 0 else finds) + f"# {n}", ASKED if n % 2 == 0 else
                 "def check(candidate):\n assert candidate(0) == []") for n in range(10)]
@@ -541,7 +545,13 @@ def test_several_blocks_the_first_python_block_counts():
 
 @pytest.mark.parametrize("change", [{"test": "def check(candidate) assert"}, {"test": "x = 1"},
                                     {"preamble": "import no_such_module"},
-                                    {"test": "def check(candidate):\n assert candidate(lambda: 1) == 1"}])
+                                    {"test": "def check(candidate):\n assert candidate(object()) == 1"},
+                                    {"test": "def check(candidate):\n import no_such\n assert candidate(3) == 1"},
+                                    {"test": "def check(candidate, other):\n assert candidate(3) == 1"},
+                                    {"test": "def check(candidate):\n assert isclose(candidate(3), 1)"},
+                                    {"test": "def check(candidate):\n yield candidate(3)"},
+                                    {"test": "def test_f(candidate):\n assert candidate(3) == 1"},
+                                    {"solution": "def f(x): return 0", "completion": "```python\ndef f(x): return 1\n```"}])
 def test_what_the_judge_cannot_judge_is_null(change):
     verdict = verdicts([{**HONEST, **change}])["honest"]
     assert verdict["reward"] is None and verdict["verdict"] == "infra"
@@ -549,21 +559,21 @@ def test_what_the_judge_cannot_judge_is_null(change):
 
 def test_a_lost_worker_is_replaced(monkeypatch):
     """The host kills a worker in the middle of a program: the verdict is as if it had not."""
-    asked, count = sandbox.ask, collections.Counter()
+    asked, count = sandbox.Worker.ask, collections.Counter()
 
     def ask(worker, *rest):
         count["asked"] += 1
         if count["asked"] in (2, 5):
-            os.killpg(worker.pid, signal.SIGKILL)
+            os.killpg(worker.process.pid, signal.SIGKILL)
         return asked(worker, *rest)
-    monkeypatch.setattr(sandbox, "ask", ask)
+    monkeypatch.setattr(sandbox.Worker, "ask", ask)
     got = verdicts([row(n, f"def f(x): return 31 * x + 7 + 0 * {n}") for n in range(9)])
     assert {v["verdict"] for v in got.values()} == {"pass"} and count["asked"] == 11
 
 
 def test_equal_programs_run_once(monkeypatch):
-    asked, count = sandbox.ask, collections.Counter()
-    monkeypatch.setattr(sandbox, "ask", lambda *a: count.update(n=1) or asked(*a))
+    asked, count = sandbox.Worker.ask, collections.Counter()
+    monkeypatch.setattr(sandbox.Worker, "ask", lambda *a: count.update(n=1) or asked(*a))
     got = list(sandbox.judge(({**HONEST, "id": n} for n in range(50)), **RUNTIME))
     assert sorted(v["id"] for v in got) == list(range(50)) and count["n"] == 1
 

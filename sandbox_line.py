@@ -1,0 +1,489 @@
+"""The line between a test and the program it tests: two processes that exchange values as plain data (JSON).
+
+sandbox_worker.py uses it in both: the judge runs the tests, the candidate runs the program. Neither trusts the other.
+In: values and the names of operations. Out: length-prefixed JSON on a pipe, and the same values on the other side.
+
+What is plain data travels by value: numbers, text, containers, dates, instances of the classes of the row's preamble.
+All else stays where it is, and the other side gets a `Remote`, which can be called. An iterator travels in pieces.
+
+    python -c 'import sandbox_line; print(sandbox_line.KINDS.keys())'
+"""
+import array
+import binascii
+import builtins
+import collections
+import collections.abc
+import datetime
+import decimal
+import enum
+import fractions
+import itertools
+import json
+import os
+import sys
+import types
+import zoneinfo
+
+SCALARS = {type(None), bool, int, float, str}
+LONG = 14000  # bits of an int that is sent in hexadecimal: Python refuses to write long ones in decimal
+ENCODER = json.JSONEncoder(ensure_ascii=False)
+FIRST, PIECE = 8, 4096  # items of an iterator that travel at first, and at most in one piece
+TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, tuple, set, frozenset, bytes, complex,
+                                          type(None))}
+
+
+class Same:
+    """Stands for an argument that cannot be sent back, such as an iterator."""
+
+
+class Frozen(list):
+    """Values whose iterators are left alone."""
+
+
+class Rest:
+    """What remains of an iterator: it stays here."""
+
+    def __init__(self, iterator):
+        self.iterator = iterator
+
+
+class CandidateError(Exception):
+    """The other side raised something that has no counterpart here."""
+
+
+class TooLarge(Exception):
+    """A message beyond the limit."""
+
+
+def encode(data):
+    return [binascii.b2a_base64(data, newline=False).decode()]
+
+
+def decode(parts):
+    return binascii.a2b_base64(parts[0])
+
+
+def mapping(value):
+    return [list(value), list(value.values())]
+
+
+def unzip(parts):
+    keys, values = parts
+    return dict(zip(keys, values, strict=True))
+
+
+def reduced(value):
+    """The arguments that make a date, time or timezone again."""
+    return list(value.__reduce__()[1])
+
+
+KINDS = {  # tag: (type, its parts as a list, the value of such a list)
+    "tuple": (tuple, list, tuple),
+    "set": (set, list, set),
+    "frozenset": (frozenset, list, frozenset),
+    "Counter": (collections.Counter, mapping, lambda parts: collections.Counter(unzip(parts))),
+    "OrderedDict": (collections.OrderedDict, mapping, lambda parts: collections.OrderedDict(unzip(parts))),
+    "defaultdict": (collections.defaultdict, lambda value: [value.default_factory, *mapping(value)],
+                    lambda parts: collections.defaultdict(parts[0], unzip(parts[1:]))),
+    "dict": (dict, mapping, unzip),
+    "list": (list, list, list),
+    "deque": (collections.deque, lambda value: [list(value), value.maxlen], lambda parts: collections.deque(*parts)),
+    "bytes": (bytes, encode, decode),
+    "bytearray": (bytearray, encode, lambda parts: bytearray(decode(parts))),
+    "memoryview": (memoryview, encode, lambda parts: memoryview(decode(parts))),
+    "keys": (type({}.keys()), list, lambda parts: dict.fromkeys(parts).keys()),
+    "values": (type({}.values()), list, lambda parts: dict(enumerate(parts)).values()),
+    "items": (type({}.items()), list, lambda parts: dict(parts).items()),
+    "range": (range, lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
+    "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    "Fraction": (fractions.Fraction, lambda value: [value.numerator, value.denominator],
+                 lambda parts: fractions.Fraction(*parts)),
+    "Decimal": (decimal.Decimal, lambda value: [str(value)], lambda parts: decimal.Decimal(*parts)),
+    "datetime": (datetime.datetime, reduced, lambda parts: datetime.datetime(*parts)),
+    "date": (datetime.date, reduced, lambda parts: datetime.date(*parts)),
+    "time": (datetime.time, reduced, lambda parts: datetime.time(*parts)),
+    "timedelta": (datetime.timedelta, reduced, lambda parts: datetime.timedelta(*parts)),
+    "timezone": (datetime.timezone, reduced, lambda parts: datetime.timezone(*parts)),
+    "ZoneInfo": (zoneinfo.ZoneInfo, lambda value: [value.key], lambda parts: zoneinfo.ZoneInfo(*parts)),
+    "array": (array.array, lambda value: [value.typecode, list(value)], lambda parts: array.array(*parts)),
+}
+TAGS = {kind: tag for tag, (kind, _, _) in KINDS.items() if tag != "list"}
+BASES = tuple(kind for kind, _, _ in KINDS.values()) + (int, float, str)
+SLOT = types.MemberDescriptorType
+
+
+class Remote:
+    """What stayed on the other side: this side knows a reference to it, and can call it."""
+
+    def __init__(self, line, reference):
+        self.__dict__.update(_line=line, _reference=reference)
+
+    def __call__(self, *args, **keywords):
+        return self._line.ask("call", [self, list(args), list(keywords), list(keywords.values()), {}])
+
+
+class Line:
+    """One end of two pipes. Each end may ask while it owes an answer: a program calls a function of the test."""
+
+    remote = Remote
+
+    def __init__(self, source, target, classes, limits):
+        self.source, self.target, self.classes = source, target, classes
+        self.longest = {"send": 1 << 31, "receive": 1 << 31}  # bytes of a message
+        self.depth = limits["depth"]
+        self.things, self.numbers = [], {}  # what stays here: the other side knows it by number
+        self.remotes = {}  # what stays there, by number
+        self.objects, self.positions = [], {}  # instances of the preamble's classes that both sides know in this call
+        self.frozen = self.careful = False
+
+    # ---- values to JSON types: scalars and lists stand for themselves, all else is a dict of one tag ----
+
+    def pack(self, value):
+        """TypeError for what can neither be sent nor called."""
+        kind = type(value)
+        if kind is list:
+            if not self.careful and SCALARS.issuperset(map(type, value)):
+                return value
+            return [self.pack(item) for item in value]
+        if kind is int and value.bit_length() > LONG:
+            return {"int": hex(value)}
+        if kind in SCALARS:
+            return value
+        if kind in TAGS:
+            tag = TAGS[kind]
+            return {tag: self.pack(KINDS[tag][1](value))}
+        if kind.__module__ == "solution" and kind.__name__ in self.classes:
+            return self.pack_instance(value, kind)
+        return self.pack_rare(value, kind)
+
+    def pack_instance(self, value, kind):
+        """An instance of a class of the preamble: in the table, unless it is a kind of constant."""
+        if isinstance(value, enum.Enum):
+            return {"enum": [kind.__name__, value.name]}
+        if isinstance(value, tuple):
+            return {"named": [kind.__name__, [self.pack(item) for item in value]]}
+        if isinstance(value, (*BASES, BaseException, type)):
+            return self.pack_rare(value, kind)
+        number = self.positions.get(id(value))
+        if number is None:
+            number = self.positions[id(value)] = len(self.objects)
+            self.objects.append(value)
+        if number not in self.table:
+            self.table[number] = None
+            self.queue.append(number)
+        return {"object": number}
+
+    def pack_rare(self, value, kind):
+        if isinstance(value, Remote):
+            return value._reference
+        if kind is Frozen:
+            self.frozen = True
+            try:
+                return [self.pack(item) for item in value]
+            finally:
+                self.frozen = False
+        if isinstance(value, collections.abc.Iterator) and not callable(value):
+            return {"same": 0} if self.frozen else {"iterator": self.pack(self.piece(value, FIRST))}
+        if kind is Rest:
+            return self.refer(value.iterator)
+        for base in (int, float, str):
+            if isinstance(value, base):
+                return self.pack(base(value))
+        for tag, (base, parts, _) in KINDS.items():
+            if isinstance(value, base):
+                return {tag: self.pack(parts(value))}
+        if kind.__module__ == "numpy" and hasattr(value, "tolist"):
+            return {"numpy": [str(value.dtype), self.pack(value.tolist())]}
+        if isinstance(value, type) and TYPES.get(value.__name__) is value:
+            return {"type": value.__name__}
+        return self.refer(value)
+
+    def refer(self, value):
+        """A reference to what is not sent."""
+        number = self.numbers.setdefault(id(value), len(self.things))
+        if number == len(self.things):
+            self.things.append(value)
+        return {"there": number}
+
+    def piece(self, iterator, count):
+        """[the next items, the rest, or None at the end]. What the iterator raises comes in its turn."""
+        items = []
+        try:
+            for item in itertools.islice(iterator, count):
+                items.append(item)
+        except BaseException as error:
+            if not items:
+                raise
+            return [items, Rest(raising(error))]
+        return [items, Rest(iterator) if len(items) == count else None]
+
+    # ---- and back: an exception for whatever pack() does not write ----
+
+    def unpack(self, value, depth):
+        if depth < 0:
+            raise ValueError("nested too deep")
+        if type(value) is list:
+            if SCALARS.issuperset(map(type, value)):
+                return value
+            return [self.unpack(item, depth - 1) for item in value]
+        if type(value) is not dict:
+            return value
+        (tag, body), = value.items()
+        if tag in KINDS:
+            body = self.unpack(body, depth - 1)
+            if type(body) is not list:
+                raise ValueError("a tag without a list")
+            return KINDS[tag][2](body)
+        return getattr(self, f"unpack_{tag}")(body, depth - 1)
+
+    def unpack_int(self, body, depth):
+        return int(body, 16)
+
+    def unpack_enum(self, body, depth):
+        cls, name = body
+        return self.class_of(cls, enum.EnumMeta)._member_map_[name]
+
+    def unpack_named(self, body, depth):
+        cls, items = body
+        return tuple.__new__(self.class_of(cls, type), [self.unpack(item, depth) for item in items])
+
+    def unpack_object(self, body, depth):
+        return self.objects[body]
+
+    def unpack_iterator(self, body, depth):
+        return self.stream(*self.unpack(body, depth))
+
+    def unpack_same(self, body, depth):
+        return Same
+
+    def unpack_numpy(self, body, depth):
+        dtype, items = body
+        return sys.modules["numpy"].array(self.unpack(items, depth), dtype)[()]
+
+    def unpack_type(self, body, depth):
+        return TYPES[body]
+
+    def unpack_there(self, body, depth):
+        if type(body) is not int:
+            raise ValueError("not a number")
+        if body not in self.remotes:
+            self.remotes[body] = self.remote(self, {"here": body})
+        return self.remotes[body]
+
+    def unpack_here(self, body, depth):
+        if type(body) is not int or not 0 <= body < len(self.things):
+            raise ValueError("no such thing")
+        return self.things[body]
+
+    def class_of(self, name, meta):
+        cls = self.classes[name]
+        if not isinstance(cls, meta):
+            raise ValueError("not a class")
+        return cls
+
+    def stream(self, items, rest):
+        """The items of an iterator of the other side."""
+        count = len(items)
+        while True:
+            yield from items
+            if rest is None:
+                return
+            count = min(2 * count, PIECE)
+            items, rest = self.ask("more", [rest, count])
+
+    # ---- messages ----
+
+    def ask(self, operation, values):
+        """The other side's answer. Meanwhile it may ask in its turn: a program calls a function of the test."""
+        self.send(self.dump(operation, values))
+        while True:
+            head, values = self.load(self.receive())
+            if head == "value":
+                return values
+            if head == "error":
+                raise self.error(*values)
+            self.answer(head, values)
+
+    def answer(self, operation, values):
+        raise NotImplementedError
+
+    def error(self, names, args, fields, after=None):
+        return exception_of(names, args, fields, self.classes)
+
+    def dump(self, head, values):
+        """A message: [head, values packed, table of instances]."""
+        self.careful = False
+        try:
+            return ENCODER.encode(self.flatten(head, values))
+        except ValueError:  # an int in decimal that is too long
+            self.careful = True
+            return ENCODER.encode(self.flatten(head, values))
+
+    def flatten(self, head, values):
+        self.table, self.queue = {}, []
+        old = sys.getrecursionlimit()
+        sys.setrecursionlimit(max(old, 3 * self.depth + 1000))
+        try:
+            body = self.pack(values)
+            while self.queue:  # not by recursion: a linked list may be long, or closed to a ring
+                number = self.queue.pop()
+                thing = self.objects[number]
+                fields = fields_of(thing)
+                self.table[number] = [number, type(thing).__name__, list(fields), self.pack([*fields.values()])]
+        finally:
+            sys.setrecursionlimit(old)
+        return [head, body, [self.table[number] for number in sorted(self.table)]]
+
+    def load(self, message):
+        """[head, values] of a message in JSON types. Makes and fills the instances without calling anything."""
+        old = sys.getrecursionlimit()
+        sys.setrecursionlimit(max(old, 3 * self.depth + 1000))
+        try:
+            head, body, table = json.loads(message)
+            self.received(head, body, table)
+            self.fill(table)
+            return head, self.unpack(body, self.depth + 4)
+        finally:
+            sys.setrecursionlimit(old)
+
+    def received(self, head, body, table):
+        """For a side that wants to see a message before it is unpacked."""
+
+    def fill(self, table):
+        for number, name, _, _ in table:
+            if type(number) is not int or not 0 <= number <= len(self.objects):
+                raise ValueError("an instance out of order")
+            if number == len(self.objects):
+                thing = object.__new__(self.class_of(name, type))
+                self.positions[id(thing)] = number
+                self.objects.append(thing)
+        while table:
+            later = []
+            for row in table:
+                number, _, names, fields = row
+                if len(names) != len(fields) or not all(type(name) is str for name in names):
+                    raise ValueError("names without fields")
+                try:
+                    fields = [self.unpack(field, self.depth) for field in fields]
+                except AttributeError:  # the hash of an instance that is not filled yet
+                    later.append(row)
+                    continue
+                set_fields(self.objects[number], dict(zip(names, fields)))
+            if len(later) == len(table):
+                raise ValueError("instances that hold each other in sets")
+            table = later
+
+    def send(self, message):
+        """Write one message: 4 bytes of length, then the bytes."""
+        data = message.encode("utf-8", "surrogatepass")
+        if len(data) > self.longest["send"]:
+            raise TooLarge
+        data = memoryview(len(data).to_bytes(4, "big") + data)
+        while data:
+            data = data[os.write(self.target, data):]
+
+    def receive(self):
+        """One message. EOFError where the other side has ended; ValueError where it is too long or more follows."""
+        data = os.read(self.source, 65536)
+        size = int.from_bytes(data[:4], "big")
+        if not data:
+            raise EOFError
+        if len(data) < 4 or size > self.longest["receive"]:
+            raise ValueError("no message, or too long")
+        parts, left = [data[4:]], size + 4 - len(data)
+        while left > 0:
+            data = os.read(self.source, min(left, 1 << 20))
+            if not data:
+                raise EOFError
+            parts.append(data)
+            left -= len(data)
+        if left < 0:
+            raise ValueError("more than was asked for")
+        return b"".join(parts)
+
+
+def raising(error):
+    raise error
+    yield
+
+
+def fields_of(thing):
+    """The attributes of an instance, from its dict and its slots."""
+    fields = dict(getattr(thing, "__dict__", ()))
+    for cls in type(thing).__mro__:
+        for name, member in vars(cls).items():
+            if type(member) is SLOT and cls.__module__ == "solution" and hasattr(thing, name):
+                fields[name] = getattr(thing, name)
+    return fields
+
+
+def set_fields(thing, fields):
+    """Replace the attributes of an instance without calling its class."""
+    if hasattr(thing, "__dict__"):
+        vars(thing).clear()
+    for name, value in fields.items():
+        member = getattr(type(thing), name, None)
+        if type(member) is SLOT:
+            member.__set__(thing, value)
+        else:
+            vars(thing)[name] = value
+
+
+def describe(error):
+    """[names of the classes of an exception as [module, name], nearest first; its arguments; its attributes]."""
+    names = [[kind.__module__, kind.__qualname__] for kind in type(error).__mro__[:-2]]
+    return [names, list(error.args), dict(vars(error))]
+
+
+def exception_of(names, args, fields, classes):
+    """The exception that describe() described: of its nearest class that this side has, without running new code."""
+    for module, name in names:
+        space = classes if module == "solution" else {}
+        if module.partition(".")[0] in sys.stdlib_module_names and module in sys.modules:
+            space = vars(sys.modules[module])
+        kind = space.get(name)
+        if isinstance(kind, type) and issubclass(kind, BaseException):
+            break
+    else:
+        kind = CandidateError
+    try:
+        error = kind(*args)
+    except Exception:  # one that takes other arguments
+        error = kind.__new__(kind, *args)
+    vars(error).update(fields)
+    return error
+
+
+def restore(old, new):
+    """Give one's own argument the contents that a call left in the other side's copy of it: the argument to keep."""
+    kind = type(old)
+    if new is Same or old is new:
+        return old
+    if kind is not type(new):
+        return new
+    if kind is list:
+        old[:] = [restore(*pair) for pair in zip(old, new)] + new[len(old):]
+    elif isinstance(old, dict):
+        fresh = {key: restore(old[key], item) if key in old else item for key, item in new.items()}
+        old.clear()
+        old.update(fresh)
+    elif kind in (set, collections.deque):
+        old.clear()
+        (old.update if kind is set else old.extend)(new)
+    elif kind in (bytearray, array.array):
+        old[:] = new
+    elif isinstance(old, tuple) and len(old) == len(new):
+        for pair in zip(old, new):
+            restore(*pair)
+    else:
+        return new
+    return old
+
+
+def classes_of(space):
+    """The classes that a preamble defines, by name."""
+    return {kind.__name__: kind for kind in space.values() if isinstance(kind, type) and kind.__module__ == "solution"}
+
+
+def is_builtin(name):
+    return isinstance(getattr(builtins, name, None), type)

@@ -1,0 +1,266 @@
+"""The test formats of docs/test_formats.md: ten problems in each, right and wrong programs; and code blocks in answers.
+
+    pytest tests/test_formats.py
+"""
+import base64
+import json
+import pickle
+import zlib
+
+import pytest
+from test_sandbox import DATA, RUNTIME, dataset, verdicts, works
+
+import formats
+import sandbox
+
+pytestmark = pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")
+
+PROBLEMS = {  # name: (parameters, right body, wrong body, arguments of the tests)
+    "total": ("xs", "return sum(xs)", "return sum(xs) + (len(xs) > 2)", [[[]], [[1, 2]], [[1, 2, 3]]]),
+    "mean_of": ("xs", "return sum(xs) / len(xs)", "return sum(xs) / len(xs) + 0.1", [[[1, 2]], [[0.1, 0.2, 0.4]]]),
+    "flip": ("text", "return text[::-1]", "return text", [["aba"], ["ab"], [""]]),
+    "count_words": ("text", "return len(text.split())", "return text.count(' ') + 1", [["a b"], ["a  b c"]]),
+    "pairs": ("xs", "return [(a, b) for a, b in zip(xs, xs[1:])]", "return []", [[[1, 2, 3]], [[4, 5]]]),
+    "is_even": ("n", "return n % 2 == 0", "return True", [[4], [7]]),
+    "table": ("n", "return [[i * j for j in range(n)] for i in range(n)]", "return [[0] * n] * n", [[1], [3]]),
+    "power": ("a, b", "return a ** b", "return a * b", [[2, 2], [3, 4]]),
+    "tally": ("text", "return {c: text.count(c) for c in text}", "return {c: 1 for c in text}", [["ab"], ["aab"]]),
+    "smallest": ("xs", "return min(xs, default=None)", "return xs[0] if xs else None", [[[]], [[3, 1, 2]]]),
+}
+
+
+def function(name, wrong=False):
+    parameters, *bodies, _ = PROBLEMS[name]
+    return f"def {name}({parameters}):\n    {bodies[wrong]}\n"
+
+
+def results(name):
+    space = {}
+    exec(function(name), space)
+    return [space[name](*args) for args in PROBLEMS[name][3]]
+
+
+def method(name, wrong=False):
+    return f"class Solution:\n    def {name}(self, {PROBLEMS[name][0]}):\n        {PROBLEMS[name][1 + wrong]}\n"
+
+
+def script(name, wrong=False):
+    """A program that reads the arguments as JSON, one a line, and prints the result."""
+    return (f"import sys, json\n{function(name, wrong)}\nif __name__ == '__main__':\n    args = [json.loads(line) for line "
+            f"in sys.stdin.read().splitlines()]\n    print(json.dumps({name}(*args)), ' ')\n")
+
+
+def texts(name):
+    return (["\n".join(map(json.dumps, args)) for args in PROBLEMS[name][3]],
+            [json.dumps(result) + "\n" for result in results(name)])
+
+
+def mbpp(name):
+    cases = zip(PROBLEMS[name][3], results(name))
+    asserts = [f"assert {name}(*{args!r}) == {result!r}" for args, result in cases]
+    return {"task_id": 1, "text": "Write it.", "code": function(name), "test_list": asserts, "test_setup_code": "",
+            "challenge_test_list": []}
+
+
+def mbpp_plus(name):
+    test = (f"import numpy as np\n\ndef assertion(out, exp, atol):\n    if isinstance(exp, float):\n"
+            f"        assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n    else:\n        assert out == exp, out\n\n"
+            f"inputs = {PROBLEMS[name][3]!r}\nresults = {results(name)!r}\nfor i, (inp, exp) in enumerate(zip(inputs, "
+            f"results)):\n    assertion({name}(*inp), exp, 0)\n")
+    return mbpp(name) | {"test": test, "test_imports": ["import math"], "prompt": "Write a function."}
+
+
+def humaneval_plus(name):
+    head = f"import math\n\n\ndef {name}({PROBLEMS[name][0]}):\n    '''Do it.'''\n"
+    test = (f"import numpy as np\n\ndef assertion(out, exp, atol):\n    if isinstance(exp, float):\n"
+            f"        np.testing.assert_allclose(out, exp, rtol=1e-07, atol=atol)\n    else:\n        assert out == exp\n\n"
+            f"def check(candidate):\n    inputs = {PROBLEMS[name][3]!r}\n    results = {results(name)!r}\n"
+            f"    for i, (inp, exp) in enumerate(zip(inputs, results)):\n        assertion(candidate(*inp), exp, 0)\n")
+    return {"task_id": "HumanEval/0", "prompt": head, "canonical_solution": f"    {PROBLEMS[name][1]}\n",
+            "entry_point": name, "test": test}
+
+
+def apps(name):
+    inputs, outputs = texts(name)
+    return {"input_output": json.dumps({"inputs": inputs, "outputs": outputs}), "solutions": "[]", "starter_code": ""}
+
+
+def apps_function(name):
+    outputs = [[result] for result in results(name)]
+    return {"input_output": json.dumps({"fn_name": name, "inputs": PROBLEMS[name][3], "outputs": outputs})}
+
+
+def taco_columns(name):
+    return {"fn_name": name, "inputs": PROBLEMS[name][3], "outputs": json.loads(json.dumps(results(name)))}
+
+
+def live_code_bench(name):
+    inputs, outputs = texts(name)
+    cases = [{"input": given, "output": wanted, "testtype": "stdin"} for given, wanted in zip(inputs, outputs)]
+    private = base64.b64encode(zlib.compress(pickle.dumps(json.dumps(cases[1:])))).decode()
+    return {"question_content": "?", "public_test_cases": json.dumps(cases[:1]), "private_test_cases": private,
+            "metadata": "{}", "starter_code": ""}
+
+
+def live_code_bench_function(name):
+    row = live_code_bench(name) | {"metadata": json.dumps({"func_name": name})}
+    cases = [dict(case, testtype="functional") for case in formats.unpacked(row["public_test_cases"])]
+    private = [dict(case, testtype="functional") for case in formats.unpacked(row["private_test_cases"])]
+    return row | {"public_test_cases": json.dumps(cases), "private_test_cases": json.dumps(private)}
+
+
+FORMATS = {mbpp: function, mbpp_plus: function, humaneval_plus: function, apps: script, apps_function: method,
+           taco_columns: function, live_code_bench: script, live_code_bench_function: method}
+
+
+@pytest.fixture(scope="module")
+def judged():
+    rows = []
+    for make, program in FORMATS.items():
+        for name in PROBLEMS:
+            for wrong in (False, True):
+                rows.append({**make(name), "id": (make.__name__, name, wrong), "fenced": False,
+                             "completion": program(name, wrong)})
+    packages = "sortedcontainers,numpy"
+    return {v["id"]: v for v in sandbox.judge(rows, packages=packages, **RUNTIME)}
+
+
+@pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)
+def test_right_programs_get_full_marks_and_wrong_ones_do_not(judged, make):
+    if "plus" in make.__name__:
+        pytest.importorskip("numpy")
+    for name in PROBLEMS:
+        right, wrong = (judged[make.__name__, name, wrong] for wrong in (False, True))
+        assert right["reward"] == 1, right
+        assert wrong["reward"] is not None and wrong["reward"] < 1, wrong
+
+
+def test_humaneval_as_it_is_published():
+    rows = [{**r, "fenced": False, "id": r["id"]} for r in dataset("humaneval/HumanEval.jsonl.gz", "canonical_solution")]
+    for r in rows:
+        r["prompt"] = r.pop("preamble")
+    assert [v for v in verdicts(rows[:40]).values() if v["reward"] != 1] == []
+
+
+DESIGN = """
+class Cache:
+    def __init__(self, size): self.size, self.kept = size, {}
+    def put(self, key, value):
+        self.kept.pop(key, None)
+        self.kept[key] = value
+        if len(self.kept) > self.size: del self.kept[next(iter(self.kept))]
+    def get(self, key):
+        if key not in self.kept: return -1
+        self.kept[key] = value = self.kept.pop(key)
+        return value
+"""
+CASE = [["Cache", "put", "put", "get", "put", "get"], [[2], [1, 1], [2, 2], [1], [3, 3], [2]]]
+WANTED = [None, None, None, 1, None, -1]
+
+
+@pytest.mark.parametrize("columns", [
+    {"inputs": [CASE, CASE], "outputs": [WANTED, WANTED]},
+    {"inputs": [CASE], "outputs": [WANTED], "fn_name": "Cache"},
+    {"input_output": json.dumps({"inputs": [CASE], "outputs": [WANTED]})},
+    {"public_test_cases": json.dumps([{"input": "\n".join(map(json.dumps, CASE)), "output": json.dumps(WANTED),
+                                       "testtype": "functional"}]), "metadata": json.dumps({"func_name": "Cache"})},
+    {"entry_point": "Cache", "test": "def check(candidate):\n c = candidate(2)\n c.put(1, 1)\n assert c.get(1) == 1\n"
+                                     " c.put(2, 2)\n c.get(1)\n c.put(3, 3)\n assert c.get(2) == -1"},
+    {"test_list": ["c = Cache(2)\nc.put(1, 1)\nassert c.get(1) == 1\nc.put(2, 2)\nc.get(1)\nc.put(3, 3)\n"
+                   "assert c.get(2) == -1\nassert c.size == 2"]}])
+def test_class_designs(columns):
+    rows = [{**columns, "id": n, "fenced": False, "completion": text} for n, text in enumerate(
+        (DESIGN, DESIGN.replace("self.kept[key] = value = self.kept.pop(key)", "value = self.kept[key]")))]
+    right, wrong = (verdict for _, verdict in sorted(verdicts(rows).items()))
+    assert right["reward"] == 1 and wrong["reward"] < 1, (right, wrong)
+
+
+def test_classes_that_only_the_program_has():
+    """As in MBPP's problems with a Node or a Pair: the tests make objects of the program's own class."""
+    code = ("class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\ndef longest(pairs):\n"
+            "    return max(pair.b - pair.a for pair in pairs)")
+    row = {"test_list": ["assert longest([Pair(1, 4), Pair(2, 3)]) == 3", "p = Pair(0, 1)\np.b = 9\n"
+                         "assert longest([p]) == 9"], "code": code, "fenced": False}
+    got = verdicts([{**row, "id": 1, "completion": code}, {**row, "id": 2, "completion": code.replace("max", "min")},
+                    {**row, "id": 3, "completion": code.replace("Pair", "Couple")}])
+    assert [got[n]["reward"] for n in (1, 2, 3)] == [1, 0.5, 0]
+
+
+@pytest.mark.parametrize("program, right", [
+    ("print(sum(map(int, open(0).read().split())))", True),
+    ("import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())), end='')", True),
+    ("import os\nprint(sum(map(int, os.read(0, 1000).split())))", True),
+    ("import sys\ninput = sys.stdin.readline\nn = int(input())\nsys.stdout.write(f'{n + sum(map(int, input().split()))}  \\n\\n')", True),
+    ("n = int(input())\nprint(n + sum(map(int, input().split())))\ninput()", False),
+    ("n = int(input())\nprint(n + sum(map(int, input().split())))\nexit()", True),
+    ("n = int(input())\nprint(n + sum(map(int, input().split())))\nraise SystemExit(0)", True),
+    ("import os\nn = int(input())\nos.write(1, b'%d' % (n + sum(map(int, input().split()))))", True),
+    ("def main():\n    n = int(input())\n    print(n + sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()", True),
+    ("import sys\nfor line in sys.stdin: pass\nprint(6)", False),
+    ("import threading\ndef main():\n    n = int(input())\n    print(n + sum(map(int, input().split())))\n"
+     "t = threading.Thread(target=main); t.start(); t.join()", True),
+    ("n = int(input())\nprint(float(n + sum(map(int, input().split()))))", True),
+    ("n = int(input())\nprint('The sum is', n + sum(map(int, input().split())))", False),
+    ("seen = globals().setdefault('seen', 0) + int(input())\nprint(seen + sum(map(int, input().split())))", True),
+])
+def test_programs_that_read_and_print(program, right):
+    row = {"id": 1, "fenced": False, "completion": program, "inputs": ["2\n1 3\n", "1\n5", "0\n4 4 4\n"],
+           "outputs": ["6\n", "6", "12"]}
+    assert (verdicts([row])[1]["reward"] == 1) is right
+
+
+@pytest.mark.parametrize("printed, wanted, tolerance, same", [
+    ("1 2\n3\n", "1 2\n3", "0", True), (" 1  2 \n\n3", "1 2\n3\n", "0", True), ("1\n2", "1 2", "0", False),
+    ("0.3333333", "0.33333333", "0", False), ("0.3333333", "0.33333333", "1e-5", True), ("1.0", "1", "0", True),
+    ("100001", "100000", "1e-5", False), ("yes", "YES", "1e-5", False), ("nan", "nan", "0", True), ("", "", "0", True),
+    ("1 2 3", "1 2", "0", False), ("1e400", "2e400", "1e-5", False)])
+def test_outputs_are_compared_as_in_the_benchmarks(printed, wanted, tolerance, same):
+    space = {}
+    exec(formats.COMPARE, space)
+    assert space["same_output"](printed, wanted, float(tolerance)) is same
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({}, "has no tests"), ({"test": "x"}, "entry_point"), ({"inputs": [], "outputs": []}, "equal length"),
+    ({"test_list": ["assert len([]) == 0"]}, "calls no function"),
+    ({"public_test_cases": base64.b64encode(zlib.compress(pickle.dumps(print))).decode()}, "more than text")])
+def test_unknown_rows_say_why(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        formats.normalize(row)
+    verdict = verdicts([{**row, "id": 1, "completion": "```python\n1\n```"}])[1]
+    assert verdict["reward"] is None and reason in verdict["detail"]
+
+
+# ---- the program in an answer ----
+
+GOOD, DRAFT = "def f(x):\n    return 1", "def f(x):\n    return 0"
+ANSWERS = {  # name: (answer, the program by the rule `answer`, by the rule `first`)
+    "python": (f"Here:\n```python\n{GOOD}\n```\nDone.", GOOD, GOOD),
+    "py": (f"```py\n{GOOD}\n```", GOOD, GOOD), "python3": (f"```python3\n{GOOD}\n```", GOOD, GOOD),
+    "Python": (f"``` Python\n{GOOD}\n```", GOOD, GOOD), "braces": (f"```{{python}}\n{GOOD}\n```", GOOD, GOOD),
+    "braces and dot": (f"```{{.python}}\n{GOOD}\n```", GOOD, GOOD),
+    "attributes": (f'```python title="a.py"\n{GOOD}\n```', GOOD, GOOD),
+    "no language": (f"```\n{GOOD}\n```", GOOD, None),
+    "no language before python": (f"```\n$ run\n```\n```python\n{GOOD}\n```", GOOD, GOOD),
+    "closing on the same line": (f"```python\n{GOOD}```", GOOD, GOOD),
+    "all on one line": ("```python def f(x): return 1```", "def f(x): return 1", "def f(x): return 1"),
+    "tildes": (f"~~~python\n{GOOD}\n~~~", GOOD, GOOD), "four": (f"````python\n{GOOD}\n# ```\n````", None, None),
+    "carriage returns": (f"```python\r\n{GOOD}\r\n```\r\n", GOOD, GOOD),
+    "indented": ("1. Do:\n   ```python\n   def f(x):\n       return 1\n   ```", GOOD, GOOD),
+    "another language first": (f"```bash\nls\n```\n```python\n{GOOD}\n```", GOOD, GOOD),
+    "two blocks": (f"```python\n{GOOD}\n```\n```python\n{DRAFT}\n```", GOOD, GOOD),
+    "a draft in thought": (f"<think>\n```python\n{DRAFT}\n```\n</think>\n```python\n{GOOD}\n```", GOOD, DRAFT),
+    "only the end of thought": (f"```python\n{DRAFT}\n```\n</think>```python\n{GOOD}\n```", GOOD, DRAFT),
+    "thought without end": (f"<think>\n```python\n{DRAFT}\n```\n", None, DRAFT),
+    "not closed": (f"```python\n{GOOD}\n", None, None), "another language": (f"```c\n{GOOD}\n```", None, None),
+    "none": (GOOD, None, None), "empty": ("", None, None),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_block_that_counts(name):
+    answer, *wanted = ANSWERS[name]
+    got = [sandbox.first_block(answer, rule) for rule in ("answer", "first")]
+    if name == "four":
+        wanted = [f"{GOOD}\n# ```"] * 2
+    assert [block and block.replace("\r", "").rstrip("\n ") for block in got] == wanted

@@ -1,0 +1,236 @@
+"""Ways out of the sandbox, to its judge or to its neighbours, that once worked. Nothing here needs root or a network.
+
+    pytest tests/test_sandbox_breaches.py
+"""
+import os
+import subprocess
+import time
+
+import pytest
+from test_sandbox import ASKED, HONEST, NODES, RUNTIME, SHORT, in_call, at_import, probe, row, verdicts, works
+
+import sandbox
+
+pytestmark = [pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")]
+RIGHT = "def f(x): return 31 * x + 7"
+
+
+def honest(count):
+    return [row(("honest", n), f"{RIGHT} + 0 * {n}") for n in range(count)]
+
+
+# ---- signals and priorities ----
+
+SIGNALS = {
+    **{f"kill(0, {n})": f"os.kill(0, {n})" for n in (1, 2, 9, 10, 15, 19, 20, 21)},
+    **{f"killpg {n}": f"os.killpg(os.getpgrp(), {n})" for n in (9, 19)},
+    "killpg(0)": "os.killpg(0, 9)",
+    "kill the parent": "os.kill(os.getppid(), 9)", "stop the parent": "os.kill(os.getppid(), 19)",
+    "kill all": "os.kill(-1, 9)", "stop all": "os.kill(-1, 19)",
+    "SIGIO to the group": "import fcntl\nfor fd in range(9):\n try:\n  fcntl.fcntl(fd, fcntl.F_SETOWN, -os.getpgrp())\n"
+                          "  fcntl.fcntl(fd, 10, 9); fcntl.fcntl(fd, fcntl.F_SETFL, os.O_ASYNC)\n except OSError: pass",
+}
+
+
+@pytest.mark.parametrize("place", ["import", "call"])
+def test_signals_reach_no_other_process(place):
+    make = at_import if place == "import" else in_call
+    long = ASKED.replace("def check", f"TEXT = {'x' * 100_000!r}\ndef check")  # more than a pipe holds
+    rows = [row(name, make(code), long) for name, code in SIGNALS.items()] + honest(20)
+    begun = time.monotonic()
+    got = verdicts(rows, **SHORT)
+    assert len(got) == len(rows) and time.monotonic() - begun < 60
+    assert [v for name, v in got.items() if isinstance(name, tuple) and v["reward"] != 1] == []
+    assert [v for name, v in got.items() if isinstance(name, str) and v["reward"] != 0] == []
+
+
+def test_priorities_are_out_of_reach():
+    rows = [row(1, probe(["os.setpriority(os.PRIO_PGRP, 0, 19) or 1", "os.setpriority(os.PRIO_USER, 0, 19) or 1",
+                          "os.sched_setaffinity(0, {0}) or 1", "os.sched_setscheduler(0, os.SCHED_BATCH, "
+                          "os.sched_param(0)) or 1", "os.getsid(0) != os.getpid()", "os.getpgrp() != os.getpid()"]),
+                "def check(candidate):\n assert candidate(0) == []")]
+    assert verdicts(rows)[1]["verdict"] == "pass"
+
+
+# ---- what the kernel counts for a user, or does not count at all ----
+
+def test_descriptors_in_flight():
+    hog = """
+import socket
+a, b = socket.socketpair()
+socket.send_fds(a, [b'x'], [0] * 253)
+time.sleep(1.5)"""
+    got = verdicts([row(("hog", n), in_call(hog + f"\nreturn {n}")) for n in range(4)] + honest(200),
+                   **{**SHORT, "workers": 4})
+    assert [v for name, v in got.items() if v["reward"] != (name[0] == "honest")] == []
+
+
+def test_no_message_carries_descriptors_and_no_thread_has_a_table_of_its_own():
+    clone = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+    without_files = 0x100 | 0x200 | 0x800 | 0x10000 | 0x40000  # CLONE_VM, FS, SIGHAND, THREAD, SYSVSEM
+    attempts = ["socket.send_fds(a, [b'x'], [0])", "a.sendmsg([b'x'])", f"syscall({clone}, {without_files}, 0, 0, 0, 0)",
+                "syscall(436, 200, 300, 2)", "a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20) or 1",
+                "fcntl.fcntl(pipe[1], 1031, 1 << 20)", "syscall(278, pipe[1], 0, 0, 0)",
+                "socket.socketpair(30, socket.SOCK_STREAM)", "ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) + 1"]
+    program = probe(attempts, "import fcntl\na, b = socket.socketpair()\npipe = os.pipe()\n")
+    assert verdicts([row(1, program, "def check(candidate):\n assert candidate(0) == []")])[1]["verdict"] == "pass"
+
+
+def test_a_thread_bomb_costs_no_worker(monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def counting(*args, **keywords):
+        started.append(1)
+        return popen(*args, **keywords)
+    monkeypatch.setattr(subprocess, "Popen", counting)
+    bomb = "import _thread\nwhile True: _thread.start_new_thread(time.sleep, (9,))"
+    # (the tests differ, so that each has a judge of its own)
+    rows = [row(n, at_import(bomb), ASKED + f" assert candidate({n}) == 1\n") for n in range(200)]
+    got = verdicts(rows, workers=1, **SHORT)
+    assert {v["reward"] for v in got.values()} == {0} and len(started) == 1
+
+
+# ---- marks for the next program, and channels to those beside ----
+
+def test_flags_of_open_files_are_not_shared():
+    marks = at_import("import fcntl\nfor fd in (0, 1, 2): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK)")
+    finds = in_call("import fcntl\nreturn [fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_APPEND | os.O_NONBLOCK) "
+                    "for fd in (0, 1, 2)]")
+    test = "def check(candidate):\n assert candidate(0) == [0, 0, 0]"
+    rows = [row(n, (marks if n % 2 == 0 else finds) + f"# {n}", ASKED if n % 2 == 0 else test) for n in range(8)]
+    assert [v["reward"] for _, v in sorted(verdicts(rows, workers=1).items())] == [0, 1] * 4
+
+
+def test_no_locks_and_no_notes_on_shared_files():
+    attempts = ["fcntl.flock(file, fcntl.LOCK_SH) or 1", "fcntl.lockf(file, fcntl.LOCK_SH) or 1",
+                "fcntl.fcntl(folder, fcntl.F_NOTIFY, 1) or 1", "fcntl.fcntl(file, fcntl.F_SETLEASE, 0) or 1",
+                "fcntl.fcntl(file, 1036, b'\\0' * 8) or 1"]
+    program = probe(attempts, "import fcntl\nfile = open(os.__file__)\nfolder = os.open('/', os.O_RDONLY)\n")
+    assert verdicts([row(1, program, "def check(candidate):\n assert candidate(0) == []")])[1]["verdict"] == "pass"
+
+
+@pytest.mark.parametrize("mark", [
+    "open('/tmp/a', 'w').write('x')", "os.mkdir('/tmp/d')", "os.symlink('/', '/tmp/s')", "os.chmod('/tmp', 0o700)",
+    "open('/tmp/a', 'w').close(); os.remove('/tmp/a')", "os.utime('/tmp', (5, 5))", "os.mkfifo('/tmp/f')",
+    "open('/tmp/a', 'wb').write(bytes(15 << 20))", "[os.mkdir(f'/tmp/{n}') for n in range(900)]",
+    "os.chmod('/tmp', 0)"])
+def test_tmp_is_new_for_each_program(mark):
+    finds = in_call("s = os.stat('/tmp')\nreturn [os.listdir('/tmp'), s.st_mode & 0o777, "
+                    "time.time() - s.st_mtime < 100, os.statvfs('/tmp').f_bavail * 4096 >> 20]")
+    test = "def check(candidate):\n assert candidate(0) == [[], 0o777, True, 16]"
+    rows = [row(n, (at_import(mark) if n % 2 == 0 else finds) + f"# {n}", ASKED if n % 2 == 0 else test)
+            for n in range(4)]
+    assert [v["reward"] for _, v in sorted(verdicts(rows, workers=1).items())] == [0, 1] * 2
+
+
+# ---- forging ----
+
+APPROX = """
+class Approx:
+    def __init__(self, value, tol=1e-6): self.value, self.tol = value, tol
+    def __eq__(self, other): return abs(self.value - getattr(other, 'value', other)) <= self.tol
+    __hash__ = None
+class Any:
+    def __eq__(self, other): return True
+"""
+FORGERIES = {
+    "the test's Approx": APPROX + "def f(x):\n a = Approx(0); a.tol = float('inf'); return a",
+    "the test's Any": APPROX + "def f(x): return Any()",
+    "in a list": APPROX + "def f(x): return [Any()]",
+    "by its name alone": "class C: pass\nC.__name__ = C.__qualname__ = 'Any'\ndef f(x): return C()",
+    "a class of the judge": "class C: pass\nC.__name__ = 'Thing'\ndef f(x): return C()",
+    "an exception of the test": "class Wrong(Exception): pass\ndef f(x): raise Wrong",
+    "unittest.mock.ANY": "from unittest.mock import ANY\ndef f(x): return ANY",
+    "a callable": "def f(x): return f",
+    "an iterator without end": "import itertools\ndef f(x): return itertools.repeat(100)",
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_no_forgery_by_the_classes_of_the_test(name):
+    test = (APPROX + "class Wrong(Exception): pass\nimport unittest.mock\ndef check(candidate):\n"
+            " assert candidate(3) == Approx(100)\n assert Approx(100) == candidate(3)\n assert Any() == 1 and "
+            "candidate(3) == 100\n assert [100] == candidate(3)\n try:\n  assert candidate(1) == 38\n"
+            " except ZeroDivisionError:\n  pass")
+    verdict = verdicts([row(1, FORGERIES[name], test, NODES)])[1]
+    assert verdict["reward"] == 0 and verdict["total"] == 5, verdict
+
+
+# ---- wrong programs ----
+
+IDIOMS = {  # what follows asserts that `return 2` passes; it raises no ValueError, and is wrong for 5
+    "expected exception": " try:\n  candidate(-1)\n  assert False\n except ValueError:\n  pass",
+    "expected exception, else": " try:\n  candidate(-1)\n except ValueError:\n  pass\n else:\n  raise AssertionError",
+    "trailing raise": " if candidate(5) != 10:\n  raise AssertionError('no')",
+    "raise at the end": " try:\n  candidate(-1)\n except ValueError:\n  return\n raise AssertionError",
+    "unittest": " import unittest\n t = unittest.TestCase()\n t.assertEqual(candidate(5), 10)",
+    "unittest raises": " import unittest\n t = unittest.TestCase()\n with t.assertRaises(ValueError):\n  candidate(-1)",
+    "unittest raises in a call": " import unittest\n unittest.TestCase().assertRaises(ValueError, candidate, -1)",
+    "raises": " with raises(ValueError):\n  candidate(-1)",
+    "helper of a helper": " outer(candidate, 5, 10)",
+    "lambda helper": " same = lambda a, b: inner(a, b)\n same(candidate(5), 10)",
+    "lambda helper with the candidate inside": " go = lambda: inner(candidate(5), 10)\n go()",
+    "partial helper": " import functools\n go = functools.partial(outer, candidate)\n go(5, 10)",
+    "asserting method": " Checker().same(candidate(5), 10)",
+    "object that holds the candidate": " c = Checker(candidate)\n c.run()",
+    "exception after the last assert": " x = candidate(5)\n {10: 1}[x]",
+    "comprehension": " [inner(candidate(x), 2 * x) for x in (1, 5)]",
+    "all of helpers": " any(outer(candidate, x, 2 * x) for x in (1, 5))",
+    "map of helpers": " list(map(lambda x: outer(candidate, x, 2 * x), (1, 5)))",
+    "loop of raises": " for x in (1, 5):\n  if candidate(x) != 2 * x:\n   raise ValueError(x)",
+    "while": " x = 1\n while x < 6:\n  inner(candidate(x), 2 * x)\n  x += 1",
+    "exec": " exec('assert candidate(5) == 10')",
+    "assigned": " ok = inner(candidate(5), 10)",
+    "walrus": " if (y := candidate(5)) != 10:\n  assert not y",
+    "match": " match candidate(5):\n  case 10: pass\n  case _: raise AssertionError",
+    "local def": " def go():\n  inner(candidate(5), 10)\n go()",
+    "finally": " try:\n  pass\n finally:\n  inner(candidate(5), 10)",
+    "sys.exit": " import sys\n if candidate(5) != 10: sys.exit(1)",
+    "numpy-like": " Checker().close(candidate(5), 10, places=2)",
+    "global helper by its own name": " by_name()",
+    "decorator": " @Checker().now\n def _():\n  inner(candidate(5), 10)",
+    "delete": " d = {10: 1}\n del d[candidate(5)]",
+    "unpack": " (a,) = candidate(5),\n [10].remove(a)",
+    "annotated": " x: int = [10].index(candidate(5))",
+    "augmented": " x = 1\n x += {10: 1}[candidate(5)]",
+    "assert in an else": " if candidate(5) == 10:\n  pass\n else:\n  assert False",
+}
+HELPERS = """
+import contextlib
+@contextlib.contextmanager
+def raises(kind):
+    try:
+        yield
+    except kind:
+        return
+    raise AssertionError
+def inner(a, b):
+    if a != b:
+        raise AssertionError
+def outer(f, x, y):
+    inner(f(x), y)
+def by_name():
+    inner(f(5), 10)
+class Checker:
+    def __init__(self, f=None): self.f = f
+    def same(self, a, b): assert a == b
+    def close(self, a, b, places): assert abs(a - b) < 10 ** -places
+    def run(self): outer(self.f, 5, 10)
+    def now(self, function): function()
+"""
+
+
+@pytest.fixture(scope="module")
+def idioms():
+    rows = []
+    for name, body in IDIOMS.items():
+        test = f"{HELPERS}\ndef check(candidate):\n assert candidate(1) == 2\n{body}\n"
+        right = "def f(x):\n if x < 0: raise ValueError\n return 2 * x"
+        rows += [row(("wrong", name), "def f(x): return 2", test), row(("right", name), right, test)]
+    return verdicts(rows)
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_every_statement_of_a_test_counts(idioms, name):
+    assert idioms["right", name]["reward"] == 1, idioms["right", name]
+    assert idioms["wrong", name]["reward"] < 1, idioms["wrong", name]

@@ -1,0 +1,160 @@
+"""Honest programs and tests of unusual kinds: what a plain run in one process says, the sandbox must say.
+
+    pytest tests/test_sandbox_honest.py
+"""
+import json
+
+import pytest
+from test_sandbox import NODES, row, verdicts, works
+
+pytestmark = pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")
+
+PREAMBLE = NODES + """
+import enum, collections, dataclasses, typing
+class Colour(enum.Enum):
+    RED, BLUE = 1, 2
+class Level(enum.IntEnum):
+    LOW, HIGH = 1, 2
+Point = collections.namedtuple("Point", "x y")
+class Pair(typing.NamedTuple):
+    a: int
+    b: list
+class Slotted:
+    __slots__ = ("x", "y")
+    def __init__(self, x, y): self.x, self.y = x, y
+    def __eq__(self, other): return (self.x, self.y) == (other.x, other.y)
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: int
+    inside: tuple = ()
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class Tight:
+    x: int
+class TooSmall(ValueError):
+    def __init__(self, limit, value):
+        super().__init__(f"{value} < {limit}")
+        self.limit = limit
+class Node:
+    def __init__(self, val, neighbours=None): self.val, self.neighbours = val, neighbours or []
+"""
+CASES = {  # name: (program, body of check)
+    # arguments changed in place
+    "after a literal-only test": ("def f(x): x.append(1); return x",
+        " assert candidate([0]) == [0, 1]\n a = [5]\n candidate(a)\n assert a == [5, 1]"),
+    "through a local helper": ("def f(x): x.sort()",
+        " def run(xs):\n  candidate(xs)\n  return xs\n assert run([2, 1]) == [1, 2]"),
+    "through an alias": ("def f(x): x.sort()", " g = candidate\n a = [2, 1]\n g(a)\n assert a == [1, 2]"),
+    "through a lambda": ("def f(x): x.sort()", " g = lambda v: candidate(v) or v\n assert g([2, 1]) == [1, 2]"),
+    "through an alias of the list": ("def f(x): x[0].append(1)", " a = [[]]\n b = a[0]\n candidate(a)\n assert b == [1]"),
+    "through partial": ("def f(k, x): x.append(k)",
+        " import functools\n a = []\n functools.partial(candidate, 3)(a)\n assert a == [3]"),
+    "through map": ("def f(x): x.append(1)", " a = [[], []]\n list(map(candidate, a))\n assert a == [[1], [1]]"),
+    "dict of lists": ("def f(d): d['a'].append(d.pop('b'))", " d = {'a': [], 'b': 2}\n candidate(d)\n assert d == {'a': [2]}"),
+    "set, deque, bytearray, array": ("def f(s, q, b, a): s.add(1); q.appendleft(0); b[0] = 9; a.append(4)",
+        " import array, collections\n s, q, b, a = set(), collections.deque([1], 5), bytearray(b'x'), array.array('i', [3])\n"
+        " candidate(s, q, b, a)\n assert s == {1} and list(q) == [0, 1] and b == b'\\t' and a.tolist() == [3, 4]\n"
+        " assert q.maxlen == 5"),
+    "defaultdict, Counter, OrderedDict": ("def f(d, c, o): d[1].append(2); c['a'] += 1; o.move_to_end('a')",
+        " import collections as k\n d, c, o = k.defaultdict(list), k.Counter('ab'), k.OrderedDict(a=1, b=2)\n"
+        " candidate(d, c, o)\n assert d == {1: [2]} and c['a'] == 2 and list(o) == ['b', 'a']\n assert d[7] == []"),
+    "grid": ("def f(g):\n for r in g:\n  for i in range(len(r)): r[i] *= 2", " g = [[1, 2], [3]]\n candidate(g)\n assert g == [[2, 4], [6]]"),
+    "before an exception": ("def f(x): x.append(1); raise ValueError",
+        " a = []\n try:\n  candidate(a)\n except ValueError: pass\n assert a == [1]"),
+    "rows shared inside an argument": ("def f(g): g[0][0] = 5", " r = [0]\n g = [r, r]\n candidate(g)\n assert g == [[5], [5]]"),
+    "the argument itself returned": ("def f(x): x.append(1); return x", " a = [0]\n b = candidate(a)\n assert b is a and a == [0, 1]"),
+    "a part of the argument returned": ("def f(g): return g[0]", " g = [[1], [2]]\n candidate(g).append(3)\n assert g == [[1, 3], [2]]"),
+    "object's list": ("def f(n): n.neighbours.append(n)", " n = Node(1)\n candidate(n)\n assert n.neighbours[0] is n"),
+    # values
+    "long ints": ("def f(n): return 7 ** n", " assert candidate(20000) == 7 ** 20000\n assert [candidate(9999)] == [7 ** 9999]"),
+    "long ints given": ("def f(x): return x[0] % 1000", " assert candidate([7 ** 20000]) == 7 ** 20000 % 1000"),
+    "enum": ("def f(c): return Colour.BLUE if c is Colour.RED else [Level.LOW]",
+        " assert candidate(Colour.RED) is Colour.BLUE\n assert candidate(Colour.BLUE) == [Level.LOW]\n"
+        " assert isinstance(candidate(1)[0], Level)"),
+    "namedtuple": ("def f(p): return Point(p.y, p.x)", " assert candidate(Point(1, 2)).x == 2\n assert candidate(Point(1, 2)) == (2, 1)"),
+    "NamedTuple": ("def f(p): p.b.append(1); return p._replace(a=9)", " p = Pair(1, [])\n assert candidate(p).a == 9\n assert p.b == [1]"),
+    "slots": ("def f(s): s.x += 1; return Slotted(s.y, s.x)", " s = Slotted(1, 2)\n assert candidate(s) == Slotted(2, 2)\n assert s.x == 2"),
+    "frozen dataclass": ("def f(p): return {Frozen(p.x + 1, (p,)): 1}",
+        " assert candidate(Frozen(1)) == {Frozen(2, (Frozen(1),)): 1}\n assert candidate(Frozen(3))[Frozen(4, (Frozen(3),))] == 1"),
+    "tight dataclass": ("def f(x): return sorted([Tight(3), Tight(x)])", " assert candidate(1) == [Tight(1), Tight(3)]"),
+    "dataclass in a set in a dataclass": ("def f(x): return Frozen(1, (frozenset([Frozen(2), Frozen(3)]),))",
+        " assert Frozen(3) in candidate(0).inside[0]"),
+    "datetime": ("import datetime as d\ndef f(x): return x + d.timedelta(days=1)",
+        " import datetime as d\n assert candidate(d.date(2024, 2, 28)) == d.date(2024, 2, 29)\n"
+        " t = d.datetime(2024, 1, 1, 5, tzinfo=d.timezone.utc)\n assert candidate(t).isoformat() == '2024-01-02T05:00:00+00:00'\n"
+        " assert candidate(d.timedelta(1)) == d.timedelta(2)"),
+    "time and timezone": ("import datetime as d\ndef f(h): return [d.time(h), d.timezone(d.timedelta(hours=h), 'x')]",
+        " import datetime as d\n assert candidate(3) == [d.time(3), d.timezone(d.timedelta(hours=3), 'x')]"),
+    "zoneinfo": ("import datetime as d, zoneinfo\ndef f(x): return d.datetime(2024, 7, 1, tzinfo=zoneinfo.ZoneInfo(x))",
+        " import datetime as d\n assert candidate('Europe/Paris').utcoffset() == d.timedelta(hours=2)"),
+    "array": ("import array\ndef f(x): return array.array('d', x)", " import array\n assert candidate([1.5]) == array.array('d', [1.5])"),
+    "dict views": ("def f(d): return d.keys()", " assert candidate({1: 2}) == {1}\n assert len(candidate({1: 2, 3: 4})) == 2\n assert 1 in candidate({1: 2})"),
+    "values": ("def f(d): return d.values()", " assert len(candidate({1: 2})) == 1\n assert list(candidate({1: 2})) == [2]\n assert sum(candidate({1: 2, 3: 4})) == 6"),
+    "items": ("def f(d): return d.items()", " assert candidate({1: 2}) == {1: 2}.items()\n assert (1, 2) in candidate({1: 2})"),
+    "Counter": ("import collections\ndef f(x): return collections.Counter(x)", " assert candidate('aab').most_common(1) == [('a', 2)]\n assert candidate('a')['z'] == 0"),
+    "depth": ("def f(n):\n v = 0\n for _ in range(n): v = [v]\n return v", " def d(v):\n  n = 0\n  while v != 0: v, n = v[0], n + 1\n  return n\n assert d(candidate(150)) == 150\n assert d(candidate(400)) == 400"),
+    "depth given": ("def f(v):\n n = 0\n while v != 0: v, n = v[0], n + 1\n return n", " v = 0\n for _ in range(300): v = [v]\n assert candidate(v) == 300"),
+    "bytes": ("def f(n): return bytes(range(256)) * n", " assert candidate(1 << 15) == bytes(range(256)) * (1 << 15)"),
+    "text": ("def f(n): return '\u6f22' * n", " assert candidate(3_000_000) == '\u6f22' * 3_000_000"),
+    "odd text": ("def f(x): return x + '\\ud800\\x00\\u2028'", " assert candidate('\U0001F600') == '\U0001F600\\ud800\\x00\\u2028'"),
+    "types": ("def f(x): return type(x)", " assert candidate(1) is int and candidate('') == str and candidate(None) is type(None)"),
+    "exceptions of math": ("def f(x): return 10.0 ** x", " try:\n  candidate(999)\n  assert False\n except OverflowError: pass"),
+    "infinity and nan": ("def f(x): return [float('inf'), -float('inf'), float('nan')]", " a, b, c = candidate(0)\n assert a > 1e308 and b < -1e308 and c != c"),
+    "memoryview and nested": ("def f(x): return {'a': (b'x', {1.5: [None, {True}]})}", " assert candidate(0) == {'a': (b'x', {1.5: [None, {True}]})}"),
+    # exceptions
+    "subclass of the expected": ("class E(ValueError): pass\ndef f(x): raise E('no')", " try:\n  candidate(1)\n  assert False\n except ValueError as e:\n  assert str(e) == 'no'"),
+    "JSONDecodeError": ("import json\ndef f(x): return json.loads(x)", " import json\n try:\n  candidate('{')\n  assert False\n except json.JSONDecodeError: pass\n try:\n  candidate('{')\n  assert False\n except ValueError: pass"),
+    "StopIteration": ("def f(x): return next(iter(x))", " try:\n  candidate([])\n  assert False\n except StopIteration: pass"),
+    "SystemExit": ("import sys\ndef f(x): sys.exit(x)", " try:\n  candidate(3)\n  assert False\n except SystemExit as e:\n  assert e.code == 3"),
+    "KeyboardInterrupt": ("def f(x): raise KeyboardInterrupt", " try:\n  candidate(3)\n  assert False\n except KeyboardInterrupt: pass"),
+    "KeyError": ("def f(x): return {}[x]", " try:\n  candidate('k')\n  assert False\n except KeyError as e:\n  assert str(e) == \"'k'\" and e.args == ('k',)"),
+    "the preamble's exception": ("def f(x):\n if x < 3: raise TooSmall(3, x)", " try:\n  candidate(1)\n  assert False\n except TooSmall as e:\n  assert e.limit == 3 and str(e) == '1 < 3'"),
+    "OSError": ("def f(x): open('/nowhere/at/all')", " try:\n  candidate(1)\n  assert False\n except FileNotFoundError as e:\n  assert e.errno == 2"),
+    "decimal": ("import decimal\ndef f(x): return decimal.Decimal(x)", " import decimal\n try:\n  candidate('x')\n  assert False\n except decimal.InvalidOperation: pass"),
+    "assertRaises": ("def f(x): raise TypeError('bad')", " import unittest\n t = unittest.TestCase()\n with t.assertRaisesRegex(TypeError, 'bad'): candidate(1)"),
+    "UnicodeDecodeError": ("def f(x): return x.decode()", " try:\n  candidate(b'\\xff')\n  assert False\n except UnicodeDecodeError as e:\n  assert e.start == 0"),
+    "recursion": ("def f(x): return f(x)", " try:\n  candidate(1)\n  assert False\n except RecursionError: pass"),
+    # iterators and functions
+    "endless generator": ("def f():\n n = 0\n while True:\n  yield n\n  n += 1", " import itertools\n assert list(itertools.islice(candidate(), 20)) == list(range(20))\n g = candidate()\n assert next(g) == 0 and next(g) == 1"),
+    "long generator": ("def f(n): yield from range(n)", " assert sum(candidate(50000)) == sum(range(50000))"),
+    "generator that fails": ("def f():\n yield 1\n raise ValueError", " g = candidate()\n assert next(g) == 1\n try:\n  next(g)\n  assert False\n except ValueError: pass"),
+    "iterator given": ("def f(it): return [next(it), next(it)]", " assert candidate(iter([1, 2, 3])) == [1, 2]"),
+    "endless iterator given": ("import itertools\ndef f(it): return list(itertools.islice(it, 30))", " import itertools\n assert candidate(itertools.count()) == list(range(30))"),
+    "function given": ("def f(g, x): return g(x) + 1", " assert candidate(lambda v: v * 2, 5) == 11\n assert candidate(len, 'ab') == 3\n assert candidate(str.upper, 'a') if False else True"),
+    "builtins given": ("def f(g, x): return list(map(g, x))", " import operator\n assert candidate(str.upper, ['a']) == ['A']\n assert candidate(operator.neg, [1]) == [-1]\n assert candidate(int, ['7']) == [7]"),
+    "key function that fails": ("def f(g, x): return sorted(x, key=g)", " try:\n  candidate(lambda v: v / 0, [1])\n  assert False\n except ZeroDivisionError: pass"),
+    "function that remembers": ("def f(g):\n for n in range(3): g(n)", " seen = []\n candidate(seen.append)\n assert seen == [0, 1, 2]"),
+    "function of the test that calls the candidate": ("def f(n, g): return g(n - 1) if n else 0", " def again(n): return candidate(n, again) + 1\n assert candidate(3, again) == 3"),
+    "function returned": ("def f(n): return lambda x: x + n", " add = candidate(3)\n assert add(4) == 7\n assert candidate(1)(1) == 2"),
+    "decorator": ("import functools\ndef f(g):\n @functools.wraps(g)\n def h(*a): return 2 * g(*a)\n return h", " double = candidate(lambda x: x + 1)\n assert double(4) == 10\n @candidate\n def k(x): return x\n assert k(5) == 10"),
+    "object returned": ("class Box:\n def __init__(self): self.n = 0\n def add(self, k=1): self.n += k; return self\ndef f(): return Box()", " b = candidate()\n assert b.add().add(k=2).n == 3\n b.n = 9\n assert b.n == 9\n assert not hasattr(b, 'zzz')"),
+    # input and output
+    "patched input": ("def f(): return int(input('a')) + int(input())", " from unittest.mock import patch\n with patch('builtins.input', side_effect=['1', '2']): assert candidate() == 3"),
+    "replaced stdin": ("import sys\ndef f(): return [input(), sys.stdin.read()]", " import io, sys\n sys.stdin = io.StringIO('a\\nb\\n')\n assert candidate() == ['a', 'b\\n']"),
+    "redirected stdout": ("def f(x): print('hello', x)", " import io, contextlib\n out = io.StringIO()\n with contextlib.redirect_stdout(out): candidate(3)\n assert out.getvalue() == 'hello 3\\n'"),
+    "patched print": ("def f(x): return x", " print(candidate(1))\n assert candidate(2) == 2"),
+    # resources
+    "threads": ("from concurrent.futures import ThreadPoolExecutor\nimport threading, time\ndef f(n):\n"
+        " with ThreadPoolExecutor(12) as e: list(e.map(lambda x: time.sleep(0.05), range(12)))\n"
+        " with ThreadPoolExecutor() as e: return sorted(e.map(abs, range(n)))\n", " assert candidate(50) == list(range(50))"),
+    "thirty threads": ("import threading, time\ndef f(n):\n ts = [threading.Thread(target=time.sleep, args=(0.1,)) for _ in range(n)]\n"
+        " for t in ts: t.start()\n for t in ts: t.join()\n return len(ts)", " assert candidate(30) == 30"),
+    "sqlite in memory": ("import sqlite3\ndef f(x): return sqlite3.connect(':memory:').execute('select ?', (x,)).fetchone()[0]", " assert candidate(5) == 5"),
+    "asyncio": ("import asyncio\nasync def f(x):\n await asyncio.sleep(0.01)\n return x", " import asyncio\n try:\n  assert asyncio.run(candidate(3)) == 3\n except (TypeError, ValueError): pass"),
+    "name of the function": ("def f(x): return x", " assert candidate(1) == 1, candidate.__name__\n assert candidate.__name__ == 'f'"),
+    "logging, tempfile, uuid": ("import logging, tempfile, uuid\ndef f():\n logging.warning('x')\n with tempfile.TemporaryDirectory() as d: return len(str(uuid.uuid4())), d[:5]", " assert candidate() == (36, '/tmp/')"),
+}
+
+
+@pytest.fixture(scope="module")
+def judged():
+    return verdicts([row(name, program, "def check(candidate):\n" + test, PREAMBLE)
+                     for name, (program, test) in CASES.items()])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_honest_programs_of_unusual_kinds(judged, name):
+    program, test = CASES[name]
+    space = {"__name__": "solution"}
+    exec(PREAMBLE + program + "\ndef check(candidate):\n" + test, space)
+    space["check"](space["f"])  # a plain run agrees
+    assert judged[name]["reward"] == 1, json.dumps(judged[name])
