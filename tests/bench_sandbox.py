@@ -1,7 +1,7 @@
 """How fast the sandbox is, at full isolation: programs/s and tests/s, and CPU time against a plain run in one process.
 
-(a) trivial programs with 10 tests each; (b) the canonical solutions of LeetCodeDataset's test split, where that file
-lies beside the repository. Run it on a quiet machine:
+(a) trivial programs with 10 tests each; (b) the same with endless loops or sleepers among them (--bad); (c) the canonical
+solutions of LeetCodeDataset's test split, where that file is beside the repository. Run it on a quiet machine:
 
     python tests/bench_sandbox.py
 """
@@ -26,6 +26,15 @@ def trivial(count):
     tests = "def check(candidate):\n" + "".join(f"    assert candidate(x={x}) == {x * x}\n" for x in range(10))
     return [{"id": n, "completion": f"```python\ndef f(x):\n    return x * x + {n} * 0\n```",
              "test": tests, "entry_point": "f"} for n in range(count)]
+
+
+def mixed(honest, count, code):
+    """Honest programs with `count` bad ones spread among them."""
+    rows = list(honest)
+    for n in range(count):
+        program = f"```python\nimport time\ndef f(x):\n    while True: {code}  # {n}\n```"
+        rows.insert(n * len(rows) // count, {**honest[0], "id": f"bad {n}", "completion": program})
+    return rows
 
 
 def leetcode():
@@ -72,13 +81,19 @@ def plain(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trivial", type=int, default=5000, help="number of trivial programs (default %(default)s)")
+    parser.add_argument("--bad", type=int, default=20, help="bad programs of a kind (default %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="workers; 0: one for each core given (default 0)")
     parser.add_argument("--runtime", default="auto", help="see sandbox.py (default auto)")
     parser.add_argument("--unsafe", action="store_true", help="without isolation, for comparison")
     args = parser.parse_args()
     if not args.unsafe:
         sandbox.choose(args.runtime, sandbox.IMAGE, sandbox.PACKAGES)
-    for name, rows in [("trivial", trivial(args.trivial))] + ([("leetcode", leetcode())] if LEETCODE.exists() else []):
+    cases = {"trivial": trivial(args.trivial)}
+    for name, code in {"loops": "pass", "sleepers": "time.sleep(1)"}.items():
+        cases[f"with {args.bad} {name}"] = mixed(trivial(1000), args.bad, code)
+    if LEETCODE.exists():
+        cases["leetcode"] = leetcode()
+    for name, rows in cases.items():
         wall, used, tests, passed = sandboxed(rows, args)
         line = (f"{name}: {len(rows) / wall:.1f} programs/s, {tests / wall:.0f} tests/s, {passed}/{len(rows)} pass, "
                 f"{used:.1f} s CPU")

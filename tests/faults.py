@@ -21,7 +21,7 @@ import sandbox  # noqa: E402
 PROGRAMS = {  # what each of the programs does beside its answer
     "plain": "", "busy": "sum(range(10 ** 6))", "sleeps": "time.sleep(0.03)", "starts threads":
     "t = threading.Thread(target=time.sleep, args=(0.02,)); t.start(); t.join()", "large": "y = [0] * 10 ** 5",
-    "wrong": "x += 1", "fails": "x // 0", "leaves": "os._exit(0)", "long": "time.sleep(0.3)"}
+    "wrong": "x += 1", "fails": "x // 0", "leaves": "os._exit(0)", "long": "time.sleep(0.1)"}
 
 
 def rows(count):
@@ -54,7 +54,7 @@ def is_worker(line):
 
 
 def disturb(done, wanted, rng, counts):
-    while not done.wait(rng.uniform(0.05, 1.5)) and sum(counts.values()) < wanted:
+    while not done.wait(rng.uniform(0.3, 2.0)) and sum(counts.values()) < wanted:
         kinds = processes()
         if kinds:
             kind = rng.choice(sorted(kinds))

@@ -8,7 +8,7 @@ import pickle
 import zlib
 
 import pytest
-from test_sandbox import DATA, RUNTIME, dataset, verdicts, works
+from test_sandbox import RUNTIME, dataset, verdicts, works
 
 import formats
 import sandbox

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from test_sandbox import ASKED, HONEST, NODES, RUNTIME, SHORT, in_call, at_import, probe, row, verdicts, works
+from test_sandbox import ASKED, NODES, RUNTIME, SHORT, in_call, at_import, probe, row, verdicts, works
 
 import sandbox
 
@@ -234,3 +234,21 @@ def idioms():
 def test_every_statement_of_a_test_counts(idioms, name):
     assert idioms["right", name]["reward"] == 1, idioms["right", name]
     assert idioms["wrong", name]["reward"] < 1, idioms["wrong", name]
+
+
+# ---- time ----
+
+@pytest.mark.parametrize("code", ["pass", "time.sleep(0.5)", "time.sleep(0.02); sum(range(50000))"])
+def test_honest_work_comes_first(code):
+    """Endless programs, sleepers, and those that sleep most of the time stand before the honest ones in the file."""
+    rows = [row(n, in_call(f"while True: {code}  # {n}")) for n in range(12)] + honest(60)
+    limits = {"test_cpu": 3.0, "cpu": 6.0, "test_wall": 3.0, "wall": 6.0}
+    order = [verdict["id"] for verdict in sandbox.judge(rows, **RUNTIME, workers=2, **limits)]
+    assert len(order) == 72 and all(isinstance(name, tuple) for name in order[:60]), order
+
+
+def test_a_sleeper_holds_no_worker_for_long():
+    begun = time.monotonic()
+    got = verdicts([row(n, in_call(f"while True: time.sleep(0.08); sum(range(50000))  # {n}")) for n in range(4)],
+                   test_wall=2.0, workers=1)
+    assert {v["verdict"] for v in got.values()} == {"timeout"} and time.monotonic() - begun < 40
