@@ -10,6 +10,7 @@ installed.
 
     python generate_refs.py --model=data/minicode/model --data=data/minicode/train.jsonl --out=out/refs
 """
+import argparse
 import collections
 import hashlib
 import importlib.util
@@ -25,7 +26,7 @@ import transformers
 from tqdm import tqdm
 
 import rows
-from model import (context_length, decode, end_ids, get_device, get_dtype, identity, load_model,
+from model import (backbone, context_length, decode, end_ids, get_device, get_dtype, identity, load_model,
                    load_tokenizer, output_layer, pad, row_prompt_ids)
 
 
@@ -186,7 +187,7 @@ def prefill(model, requests, args):
     cache = transformers.DynamicCache()
     # padded on the right without a mask: the padding comes after everything that a causal model can look at
     tokens = pad([request["prompt"] for request in requests], model.device)
-    hidden = model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = backbone(model)(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
     prefix = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     for i, request in enumerate(requests):
         length = len(request["prompt"])
@@ -204,7 +205,7 @@ def decode_step(model, cache, tokens):
         cache.make_room()
     starts = torch.tensor(cache.starts, device=model.device)[:, None]
     mask = torch.arange(min(cache.starts), cache.end + 1, device=model.device) >= starts
-    output = model.base_model(input_ids=tokens[:, None], attention_mask=mask.long(),
+    output = backbone(model)(input_ids=tokens[:, None], attention_mask=mask.long(),
                               position_ids=cache.end - starts, past_key_values=cache, use_cache=True)
     cache.end += 1
     return output.last_hidden_state[:, -1]
@@ -257,6 +258,29 @@ def sample(model, requests, args, ends):
         if active:
             newest = torch.tensor([c.ids[-1] for c in active], device=model.device)
             hidden = [decode_step(model, cache, newest)]
+
+
+def check_sampler(model, args):
+    """Refuse a model whose cache `sample` does not carry (a recurrent state, say): what is sampled greedily after
+    two short prompts must be what the model itself, without a cache, finds likeliest.
+    """
+    vocab = model.config.get_text_config().vocab_size
+    prompts = [[(31 * i + 7) % vocab for i in range(length)] for length in (3, 12)]
+    requests = [{"row": {"id": i}, "prompt": prompt, "limit": 16} for i, prompt in enumerate(prompts)]
+    greedy = argparse.Namespace(**vars(args) | {"temperature": 0, "num_refs": 1, "batch_size": 2})
+    kind = f"{args.model}: a {model.config.model_type} model"
+    try:
+        for row, (completion,) in sample(model, requests, greedy, ends=()):
+            start = len(prompts[row["id"]])
+            tokens = torch.tensor([prompts[row["id"]] + completion], device=model.device)  # (1, time)
+            with torch.no_grad():
+                hidden = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state[0]
+                logits = output_layer(model)(hidden[start - 1:-1]).float()  # (16, vocab)
+            below_best = logits.max(1).values - logits.gather(1, tokens[0, start:, None])[:, 0]
+            if not below_best.max() < 0.1 * logits.std():
+                raise ValueError("with its cache it computes other logits than without")
+    except Exception as error:  # whatever the code of a family raises
+        rows.fail(f"{kind} keeps a state that this sampler does not carry ({error}); give --engine=vllm")
 
 
 def sample_vllm(model, requests, args, ends):
@@ -326,9 +350,7 @@ def main():
     else:
         device = get_device()
         model = load_model(args.model, get_dtype(args.dtype, device), device, args.trust_remote_code)
-        if getattr(model, "_is_stateful", False):
-            rows.fail(f"{args.model}: a {model.config.model_type} model keeps a recurrent state, which this "
-                      "sampler does not carry; give --engine=vllm")
+        check_sampler(model, args)
     ends, context = end_ids(model, tokenizer), context_length(model)
 
     settings = vars(args).copy()

@@ -4,6 +4,7 @@ Sampling, the reference pass, training and evaluation use the same functions, so
 
     python -c 'import model; print(model.prompt_ids(model.load_tokenizer("data/minicode/model"), "hello"))'
 """
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -65,12 +66,78 @@ def load_tokenizer(path, trust_remote_code=False):
     return load(transformers.AutoTokenizer, path, trust_remote_code=trust_remote_code)
 
 
+def load_weights(kind, path, **kwargs):
+    """A complete model of that kind: what its checkpoint lacks, transformers would make up at random."""
+    model, report = load(kind, path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    lacks = [*sorted(report["missing_keys"]), *sorted(str(key[0]) for key in report["mismatched_keys"])]
+    if lacks:
+        more = f" and {len(lacks) - 5} more" if len(lacks) > 5 else ""
+        rows.fail(f"{path}: its checkpoint lacks {', '.join(lacks[:5])}{more} (or has them in other sizes), which "
+                  f"{type(model).__name__} needs; give a complete checkpoint of that kind")
+    return model
+
+
 def load_model(path, dtype, device, trust_remote_code=False):
     """The causal LM of a Hugging Face folder, in evaluation mode: it has no dropout here, in training either."""
-    config = load(transformers.AutoConfig, path, trust_remote_code=trust_remote_code)
-    model = load(transformers.AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.stored_dtype = config.dtype or torch.float32  # what its checkpoint is in
-    return model.to(device).eval()
+    model = load_weights(transformers.AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = model.to(device).eval()
+    check(model)
+    return model
+
+
+def backbone(model):
+    """The part of a causal LM that gives its last hidden states."""
+    if model.base_model is model:  # Llama 4 names another
+        return getattr(model, "model", model)
+    return model.base_model
+
+
+def check(model):
+    """Find the output layer of a model, and freeze the parameters that its logits do not depend on. Refuses a model
+    whose log-probabilities this code would compute wrongly.
+    """
+    name, config = model.name_or_path, model.config
+    special = {value for key, value in config.to_dict().items() if key.endswith(("token_id", "token_index"))}
+    length = min(256, context_length(model))
+    ids = torch.arange(length, device=model.device) * 7 % config.get_text_config().vocab_size
+    ids = torch.tensor([i for i in ids.tolist() if i not in special], device=model.device)[None]  # (1, time)
+    try:
+        own = model(input_ids=ids, use_cache=False).logits[0]  # (time, vocab)
+        with torch.no_grad():
+            hidden, start = (backbone(model)(input_ids=part, use_cache=False).last_hidden_state[0]
+                             for part in (ids, ids[:, :8]))
+    except Exception as error:  # whatever the code of a family raises
+        rows.fail(f"{name}: a {config.model_type} model cannot be run on text alone ({error})")
+    if not (start - hidden[:8]).abs().median() < 0.1 * hidden.std():
+        rows.fail(f"{name}: a {config.model_type} model also looks at later tokens (is_decoder=false?), so it has no "
+                  "log pi(y|x)")
+    errors = {}
+    for rule in HEADS:
+        if rule == "plain" or getattr(config.get_text_config(), rule[0], None):
+            model.logit_rule = rule
+            with torch.no_grad(), contextlib.suppress(RuntimeError):  # a head of another shape
+                errors[rule] = (output_layer(model)(hidden) - own).abs().max().item()
+    model.logit_rule = min(errors, key=errors.get, default=None)
+    if model.logit_rule is None or not errors[model.logit_rule] < 0.01 * own.std():
+        rows.fail(f"{name}: the logits of a {config.model_type} model do not follow from its last hidden states in a "
+                  "way that model.py knows (HEADS)")
+    reached = leaves(own)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in reached)
+
+
+def leaves(tensor):
+    """The set of the parameters that a tensor was computed from."""
+    found, seen, stack = set(), set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [before for before, _ in node.next_functions]
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+    return found
 
 
 MODEL_FILES = ("model", "pytorch_model", "config", "generation_config", "tokenizer", "special_tokens", "added_tokens",
@@ -96,8 +163,20 @@ def identity(path):
 
 
 def context_length(model):
-    """Tokens that the model can attend to, prompt and completion together."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    """Tokens that the model can attend to, prompt and completion together.
+
+    longrope (Phi-3 with 128k) turns to other rotations for all sequences of a batch when one exceeds the original
+    length, so log-probabilities would depend on the batch: such a context ends there. Dynamic NTK does so beyond
+    max_position_embeddings, which nothing here exceeds.
+    """
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or -1
+    if length < 1:  # it names no limit
+        length = 1 << 30
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        length = min(length, rope["original_max_position_embeddings"])
+    return length
 
 
 def end_ids(model, tokenizer):
@@ -191,20 +270,32 @@ def pad(sequences, device):
 
 # ---- log pi(y|x) ----
 
-def output_layer(model):
-    """A function from last hidden states (n, dim) to logits (n, vocab), with the scaling and capping of its family."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)
+def times(logits, value):
+    return logits * value
 
-    def logits(hidden):
-        out = head(hidden)
-        if scale != 1:
-            out = out * scale
-        if cap:
-            out = torch.tanh(out / cap) * cap
-        return out
-    return logits
+
+def divided_by(logits, value):
+    return logits / value
+
+
+def capped_at(logits, value):
+    return torch.tanh(logits / value) * value
+
+
+HEADS = (  # what families do to the output of their last matrix: "plain", or (name in the config, f(logits, its value))
+    "plain", ("logit_scale", times), ("logits_scaling", divided_by), ("logits_scaling", times),
+    ("lm_head_multiplier", times), ("logits_mup_width_multiplier", divided_by),
+    ("final_logit_softcapping", capped_at), ("logits_soft_cap", capped_at), ("output_logit_soft_cap", capped_at))
+
+
+def output_layer(model):
+    """A function from last hidden states (n, dim) to logits (n, vocab), which `check` has found to be the model's own."""
+    head = model.get_output_embeddings()
+    if model.logit_rule == "plain":
+        return head
+    name, rule = model.logit_rule
+    value = getattr(model.config.get_text_config(), name)
+    return lambda hidden: rule(head(hidden), value)
 
 
 class Policy(torch.nn.Module):
@@ -224,7 +315,7 @@ class Policy(torch.nn.Module):
         states = []
         for group in order.chunk(groups):
             longest = lens[group[0]]
-            hidden = self.model.base_model(input_ids=tokens[group, :longest], use_cache=False).last_hidden_state
+            hidden = backbone(self.model)(input_ids=tokens[group, :longest], use_cache=False).last_hidden_state
             states.append(torch.nn.functional.pad(hidden, (0, 0, 0, tokens.shape[1] - longest)))
         hidden = torch.cat(states)[order.argsort()]  # (batch, time, dim)
         return qrpo.completion_logps(hidden, tokens, prompt_lens, lens, output_layer(self.model))
