@@ -40,7 +40,7 @@ fi
 
 STAGE=all
 case "${1:-}" in
-    test) shift; exec "$PYTHON" -m pytest -q tests "$@" ;;
+    test) shift; exec "$PYTHON" -m pytest "$@" ;;
     lint) exec "$PYTHON" -m ruff check . ;;
     refs | train) STAGE=$1; shift ;;
 esac
