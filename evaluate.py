@@ -211,18 +211,25 @@ def save(figure, path):
     return path.name
 
 
+CURVES = {"loss": "loss", "log_ratio": "log-ratio to the reference, nats", "kl": "KL to the reference, nats",
+          "objective": "objective on fresh samples", "grad_norm": "gradient norm"}  # how metrics begin: title
+
+
 def draw_curves(out):
     """The metrics over the steps: lines from training, points from held-out rows."""
     log = list(rows.complete_lines(out / "metrics.jsonl"))
-    titles = {"loss": "loss", "log_ratio": "log-ratio to the reference, nats", "grad_norm": "gradient norm"}
-    figure, axes = panels(len(titles))
-    for axis, (first, title) in zip(axes, titles.items()):
-        for name in sorted({key.removeprefix("eval_") for row in log for key in row}):
-            for prefix, style in (("", "-"), ("eval_", "o--")):
-                points = [(row["step"], row[prefix + name]) for row in log if prefix + name in row]
-                if name.startswith(first) and points:
-                    axis.plot(*zip(*points), style, label=prefix + name, markersize=4, linewidth=1.2)
-        axis.set(xlabel="step", title=title)
+    curves = {}  # metric: [(step, value)]
+    for row in log:
+        for name, value in row.items():
+            curves.setdefault(name, []).append((row["step"], value))
+    shown = [start for start in CURVES if any(name.startswith(start) for name in curves)]
+    figure, axes = panels(len(shown))
+    for axis, start in zip(axes, shown):
+        for name in sorted(curves):
+            if name.removeprefix("eval_").startswith(start):
+                style = "o--" if name.startswith("eval_") else "-"
+                axis.plot(*zip(*curves[name]), style, label=name, markersize=4, linewidth=1.2)
+        axis.set(xlabel="step", title=CURVES[start])
         axis.legend(fontsize=8)
     return save(figure, out / "curves.png")
 

@@ -45,7 +45,7 @@ add("--data", required=True, help="JSONL file or folder of rewarded rows: prompt
 add("--out", required=True, type=Path, help="folder of the run")
 add("--reward", required=True, help="tests, FILE.py:NAME or model:PATH, as score.py's; that of ref_rewards")
 add("--score", default="", help="more flags of score.py, in one string")
-add("--beta", type=float, default=0.1, help="strength of the KL term")
+add("--beta", type=float, help="strength of the KL term (default: that of the run in --model)")
 add("--transform", default="identity", choices=qrpo.TRANSFORMS, help="f in R = f(quantile)")
 add("--quantile", default="exact", choices=qrpo.QUANTILES, help="see train.py")
 add("--learning_rate", type=float, default=1e-6, help="AdamW's, at the peak of the schedule")
@@ -62,6 +62,11 @@ add("--save_every", type=int, default=20, help="steps between saves, from which 
 add("--seed", type=int, default=0, help="of prompts and samples")
 add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
 args = parser.parse_args()
+if args.beta is None:
+    before = Path(args.model) / "run.json"
+    if not before.exists():
+        rows.fail(f"--model={args.model} is not the folder of a run; give --beta")
+    args.beta = rows.load_json(before)["config"]["beta"]
 
 ADAM_BETAS = 0.9, 0.95  # samples change from step to step, so a shorter memory of their squares than the usual 0.999
 WARMUP = 0.05           # of the steps

@@ -16,6 +16,7 @@
 #   REWARD=tests       or FILE.py:NAME, or model:PATH
 #   SEED=0             of sampling and training
 #   ROUNDS=1           2: samples of the trained policy are rewarded and trained on, too, in $OUT/${RUN}_round2 (QRPO)
+#   ONLINE=            flags of online.py, such as "--steps=200": QRPO on fresh samples, in $OUT/${RUN}_online
 #   NPROC=             processes of every stage, on each node (default: one a GPU, or one)
 #   GENERATE= SCORE=   more flags for generate_refs.py and score.py
 #   EVALUATE=          flags of generate_refs.py after those where it samples the policy, as --temperature=0.6
@@ -50,7 +51,8 @@ if [ -z "${MODEL:-}" ] && [ -z "${DATA:-}" ]; then
     [ "$STAGE" = train ] || "$PYTHON" data/minicode/prepare.py
     MODEL=data/minicode/model DATA=data/minicode
     GENERATE="--max_new_tokens=64 ${GENERATE:-}"
-    set -- --beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 "$@"
+    set -- --loss=forward_kl --quantile=exact --beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 "$@"
+    [ "$STAGE" != all ] || ONLINE=${ONLINE---learning_rate=3e-4 --max_new_tokens=64}
 fi
 : "${MODEL:?set MODEL as well as DATA}" "${DATA:?set DATA as well as MODEL}"
 
@@ -111,3 +113,10 @@ for ((round = 2; round <= ROUNDS; round++)); do  # the reference stays: quantile
         --cache="$OUT/cache" --seed="$SEED" --resume "$@" --train_on=samples
     evaluate "$run" "$run"
 done
+if [ -n "${ONLINE:-}" ]; then
+    before=$run run=$OUT/${RUN}_online
+    # shellcheck disable=SC2086
+    launch online.py --model="$before" --ref_model="$MODEL" --data="$OUT/train/rewarded" --out="$run" \
+        --reward="$REWARD" --score="${SCORE:-}" --seed="$SEED" $ONLINE
+    evaluate "$run" "$run"
+fi
