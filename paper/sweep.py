@@ -108,7 +108,8 @@ def execute(folder, command, job, threads=None):
         return None
     if "job" not in job and read_job(folder).get("exit") == 0:
         return 0  # another sweep.py has just run it
-    job |= {"command": command, "host": socket.gethostname(), "started": time.time(), "log_from": log.tell()}
+    job = job | {"command": command, "host": socket.gethostname(), "started": time.time(),
+                 "log_from": log.tell()}
     rows.write_json(folder / "job.json", job)
     env = {"PYTHON": sys.executable, "TQDM_MININTERVAL": "10", **os.environ}
     if threads:
@@ -146,8 +147,8 @@ def is_free(log, kind):
 
 
 def stop(signum, frame):
-    """SIGUSR1, the time limit is near: ask training to save. SIGTERM and SIGINT: end the runs, which save
-    first. A SIGTERM after a SIGUSR1, the time is up: kill what has not saved.
+    """SIGUSR1, the time limit is near: training must save. SIGTERM, SIGINT: end the runs, which save first;
+    after a SIGUSR1 the time is up, so kill what has not saved.
     """
     if signum == signal.SIGUSR1:
         sent = signal.SIGUSR1
@@ -163,22 +164,27 @@ def stop(signum, frame):
 
 
 def send(child, signum):
-    """Signal a run: its shell and all descendants, in whatever session, as torchrun's workers have their own.
-    """
-    children = {}
-    for line in subprocess.check_output(["ps", "-e", "-o", "pid=,ppid=,args="], text=True).splitlines():
-        pid, parent, *command = line.split(maxsplit=2)
-        children.setdefault(int(parent), []).append((int(pid), command))
-    family = [(child.pid, [])]
-    for pid, command in family:
+    """Signal the processes of a run: the shell that this process started, and its descendants."""
+    parents, groups, commands, children = {}, {}, {}, {}
+    for line in subprocess.check_output(["ps", "-e", "-o", "pid=,ppid=,pgid=,args="], text=True).splitlines():
+        pid, parent, group, *command = line.split(maxsplit=3)
+        parents[pid], groups[pid], commands[pid] = parent, group, " ".join(command)
+        children.setdefault(parent, []).append(pid)
+    run = str(child.pid)
+    family = [run]
+    for pid in family:
         family += children.get(pid, [])
-    for pid, command in family:
-        # torchrun kills its workers 30 seconds after a SIGTERM, perhaps before they have saved. It ends when
-        # they do.
-        if signum == signal.SIGTERM and "torch.distributed.run" in "".join(command) and pid in children:
-            continue
+    torchrun = [pid for pid in family if pid != run and "torch.distributed.run" in commands[pid]]
+    for pid in family:
+        if signum == signal.SIGTERM:
+            # torchrun kills its workers 30 seconds after a SIGTERM, perhaps before they have saved. It ends
+            # when they do, so only they are told. Processes in other sessions, such as the sandbox's, end with
+            # those that started them.
+            worker = parents.get(pid) in torchrun
+            if pid in torchrun and pid in children or groups.get(pid) != run and not worker:
+                continue
         with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.kill(pid, signum)
+            os.kill(int(pid), signum)
 
 
 # ---- on this machine ----
