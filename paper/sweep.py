@@ -178,8 +178,8 @@ def send(child, signum):
     for pid in family:
         if signum == signal.SIGTERM:
             # torchrun kills its workers 30 seconds after a SIGTERM, perhaps before they have saved. It ends
-            # when they do, so only they are told. Processes in other sessions, such as the sandbox's, end with
-            # those that started them.
+            # when they do, so only they are told. Processes in other sessions, such as the sandbox's, end
+            # with those that started them.
             worker = parents.get(pid) in torchrun
             if pid in torchrun and pid in children or groups.get(pid) != run and not worker:
                 continue
