@@ -1,7 +1,7 @@
-"""What the tests share: a tiny random model with a byte-level tokenizer, rewarded rows for it, and ways to run a script.
+"""What the tests share: a tiny random model, rewarded rows for it, and ways to run a script.
 
     python -m pytest -q -n 2 tests              # bash run.sh test: minutes
-    SLOW=1 python -m pytest -q -n 2 tests       # also the tests marked slow, each of which says what it guards
+    SLOW=1 python -m pytest -q -n 2 tests       # also those marked slow; each says what it guards
 """
 import gc
 import json
@@ -73,7 +73,7 @@ def call(script, *flags):
 
 
 class Process:
-    """A script in a process of its own: a fork, which has all imports already. before: called first, in it."""
+    """A script in a process of its own: a fork, which has all imports already. before() is called in it."""
 
     def __init__(self, script, *flags, env=None, before=None):
         self.code = None
@@ -131,7 +131,7 @@ def start_ranks(world, script, *flags, before=None):
 
 
 def die_at_write(n):
-    """Kill this process right before its n-th write: an appended row, or a file or folder moved into place."""
+    """Kill this process before its n-th write: an appended row, or a file or folder moved into place."""
     import rows
     writes = []
 
@@ -147,8 +147,8 @@ def die_at_write(n):
 
 
 def start_until_finished(script, *flags):
-    """Start a script and kill it before its first write; start it again, kill it before its second; and so on to
-    its end. Returns how many kills that took.
+    """Start a script and kill it before its first write; start it again, kill it before its second; and so
+    on to its end. Returns how many kills that took.
     """
     kills = 0
     while True:
@@ -165,7 +165,8 @@ def run(script, *flags, ranks=0, check=True, env=None):
     if ranks:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=180, env=os.environ | (env or {}))
+    env = os.environ | (env or {})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=180, env=env)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -215,9 +216,10 @@ def make_tiny(folder, seed=0):
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -248,8 +250,8 @@ def rewarded(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     prompts = write_rows(folder / "prompts.jsonl", [{"prompt": "row " + "x" * (i % 7)} for i in range(30)])
     (folder / "reward.py").write_text(LETTERS)
-    call("generate_refs.py", f"--model={tiny}", f"--data={prompts}", f"--out={folder / 'refs'}", "--num_refs=4",
-         "--max_new_tokens=20")
+    call("generate_refs.py", f"--model={tiny}", f"--data={prompts}", f"--out={folder / 'refs'}",
+         "--num_refs=4", "--max_new_tokens=20")
     call("score.py", f"--data={folder / 'refs'}", f"--out={folder / 'scored'}",
          f"--reward={folder / 'reward.py'}:letters")
     return folder / "scored"

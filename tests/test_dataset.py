@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import dataset
-import rows
 from conftest import ROOT, call, read_rows, write_rows
 
 
@@ -182,13 +181,12 @@ def test_unknown_rewards_are_nan_and_never_zero(loaded, row, tmp_path):
 
 @pytest.mark.parametrize("world", (1, 3))
 @pytest.mark.parametrize("size", (1, 2))
-def test_micro_batches_hold_every_term_once_within_the_budget(world, size, monkeypatch):
+def test_micro_batches_hold_every_term_once_within_the_budget(world, size):
     lens = np.random.default_rng(0).integers(5, 60, 40 * size)
     terms = np.arange(40 * size).reshape(40, size)
     found, counts = [], set()
     for rank in range(world):
-        monkeypatch.setattr(rows, "share", lambda: (rank, world))
-        batches = list(dataset.micro_batches(lens, terms, 200))
+        batches = list(dataset.micro_batches(lens, terms, 200, rank, world))
         counts.add(len(batches))
         for index, works in batches:
             assert len(index) == size or len(index) * lens[index].max() <= 200

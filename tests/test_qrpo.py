@@ -1,4 +1,4 @@
-"""The mathematics: the losses against the published code, and every closed form against another way to compute it."""
+"""The mathematics: losses against the published code, closed forms against another way to compute them."""
 import inspect
 import json
 import math
@@ -29,12 +29,12 @@ def assert_near(ours, theirs, tolerance, case=None):
     assert ((ours - theirs).abs() / (theirs.abs() + 1e-3)).max() < tolerance, case
 
 
-def general_loss(beta, logps, ref_logps, rewards, ref_rewards, transform="identity", quantile="paper", norm="mse",
-                 among_refs=None, std=None):
-    """QRPO for any transform and quantile, put together as train.py does. std: of scaled-normal-icdf, (batch,)."""
+def general_loss(beta, logps, ref_logps, rewards, ref_rewards, transform="identity", quantile="paper",
+                 norm="mse", std=None):
+    """QRPO for any transform and quantile, put together as in train.py. std (batch,): of scaled-normal-icdf."""
     scale = 1 if std is None else std
     transform = "normal-icdf" if transform == "scaled-normal-icdf" else transform
-    targets = qrpo.target_log_ratios(beta / scale, rewards, ref_rewards, transform, quantile, among_refs)
+    targets = qrpo.target_log_ratios(beta / scale, rewards, ref_rewards, transform, quantile)
     return qrpo.regression_loss(beta, logps, ref_logps, targets, norm)
 
 
@@ -48,21 +48,23 @@ def test_qrpo_loss_by_hand_and_quantiles_count_ties():
     ref_rewards = torch.tensor([[0.0, 1.0, 1.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
     beta_log_Z = 0.5 * math.log(0.5 * (math.exp(2) - 1))
     expected = [(0.75 - beta_log_Z - 0.5 * 1) ** 2, (0.0 - beta_log_Z) ** 2]
-    torch.testing.assert_close(qrpo.qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards), torch.tensor(expected))
+    loss = qrpo.qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards)
+    torch.testing.assert_close(loss, torch.tensor(expected))
 
 
 @needs("golden_losses.json")
-@pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-5), (torch.float32, 2e-5)))  # theirs are float32
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-5), (torch.float32, 2e-5)))
 def test_qrpo_matches_the_published_code(dtype, tolerance):
     for x, loss, beta, theirs in golden("qrpo"):
-        x, beta = {name: value.to(dtype) for name, value in x.items()}, beta.to(dtype)
+        x, beta = {name: value.to(dtype) for name, value in x.items()}, beta.to(dtype)  # theirs is in float32
         side = loss["side"]
         logps, rest = x[f"logps_{side}"], (x[f"ref_logps_{side}"], x[f"rewards_{side}"], x["ref_rewards"])
-        dropped = beta * torch.log1p(-torch.exp(-1 / beta))  # the term of beta log Z that the published identity omits
+        # the term of beta log Z that the published identity omits
+        dropped = beta * torch.log1p(-torch.exp(-1 / beta))
         settings = {"transform": loss["transform"], "norm": loss["norm"]}
         if loss["transform"] == "scaled-normal-icdf":
             settings["std"] = x["ref_rewards"].std(1) / loss["mean_std_ref_rewards"]
-        as_published = logps - dropped / beta if loss["transform"] == "identity" else logps  # residual - dropped: theirs
+        as_published = logps - dropped / beta if loss["transform"] == "identity" else logps
         assert_near(general_loss(beta, as_published, *rest, **settings), theirs, tolerance, loss)
         if loss["beta"] < 0.1:
             assert dropped.abs() < 1e-8  # so that as it stands it agrees as well
@@ -86,10 +88,11 @@ def test_dpo_simpo_and_rebel_match_the_published_code():
         if loss["loss"] == "dpo":
             ours = qrpo.dpo_loss(beta, *logps, *ref_logps)
         elif loss["loss"] == "simpo":
-            ours = qrpo.simpo_loss(beta, loss["gamma_beta_ratio"], *logps, x["lengths_chosen"], x["lengths_rejected"])
+            lens = x["lengths_chosen"], x["lengths_rejected"]
+            ours = qrpo.simpo_loss(beta, loss["gamma_beta_ratio"], *logps, *lens)
         else:
-            ours = qrpo.rebel_loss(beta, logps[0] - ref_logps[0], logps[1] - ref_logps[1], x["rewards_chosen"],
-                                   x["rewards_rejected"])
+            log_ratios = logps[0] - ref_logps[0], logps[1] - ref_logps[1]
+            ours = qrpo.rebel_loss(beta, *log_ratios, x["rewards_chosen"], x["rewards_rejected"])
         assert_near(ours, theirs, 1e-5, loss)
 
 
@@ -105,9 +108,8 @@ def test_each_completion_may_have_its_own_beta_and_nothing_overflows():
             assert together.isfinite().all()
             alone = []
             for i in range(n):
-                one = slice(i, i + 1)
-                alone.append(general_loss(betas[one], logps[one], ref_logps[one], rewards[one], refs[one], transform,
-                                          quantile, std=None if std is None else std[one]))
+                one = [values[i:i + 1] for values in (betas, logps, ref_logps, rewards, refs)]
+                alone.append(general_loss(*one, transform, quantile, std=None if std is None else std[:1]))
             torch.testing.assert_close(together, torch.cat(alone))
 
 
@@ -129,8 +131,8 @@ def test_the_published_normal_quantile_needs_two_known_reference_rewards():
 def log_integral(f, beta, lo=0.0, hi=1.0):
     """log integral_lo^hi exp(f(t)/beta) dt by Gauss-Legendre on panels that shrink towards both ends."""
     x, w = np.polynomial.legendre.leggauss(40)
-    edges = np.array([0.0, *(2.0 ** -k for k in range(45, 1, -1)), 0.5, *(1 - 2.0 ** -k for k in range(2, 46)), 1.0])
-    edges = lo + (hi - lo) * edges
+    small = [2.0 ** -k for k in range(45, 1, -1)]
+    edges = lo + (hi - lo) * np.array([0.0, *small, 0.5, *(1 - x for x in reversed(small)), 1.0])
     half, middle = np.diff(edges)[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
     exponent = f(middle + half * x) / beta
     top = exponent.max()
@@ -165,12 +167,14 @@ def test_a_scaled_normal_quantile_is_the_normal_quantile_at_beta_over_its_scale(
 
 def test_sqrt_and_square_partition_functions_against_their_formulas():
     for beta in (0.05, 0.3, 1.0):
+        b = torch.tensor([beta], dtype=torch.float64)
         formula = math.log(2 * beta * (beta + (1 - beta) * math.exp(1 / beta)))
-        assert abs(qrpo.log_partition(torch.tensor([beta], dtype=torch.float64), "sqrt").item() - formula) < 1e-9
+        assert abs(qrpo.log_partition(b, "sqrt").item() - formula) < 1e-9
         x = 1 / math.sqrt(beta)
-        erfi = 2 / math.sqrt(math.pi) * sum(x ** (2 * k + 1) / (math.factorial(k) * (2 * k + 1)) for k in range(150))
+        series = sum(x ** (2 * k + 1) / (math.factorial(k) * (2 * k + 1)) for k in range(150))
+        erfi = 2 / math.sqrt(math.pi) * series
         formula = math.log(math.sqrt(math.pi * beta) / 2 * erfi)
-        assert abs(qrpo.log_partition(torch.tensor([beta], dtype=torch.float64), "square").item() - formula) < 1e-9
+        assert abs(qrpo.log_partition(b, "square").item() - formula) < 1e-9
 
 
 # ---- quantiles ----
@@ -209,7 +213,7 @@ def test_exact_targets_average_to_one_over_the_pool(transform, kind):
 
 @pytest.mark.parametrize("kind", ("continuous", "ties", "pass or fail", "all equal"))
 def test_exact_targets_average_to_one_over_fresh_completions(kind):
-    """A fresh completion and its n references are n + 1 equals, of which any may be the fresh one: the mean over that
+    """Any of n + 1 equals, a fresh completion and its n references, may be the fresh one: the mean over that
     choice is the expectation, given their rewards.
     """
     generator = random.Random(1)
@@ -225,7 +229,7 @@ def test_exact_targets_average_to_one_over_fresh_completions(kind):
 
 def test_published_targets_do_not_average_to_one_with_ties():
     beta, n = torch.tensor([0.1]), 10
-    for passes in (0, 4, 10):  # all equal: 1/beta, up to a term that vanishes at small beta; pass rate p: about p/beta
+    for passes in (0, 4, 10):  # all equal: about 1/beta; pass rate p: about p/beta
         pool = torch.tensor([1.0] * passes + [0.0] * (n - passes))
         mean = qrpo.target_log_ratios(beta, pool, pool.expand(n, n)).exp().mean().item()
         expected = 1 / 0.1 if passes in (0, n) else 0.4 / 0.1
@@ -240,7 +244,8 @@ def train_categorical(beta, quantile, rewards, ref_rewards, steps=1500):
     logits = torch.zeros(k, requires_grad=True, dtype=torch.float64)
     ref_logps = torch.full((k,), -math.log(k), dtype=torch.float64)
     b = torch.tensor([beta]).double()
-    targets = qrpo.target_log_ratios(b, rewards, ref_rewards, "identity", quantile, torch.ones(k, dtype=torch.bool))
+    itself = torch.ones(k, dtype=torch.bool)
+    targets = qrpo.target_log_ratios(b, rewards, ref_rewards, "identity", quantile, itself)
     optimizer = torch.optim.Adam([logits], lr=0.05)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
@@ -263,7 +268,8 @@ def test_trained_categorical_policy_reaches_the_closed_form_optimum(beta):
     assert abs(mean_q - (1 / (1 - math.exp(-a)) - beta)) < 1e-2
     assert abs(kl - (a * mean_q - log_Z)) < 1e-2
     assert abs(mean_q - beta * kl - beta * log_Z) < 1e-2  # V = beta log Z
-    assert abs((log_ratio > 0).double().mean().item() - (1 - beta * log_Z)) < 1e-2  # reference mass that rises: 1 - V
+    rises = (log_ratio > 0).double().mean().item()  # reference mass that rises: 1 - V
+    assert abs(rises - (1 - beta * log_Z)) < 1e-2
 
 
 def test_exact_quantile_reaches_the_true_optimum_of_a_pass_fail_reward_and_the_published_one_does_not():
@@ -272,7 +278,8 @@ def test_exact_quantile_reaches_the_true_optimum_of_a_pass_fail_reward_and_the_p
     # best policy for the cells' soft-averaged reward: exp((R - V)/beta), flat within each tied group
     b = torch.tensor([beta]).double()
     itself = torch.ones(k, dtype=torch.bool)
-    weight = qrpo.exact_quantile(b.expand(k), rewards, rewards.expand(k, k), qrpo.TRANSFORMS["identity"], itself)
+    identity = qrpo.TRANSFORMS["identity"]
+    weight = qrpo.exact_quantile(b.expand(k), rewards, rewards.expand(k, k), identity, itself)
     optimum = torch.log_softmax(weight, 0) + math.log(k)
     exact = train_categorical(beta, "exact", rewards, rewards.expand(k, k))
     paper = train_categorical(beta, "paper", rewards, rewards.expand(k, k))
@@ -299,7 +306,10 @@ def test_completion_logps_against_a_plain_log_softmax(monkeypatch, chunk, pad):
     tokens[0, 6] = pad  # pad == eos: the completion's own end token counts
     ours = qrpo.completion_logps(hidden, tokens, prompt_lens, lens, head)
     logps = torch.log_softmax(head(hidden), -1)
-    plain = torch.stack([sum(logps[i, t - 1, tokens[i, t]] for t in range(prompt_lens[i], lens[i])) for i in range(4)])
+    plain = []
+    for i in range(4):
+        plain.append(sum(logps[i, t - 1, tokens[i, t]] for t in range(prompt_lens[i], lens[i])))
+    plain = torch.stack(plain)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
     for a, b in zip(torch.autograd.grad(ours.sum(), [hidden, head.weight], retain_graph=True),
                     torch.autograd.grad(plain.sum(), [hidden, head.weight])):

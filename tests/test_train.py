@@ -1,5 +1,5 @@
-"""train.py: what a run writes, what a step computes, and that nothing disturbs the result: neither the number of
-processes nor kills, signals and full disks.
+"""train.py: what a run writes, what a step computes, and that nothing changes the result: neither the number
+of processes nor kills, signals and full disks.
 """
 import json
 import math
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 import transformers
 
 import rows
-from conftest import Process, call, read_rows, refused, run, start_ranks, start_until_finished, write_rows
+from conftest import (Process, call, read_rows, refused, run, start_ranks, start_until_finished,
+                      write_rows)
 
-FLAGS = ("--beta=0.1", "--learning_rate=1e-3", "--batch_size=16", "--micro_batch_tokens=160", "--dtype=float32")
+FLAGS = ("--beta=0.1", "--learning_rate=1e-3", "--batch_size=16", "--micro_batch_tokens=160",
+         "--dtype=float32")
 STEPS = 8  # of 16 completions: 30 rows of 4
 
 
@@ -128,15 +130,18 @@ def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path, cap
 # ---- what a step computes ----
 
 LOSSES = {  # each loss and the data it is tried on
-    "qrpo": "refs", "dpo": "best_worst", "rebel": "random_pairs", "simpo": "best_worst", "sft": "refs"}
+    "qrpo": "refs", "forward_kl": "refs", "dpo": "best_worst", "rebel": "random_pairs", "simpo": "best_worst", "sft": "refs"}
 
 
-def qrpo(c, ref_rewards):
+def target(c, ref_rewards):
     q = np.mean([reward <= c["reward"] for reward in ref_rewards])
-    beta_log_Z = 0.1 * math.log(0.1 * (math.exp(10) - 1))
-    return (q - beta_log_Z - 0.1 * c["log_ratio"]) ** 2
+    return q / 0.1 - math.log(0.1 * (math.exp(10) - 1))
 
 
+SINGLE_LOSSES = {  # of a completion c
+    "qrpo": lambda c, ref_rewards: (0.1 * (target(c, ref_rewards) - c["log_ratio"])) ** 2,
+    "forward_kl": lambda c, ref_rewards: -math.exp(target(c, ref_rewards)) * c["logp"],
+    "sft": lambda c, ref_rewards: -c["logp"]}
 PAIR_LOSSES = {  # of a better completion c and a worse one r
     "dpo": lambda c, r: -F.logsigmoid(0.1 * (c["log_ratio"] - r["log_ratio"])),
     "simpo": lambda c, r: -F.logsigmoid(0.1 * (c["logp"] / c["n"] - r["logp"] / r["n"] - 0.5)),
@@ -181,7 +186,7 @@ def step_by_hand(loss, policy, reference, table):
             continue
         for c in pool:
             tokens += c["n"]
-            terms.append(qrpo(c, row["ref_rewards"]) if loss == "qrpo" else -c["logp"])
+            terms.append(SINGLE_LOSSES[loss](c, row["ref_rewards"]))
             side = better if c["reward"] > np.mean(row["ref_rewards"]) else worse
             side.append(c["log_ratio"].item())
     value = sum(terms) / (tokens if loss == "sft" else len(terms))  # SFT: the mean over all tokens
@@ -207,8 +212,10 @@ def test_a_step_is_the_gradient_of_the_mean_loss_however_it_is_split(
     for i, more in enumerate((["--micro_batch_tokens=1"], ["--micro_batch_tokens=200"],
                               ["--micro_batch_tokens=5000", "--gradient_checkpointing"])):
         out = tmp_path / str(i)
-        call("train.py", *flags(undisturbed, data, out, f"--ref_model={tiny}", "--batch_size=24", f"--loss={loss}",
-                                f"--train_on={LOSSES[loss]}", f"--cache={tmp_path}/cache", *more))
+        script = call("train.py", *flags(
+            undisturbed, data, out, f"--ref_model={tiny}", f"--loss={loss}", f"--train_on={LOSSES[loss]}",
+            f"--cache={tmp_path}/cache", "--batch_size=24", *more))
+        assert set(script["LOSSES"]) == set(LOSSES)  # a new loss is tried here, too
         assert logged(out) == [pytest.approx(expected, rel=1e-4)]
         assert logged(out, "grad_norm") == [pytest.approx(gradient.norm().item(), rel=1e-3)]
         torch.testing.assert_close(gradients[i], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
@@ -240,7 +247,8 @@ def test_length_normalize_divides_beta_by_the_tokens_of_the_completion(tiny, rew
 
 
 def test_scaled_normal_icdf_scales_by_the_spread_of_each_prompts_rewards(tiny, rewarded, tmp_path):
-    script = call("train.py", *flags(tiny, rewarded, tmp_path / "run", "--transform=scaled-normal-icdf", "--beta=0.5"))
+    script = call("train.py", *flags(
+        tiny, rewarded, tmp_path / "run", "--transform=scaled-normal-icdf", "--beta=0.5"))
     b = script["load_batch"](script["train_data"], np.arange(40), 1.0)
     table = sorted(read_rows(rewarded), key=lambda row: row["id"])
     spread = np.array([np.std(row["ref_rewards"], ddof=1) for row in table])
@@ -251,10 +259,12 @@ def test_scaled_normal_icdf_scales_by_the_spread_of_each_prompts_rewards(tiny, r
 
 
 @pytest.mark.parametrize("beta", (3e-4, 10.0))
-@pytest.mark.parametrize("more", (["--quantile=exact"], ["--transform=log", "--norm=mae", "--max_grad_norm=1"]))
+@pytest.mark.parametrize("more", (
+    ["--quantile=exact"], ["--transform=log", "--norm=mae", "--max_grad_norm=1"]))
 def test_betas_from_tiny_to_large_train_without_overflow(tiny, rewarded, tmp_path, beta, more):
     call("train.py", *flags(tiny, rewarded, tmp_path / "run", f"--beta={beta}", *more))
-    assert np.isfinite(logged(tmp_path / "run")).all() and np.isfinite(logged(tmp_path / "run", "grad_norm")).all()
+    for name in ("loss", "grad_norm"):
+        assert np.isfinite(logged(tmp_path / "run", name)).all()
 
 
 def test_every_epoch_is_another_order_of_all_the_data(tiny, rewarded, tmp_path):
@@ -278,18 +288,19 @@ def test_reference_log_probabilities_of_another_model_are_refused(
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny, rewarded, tmp_path, capsys):
     refused(capsys, ["gradient norm", "look at this step's rows"], "train.py", *flags(
-        tiny, rewarded, tmp_path / "run", "--save_every=1", "--learning_rate=1e30", "--max_grad_norm=1", "--norm=mae"))
+        tiny, rewarded, tmp_path / "run", "--save_every=1", "--learning_rate=1e30", "--max_grad_norm=1",
+        "--norm=mae"))
     assert names(tmp_path / "run" / "resume")[0].startswith("step_")  # the last good one
 
 
 # ---- several processes ----
 
 def test_two_processes_under_torchrun_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_path):
-    run("train.py", *flags(tiny, rewarded, tmp_path / "two", f"--eval_data={rewarded}", "--save_every=2"), ranks=2)
-    for name in ("loss", "eval_loss", "grad_norm", "log_ratio"):
-        np.testing.assert_allclose(logged(tmp_path / "two", name), logged(undisturbed, name), rtol=1e-5,
-                                   atol=2e-5 if "ratio" in name else 2e-6)
-    assert names(tmp_path / "two") == names(undisturbed)
+    out = tmp_path / "two"
+    run("train.py", *flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2"), ranks=2)
+    for name, tolerance in (("loss", 2e-6), ("eval_loss", 2e-6), ("grad_norm", 2e-6), ("log_ratio", 2e-5)):
+        np.testing.assert_allclose(logged(out, name), logged(undisturbed, name), rtol=1e-5, atol=tolerance)
+    assert names(out) == names(undisturbed)
 
 
 def test_what_two_sharded_processes_saved_continues_in_one(tiny, rewarded, undisturbed, tmp_path):
@@ -364,7 +375,7 @@ def test_a_finished_run_has_nothing_to_do(tiny, rewarded, undisturbed, capsys):
 def test_told_to_stop_it_saves_exits_with_75_and_continues_to_the_same_bits(
         tiny, rewarded, undisturbed, tmp_path, monkeypatch, signum):
     out, append = tmp_path / "run", rows.append
-    command = ["train.py", *flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume")]
+    command = flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--resume")
 
     def append_and_signal(file, row):
         append(file, row)
@@ -372,16 +383,16 @@ def test_told_to_stop_it_saves_exits_with_75_and_continues_to_the_same_bits(
             signal.raise_signal(signum)
     monkeypatch.setattr(rows, "append", append_and_signal)
     with pytest.raises(SystemExit) as end:
-        call(*command)
+        call("train.py", *command)
     assert end.value.code == 75 and names(out / "resume") == ["step_000003"]
     monkeypatch.setattr(rows, "append", append)
-    call(*command)
+    call("train.py", *command)
     assert weights(out) == weights(undisturbed) and logged(out) == logged(undisturbed)
     assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [0, *range(1, STEPS + 1), STEPS]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
-@pytest.mark.parametrize("kilobytes", (1100, 1500))  # full while the model, and while the resume state is saved
+@pytest.mark.parametrize("kilobytes", (1100, 1500))  # full as the model or the resume state is saved
 def test_a_full_disk_leaves_the_last_checkpoint_and_room_lets_it_continue(
         tiny, rewarded, undisturbed, tmp_path, capsys, kilobytes):
     disk = tmp_path / "disk"
