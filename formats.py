@@ -1,7 +1,9 @@
-"""Test formats: from the columns of known data sets to what the sandbox runs: preamble, test, entry_point, solution.
+"""Test formats: from the columns of known data sets to what the sandbox runs: preamble, test,
+entry_point, solution.
 
-In: a row of one of the formats in docs/test_formats.md. Out: a dict of four strings; `solution` (the row's own, which
-shows whether its tests can be passed at all) may be None. ValueError, with a reason, for a row of no known format.
+In: a row of one of the formats in docs/test_formats.md. Out: a dict of four strings; `solution`
+(the row's own, which shows whether its tests can be passed at all) may be None. ValueError, with a
+reason, for a row of no known format.
 
     python -c 'import formats; print(formats.normalize({"test_list": ["assert f(1) == 2"]})["test"])'
 """
@@ -75,7 +77,8 @@ def solution_of(row):
 
 
 def from_check(row):
-    """`test` with `def check(candidate)`, as in HumanEval: its prompt, where that is Python, comes first."""
+    """`test` with `def check(candidate)`, as in HumanEval: its prompt, where that is Python, comes
+    first."""
     if not isinstance(row.get("entry_point"), str):
         raise ValueError("has no 'entry_point', which names the function to test")
     prompt = row.get("prompt")
@@ -94,7 +97,8 @@ def is_code(text):
 
 
 def from_asserts(row):
-    """`test_list`, as in MBPP: assert statements that call the function by its name. MBPP+ has a `test` of more."""
+    """`test_list`, as in MBPP: assert statements that call the function by its name. MBPP+ has a
+    `test` of more."""
     before = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
     tests = [row["test"]] if isinstance(row.get("test"), str) else row["test_list"]
     source = "\n".join([*before, *tests])
@@ -102,7 +106,8 @@ def from_asserts(row):
 
 
 def called(source):
-    """The function that asserts call: the first name called, in an assert if there is one, that neither Python nor the source defines."""
+    """The function that asserts call: the first name called, in an assert if there is one, that
+    neither Python nor the source defines."""
     tree = ast.parse(source)
     known = set(vars(builtins))
     for node in ast.walk(tree):
@@ -125,7 +130,8 @@ def from_input_output(row):
 
 
 def from_columns(row):
-    """`inputs` and `outputs`: lists of equal length; with `fn_name` the arguments of calls, else stdin and stdout."""
+    """`inputs` and `outputs`: lists of equal length; with `fn_name` the arguments of calls, else
+    stdin and stdout."""
     inputs, outputs, name = row["inputs"], row.get("outputs"), row.get("fn_name") or row.get("entry_point")
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs) or not inputs:
         raise ValueError("inputs and outputs must be lists of equal length, not empty")
@@ -142,7 +148,8 @@ def lines(text):
 
 
 def from_live_code_bench(row):
-    """`public_test_cases`, as in LiveCodeBench: JSON of {input, output, testtype}; private ones are packed."""
+    """`public_test_cases`, as in LiveCodeBench: JSON of {input, output, testtype}; private ones are
+    packed."""
     cases = unpacked(row["public_test_cases"]) + unpacked(row.get("private_test_cases") or "[]")
     inputs, outputs = ([case[side] for case in cases] for side in ("input", "output"))
     if all(case["testtype"] == "stdin" for case in cases):

@@ -1,17 +1,19 @@
-"""Run untrusted Python programs against their tests, without root, and say how many tests each one passes.
+"""Run untrusted Python programs against their tests, without root, and say how many tests each one
+passes.
 
-In: JSONL rows with id, completion (a model's answer, see --block; with "fenced": false a text without a block is all
-program), preamble (imports and helper classes), test (Python with `def check(candidate)`) and entry_point (an expression
-that names the function), or the columns of another known format (docs/test_formats.md).
-Out: JSONL rows with id, reward (passed / total), passed, total, verdict (pass, wrong, exception, timeout, memory,
-output, killed, no_code; or infra with a null reward: the row or the sandbox is at fault), detail, and seconds. A killed
-run continues where it stopped.
+In: JSONL rows with id, completion (a model's answer, see --block; with "fenced": false a text
+without a block is all program), preamble (imports and helper classes), test (Python with `def
+check(candidate)`) and entry_point (an expression that names the function), or the columns of
+another known format (docs/test_formats.md).
+Out: JSONL rows with id, reward (passed / total), passed, total, verdict (pass, wrong, exception,
+timeout, memory, output, killed, no_code; or infra with a null reward: the row or the sandbox is at
+fault), detail, and seconds. A killed run continues where it stopped.
 
     python sandbox.py --data=programs.jsonl --out=verdicts.jsonl
 
-How it works: sandbox_worker.py, one worker a core, each in a container (bubblewrap, podman or unshare) without network,
-the host's files or rights. What it promises: docs/sandbox.md. A worker is never trusted to answer: one that shows no sign
-of life is ended, and its program given to another.
+How it works: sandbox_worker.py, one worker a core, each in a container (bubblewrap, podman or
+unshare) without network, the host's files or rights. What it promises: docs/sandbox.md. A worker is
+never trusted to answer: one that shows no sign of life is ended, and its program given to another.
 """
 import collections
 import contextlib
@@ -58,7 +60,7 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1", "LANG": "C.UTF-8", "MA
 IMAGE, PACKAGES = "python:3.11-slim", "sortedcontainers"
 RUNTIMES = ("bwrap", "podman", "unshare")
 HERE = os.path.dirname(os.path.realpath(__file__))
-PARTS = ("sandbox_worker.py", "sandbox_line.py")
+PARTS = ("sandbox_worker.py", "sandbox_line.py", "sandbox_tests.py")
 BLOCKS = {  # rule: what it means
     "answer": "the first Python block after the last </think>, or else the first block that names no language",
     "first": "the first block marked python, as in the paper",
@@ -72,7 +74,8 @@ PYTHON = ("python", "python3", "py", "py3")
 
 
 def first_block(text, rule="answer"):
-    """The program in a model's answer: the first closed block of code that the rule asks for (see BLOCKS), or None."""
+    """The program in a model's answer: the first closed block of code that the rule asks for (see
+    BLOCKS), or None."""
     if rule == "answer":
         text = text.rpartition("</think>")[2]
         if text.lstrip().startswith("<think>"):  # the answer never came
@@ -96,7 +99,8 @@ def first_block(text, rule="answer"):
 # ---- containers ----
 
 def visible(packages):
-    """What a container shows, as pairs (host's path, path inside): this Python's files, a few devices, `packages`."""
+    """What a container shows, as pairs (host's path, path inside): this Python's files, a few
+    devices, `packages`."""
     paths = [os.path.realpath(sys.executable), sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64",
              "/usr/share/zoneinfo", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
     return [(path, path) for path in paths if os.path.exists(path)] + extras(packages)
@@ -154,7 +158,8 @@ def command(runtime, image, packages, limits):
 # ---- workers and jobs ----
 
 class Worker:
-    """A running worker. Nothing here waits for it: its pipes do not block, and it has until `due` to show itself."""
+    """A running worker. Nothing here waits for it: its pipes do not block, and it has until `due`
+    to show itself."""
 
     def __init__(self, line):
         bare = os.path.basename(line[0]) == "podman"  # this needs the user's own environment
@@ -181,7 +186,8 @@ class Worker:
                 self.unsent = self.unsent[os.write(self.stdin, self.unsent):]
 
     def read(self):
-        """The verdict, or None if there is none yet. OSError, with the last line it wrote, if it has failed."""
+        """The verdict, or None if there is none yet. OSError, with the last line it wrote, if it
+        has failed."""
         self.write()
         with contextlib.suppress(BlockingIOError):
             more = os.read(self.stdout, 65536)
@@ -227,7 +233,8 @@ NO_CODE = NO_VERDICT | {"reward": 0.0, "verdict": "no_code"}
 
 
 class Job:
-    """A program with its tests: what the two sides get to see of a row, and the ids that wait for the verdict."""
+    """A program with its tests: what the two sides get to see of a row, and the ids that wait for
+    the verdict."""
 
     def __init__(self, row, program):
         both = {"preamble": row["preamble"], "entry_point": row["entry_point"]}
@@ -240,7 +247,8 @@ class Job:
 
 
 class Jobs:
-    """All jobs: those that have not run yet, then those that were put off, to run when cores are free."""
+    """All jobs: those that have not run yet, then those that were put off, to run when cores are
+    free."""
 
     def __init__(self, rows, block):
         self.rows, self.block = iter(rows), block
@@ -336,8 +344,8 @@ def run(jobs, line, workers, limits):
 
 
 def next_job(jobs, busy, workers):
-    """(job, patience) to start now, or None. Programs that have not run yet come first, and are put off after PATIENCE
-    where many go on already; those that were put off run when cores are free.
+    """(job, patience) to start now, or None. Programs that have not run yet come first, and are put
+    off after PATIENCE where many go on already; those that were put off run when cores are free.
     """
     new = sum(worker.pace == "new" for worker in busy)
     computing = sum(worker.pace != "waiting" for worker in busy)
@@ -349,7 +357,8 @@ def next_job(jobs, busy, workers):
 
 
 def those_with_news(busy):
-    """The workers that have said something, take more of their job, or are overdue; after a second at most."""
+    """The workers that have said something, take more of their job, or are overdue; after a second
+    at most."""
     poller = select.poll()
     for worker in busy:
         poller.register(worker.stdout, select.POLLIN)
@@ -364,7 +373,8 @@ def those_with_news(busy):
 
 @functools.lru_cache(maxsize=None)
 def choose(runtime, image, packages):
-    """The first runtime that isolates and judges rightly; said once on stderr. RuntimeError if none does."""
+    """The first runtime that isolates and judges rightly; said once on stderr. RuntimeError if none
+    does."""
     trial = f"HOST = {os.path.realpath(__file__)!r}" + """
 import os, socket
 def probe(right):
@@ -396,10 +406,12 @@ def probe(right):
 
 
 def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, unsafe=False, block="answer", **limits):
-    """Judge an iterable of rows; yield a verdict (a dict with the row's id) for each as they finish, in any order.
+    """Judge an iterable of rows; yield a verdict (a dict with the row's id) for each as they
+    finish, in any order.
 
-    workers: 0 is one for each core given to this process. limits: see FLAGS; block: see BLOCKS. Rows of the same program
-    and tests are run once. RuntimeError where a limit is not above 0, or no isolation works and `unsafe` is not set.
+    workers: 0 is one for each core given to this process. limits: see FLAGS; block: see BLOCKS.
+    Rows of the same program and tests are run once. RuntimeError where a limit is not above 0, or
+    no isolation works and `unsafe` is not set.
     """
     if unknown := set(limits) - set(LIMITS):
         raise TypeError(f"no such limit: {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
@@ -414,7 +426,8 @@ def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, u
 
 
 def cores():
-    """CPU cores given to this process, by its affinity, by SLURM, and as one of several under torchrun."""
+    """CPU cores given to this process, by its affinity, by SLURM, and as one of several under
+    torchrun."""
     have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     have = min(have, int(os.environ.get("SLURM_CPUS_PER_TASK", have)))
     return max(1, have // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -1,10 +1,14 @@
-"""The line between a test and the program it tests: two processes that exchange values as plain data (JSON).
+"""The line between a test and the program it tests: two processes that exchange values as plain
+data (JSON).
 
-sandbox_worker.py uses it in both: the judge runs the tests, the candidate runs the program. Neither trusts the other.
-In: values and the names of operations. Out: length-prefixed JSON on a pipe, and the same values on the other side.
+sandbox_worker.py uses it in both: the judge runs the tests, the candidate runs the program. Neither
+trusts the other.
+In: values and the names of operations. Out: length-prefixed JSON on a pipe, and the same values on
+the other side.
 
-What is plain data travels by value: numbers, text, containers, dates, instances of the classes of the row's preamble.
-All else stays where it is, and the other side gets a `Remote`, which can be called. An iterator travels in pieces.
+What is plain data travels by value: numbers, text, containers, dates, instances of the classes of
+the row's preamble. All else stays where it is, and the other side gets a `Remote`, which can be
+called. An iterator travels in pieces.
 
     python -c 'import sandbox_line; print(sandbox_line.KINDS.keys())'
 """
@@ -123,7 +127,8 @@ class Remote:
 
 
 class Line:
-    """One end of two pipes. Each end may ask while it owes an answer: a program calls a function of the test."""
+    """One end of two pipes. Each end may ask while it owes an answer: a program calls a function of
+    the test."""
 
     remote = Remote
 
@@ -206,7 +211,8 @@ class Line:
         return {"there": number}
 
     def piece(self, iterator, count):
-        """[the next items, the rest, or None at the end]. What the iterator raises comes in its turn."""
+        """[the next items, the rest, or None at the end]. What the iterator raises comes in its
+        turn."""
         items = []
         try:
             for item in itertools.islice(iterator, count):
@@ -294,7 +300,8 @@ class Line:
     # ---- messages ----
 
     def ask(self, operation, values):
-        """The other side's answer. Meanwhile it may ask in its turn: a program calls a function of the test."""
+        """The other side's answer. Meanwhile it may ask in its turn: a program calls a function of
+        the test."""
         self.send(self.dump(operation, values))
         while True:
             head, values = self.load(self.receive())
@@ -335,7 +342,8 @@ class Line:
         return [head, body, [self.table[number] for number in sorted(self.table)]]
 
     def load(self, message):
-        """[head, values] of a message in JSON types. Makes and fills the instances without calling anything."""
+        """[head, values] of a message in JSON types. Makes and fills the instances without calling
+        anything."""
         old = sys.getrecursionlimit()
         sys.setrecursionlimit(max(old, 3 * self.depth + 1000))
         try:
@@ -383,7 +391,8 @@ class Line:
             data = data[os.write(self.target, data):]
 
     def receive(self):
-        """One message. EOFError where the other side has ended; ValueError where it is too long or more follows."""
+        """One message. EOFError where the other side has ended; ValueError where it is too long or
+        more follows."""
         data = os.read(self.source, 65536)
         size = int.from_bytes(data[:4], "big")
         if not data:
@@ -430,13 +439,15 @@ def set_fields(thing, fields):
 
 
 def describe(error):
-    """[names of the classes of an exception as [module, name], nearest first; its arguments; its attributes]."""
+    """[names of the classes of an exception as [module, name], nearest first; its arguments; its
+    attributes]."""
     names = [[kind.__module__, kind.__qualname__] for kind in type(error).__mro__[:-2]]
     return [names, list(error.args), dict(vars(error))]
 
 
 def exception_of(names, args, fields, classes):
-    """The exception that describe() described: of its nearest class that this side has, without running new code."""
+    """The exception that describe() described: of its nearest class that this side has, without
+    running new code."""
     for module, name in names:
         space = classes if module == "solution" else {}
         if module.partition(".")[0] in sys.stdlib_module_names and module in sys.modules:
@@ -455,7 +466,8 @@ def exception_of(names, args, fields, classes):
 
 
 def restore(old, new):
-    """Give one's own argument the contents that a call left in the other side's copy of it: the argument to keep."""
+    """Give one's own argument the contents that a call left in the other side's copy of it: the
+    argument to keep."""
     kind = type(old)
     if new is Same or old is new:
         return old

@@ -1,8 +1,10 @@
-"""A worker of the sandbox: the warm process in a container that runs programs against their tests, one after another.
+"""A worker of the sandbox: the warm process in a container that runs programs against their tests,
+one after another.
 
-In: jobs on stdin, each as three numbers (sizes of the candidate's and of the judge's part, patience) and the two parts,
-in JSON. Out: lines on stdout: a verdict as JSON; while a program runs, a sign of life four times a second ("running" or
-"waiting"). sandbox.py starts it, and says what a verdict is.
+In: jobs on stdin, each as three numbers (sizes of the candidate's and of the judge's part,
+patience) and the two parts, in JSON. Out: lines on stdout: a verdict as JSON; while a program runs,
+a sign of life four times a second ("running" or "waiting"). sandbox.py starts it, and says what a
+verdict is.
 
     echo | python sandbox_worker.py '{"no": "options"}'  # a worker by itself does nothing: run sandbox.py
 
@@ -11,9 +13,9 @@ in JSON. Out: lines on stdout: a verdict as JSON; while a program runs, a sign o
               |                            v  |
               +-------------- clone -----> candidate: runs one program
 
-Each clone has a pid namespace and a session of its own, no capabilities, limits, and a filter on system calls. The
-supervisor never reads a job: each clone takes its own part off the pipe. So a candidate's memory never held a test, nor
-anything of another program.
+Each clone has a pid namespace and a session of its own, no capabilities, limits, and a filter on
+system calls. The supervisor never reads a job: each clone takes its own part off the pipe. So a
+candidate's memory never held a test, nor anything of another program.
 """
 import ast
 import builtins
@@ -39,7 +41,9 @@ import sys
 import time
 import types
 
-from sandbox_line import SCALARS, Frozen, Line, Remote, TooLarge, classes_of, describe, is_builtin, restore
+from sandbox_line import (SCALARS, Frozen, Line, Remote, TooLarge, classes_of, describe, is_builtin,
+                          restore)
+from sandbox_tests import ITERATION_ENDS, Tests
 
 TICK = 0.02  # s between two looks of the supervisor at its clocks
 SIGN = 0.25  # s between two signs of life
@@ -123,7 +127,8 @@ class Candidate(Line):
             self.before = marshal.dumps([body[1], body[3], table], 2)
 
     def run_call(self, function, args, names, values, world):
-        """[the value of a call, its arguments if they changed, what it printed if the test asks for that]."""
+        """[the value of a call, its arguments if they changed, what it printed if the test asks for
+        that]."""
         before, keywords = self.before, dict(zip(names, values))
         if not before and not world:
             return [function(*args, **keywords), None, ""]
@@ -195,7 +200,8 @@ def run_candidate(job, requests, replies, limits):
 # ---- the judge: what runs in the tests' clone ----
 
 class Gone(BaseException):
-    """The candidate can answer no more: what is not yet tested has failed. Not an Exception: no test may catch it."""
+    """The candidate can answer no more: what is not yet tested has failed. Not an Exception: no
+    test may catch it."""
 
 
 class RowFault(BaseException):
@@ -203,7 +209,8 @@ class RowFault(BaseException):
 
 
 class Thing(Remote):
-    """What stays in the candidate: a test may call it, and get and set its attributes. It compares as itself only."""
+    """What stays in the candidate: a test may call it, and get and set its attributes. It compares
+    as itself only."""
 
     def __call__(self, *args, **keywords):
         return self._line.call(self, args, keywords)
@@ -234,7 +241,8 @@ class Judge(Line):
         self.usual = sys.stdin, sys.stdout, builtins.input
 
     def begin(self):
-        """Wait until the program has run up to its function, which is the first thing there: whether it did."""
+        """Wait until the program has run up to its function, which is the first thing there:
+        whether it did."""
         head, values = self.trusting_nothing(lambda: self.load(self.receive()))
         if head not in ("ready", "error"):
             self.leave("o")
@@ -247,7 +255,8 @@ class Judge(Line):
         raise Gone from None
 
     def trusting_nothing(self, step):
-        """The result of a step with the candidate; where that is no proper one, Gone now and ever after."""
+        """The result of a step with the candidate; where that is no proper one, Gone now and ever
+        after."""
         if self.gone:
             raise Gone
         try:
@@ -280,7 +289,8 @@ class Judge(Line):
             self.level -= 1
 
     def answer(self, operation, values):
-        """The program calls a function that the test gave it, or wants more items of an iterator."""
+        """The program calls a function that the test gave it, or wants more items of an
+        iterator."""
         thing, *rest = values
         if not any(thing is own for own in self.things):
             raise ValueError("not a thing of the test")
@@ -316,8 +326,8 @@ class Judge(Line):
         return value
 
     def error(self, names, args, fields, after=None):
-        """The exception that the candidate raised. Never one that ends `all(map(candidate, ...))` early, and with
-        success, unless the tests speak of it."""
+        """The exception that the candidate raised. Never one that ends `all(map(candidate, ...))`
+        early, and with success, unless the tests speak of it."""
         self.after, name = after, names[0][1]
         code = {"MemoryError": "m", "TooLarge": "o"}.get(name, "e")
         if not self.tests.expects_stop and any(name in ITERATION_ENDS for _, name in names):
@@ -326,7 +336,8 @@ class Judge(Line):
         return super().error(names, args, fields)
 
     def refer(self, value):
-        """What can be called is called there by its name, if that is the standard library's, or else here."""
+        """What can be called is called there by its name, if that is the standard library's, or
+        else here."""
         if not callable(value):
             if isinstance(value, collections.abc.Iterator):
                 return super().refer(value)
@@ -358,8 +369,9 @@ class Judge(Line):
         return True
 
     def record(self, code, why=""):
-        """Report one test: a byte. Of the first that fails also why, as the name of a built-in exception: no text of a
-        program or a test may reach the supervisor, whose memory every later program inherits."""
+        """Report one test: a byte. Of the first that fails also why, as the name of a built-in
+        exception: no text of a program or a test may reach the supervisor, whose memory every later
+        program inherits."""
         code = self.gone or code
         if self.done < self.tests.total:
             self.done += 1
@@ -368,133 +380,9 @@ class Judge(Line):
                 self.detail = f"test {self.done}" + (f": {why}" if is_builtin(why) and code not in "ko" else "")
 
 
-ITERATION_ENDS = "StopIteration", "StopAsyncIteration"
-DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
-# Functions and methods whose call tests nothing, even of a value of the candidate
-HARMLESS = "print append add extend insert update sort reverse setdefault appendleft push".split()
-
-
-class Tests:
-    """The tests of a row: `code` of a module whose `check` reports each of them, and their `total`.
-
-    A test is a run of statements of `check` that ends with one that can fail: an assert, a raise, a helper that is given
-    something of the candidate, or a loop, an `if`, a `with` or a `try` with such a thing inside. `assert True` tests
-    nothing. A test passes if all its statements complete. A source without `check` is the body of one.
-    """
-
-    def __init__(self, source, entry_point):
-        tree = ast.parse(source)
-        self.expects_stop = any(isinstance(n, ast.Name) and n.id in ITERATION_ENDS for n in ast.walk(tree))
-        found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
-        check = found[-1] if found else self.wrap(tree)
-        arguments = check.args.posonlyargs + check.args.args
-        needed = len(arguments) - len(check.args.defaults) + check.args.kw_defaults.count(None)
-        if needed > 1 or not arguments or any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(check)):
-            raise ValueError("check must be a plain function of one argument")
-        self.candidates = {arguments[0].arg, entry_point}
-        self.marked = self.candidates | {entry_point.partition("(")[0].partition(".")[0]}
-        for node in tree.body:
-            if node is not check:
-                self.mark(node)
-        groups = self.split(check.body)
-        self.total = len(groups)
-        check.body = [self.reported(group) for group in groups]
-        self.names = undefined(tree)
-        self.code = compile(ast.fix_missing_locations(tree), "<test>", "exec", dont_inherit=True)
-
-    def wrap(self, tree):
-        """Make a script the body of a function `check`; its imports stay where they are."""
-        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        check, = ast.parse("def check(candidate): pass").body
-        check.body = [node for node in tree.body if node not in imports] or check.body
-        tree.body = imports + [check]
-        return check
-
-    def mentions(self, node):
-        return any(isinstance(inner, ast.Name) and inner.id in self.marked for inner in ast.walk(node))
-
-    def asserts(self, node):
-        return any(isinstance(inner, ast.Raise) or isinstance(inner, ast.Assert) and not is_true(inner.test)
-                   for inner in ast.walk(node))
-
-    def mark(self, node):
-        """Mark the names that a statement binds to something that can reach the candidate or fail."""
-        if isinstance(node, DEFINITIONS):
-            if self.mentions(node) or self.asserts(node):
-                self.marked.add(node.name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and self.mentions(node):
-            self.marked |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
-                            and isinstance(inner.ctx, ast.Store)}
-
-    def split(self, statements):
-        """Lists of statements, one a test."""
-        groups, group = [], []
-        for statement in statements:
-            self.mark(statement)
-            group.append(statement)
-            if self.checks(statement):
-                groups.append(group)
-                group = []
-        if group and (self.reaches(group) or not groups):
-            groups.append(group)
-        elif group:
-            groups[-1] += group
-        if not any(map(self.reaches, groups)):
-            raise ValueError("the tests never call the candidate")
-        return groups
-
-    def reaches(self, statements):
-        return any(self.mentions(statement) for statement in statements if not isinstance(statement, DEFINITIONS))
-
-    def checks(self, node):
-        """Whether a statement can fail for a wrong value."""
-        if isinstance(node, ast.Assert):
-            return not is_true(node.test)
-        if isinstance(node, ast.Raise):
-            return True
-        if isinstance(node, (ast.With, ast.Try)):
-            return self.mentions(node) or self.asserts(node)
-        if isinstance(node, (ast.For, ast.While, ast.If)):
-            return any(map(self.checks, node.body + node.orelse))
-        if isinstance(node, ast.Match):
-            return any(self.checks(inner) for case in node.cases for inner in case.body)
-        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
-            return False
-        call = node.value
-        name = getattr(call.func, "id", getattr(call.func, "attr", ""))
-        if name in HARMLESS:
-            return False
-        given = any(map(self.mentions, [*call.args, *call.keywords]))
-        return given or isinstance(call.func, ast.Name) and name in self.marked and name not in self.candidates
-
-    def reported(self, statements):
-        """The statements of one test, in a `with` that reports how it went."""
-        test, = ast.parse("with __judge__.test(): pass").body
-        test.body = statements
-        return test
-
-
-def is_true(node):
-    return isinstance(node, ast.Constant) and bool(node.value)
-
-
-def undefined(tree):
-    """Names of classes that the tests use and do not bind anywhere."""
-    bound, used = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, DEFINITIONS):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).partition(".")[0])
-    return {name for name in used - bound if name[:1].isupper()}
-
-
 def run_judge(size, channel, limits):
-    """The judge's clone: judge one candidate after another against the same tests, until the supervisor ends it."""
+    """The judge's clone: judge one candidate after another against the same tests, until the
+    supervisor ends it."""
     job = None
     while pipes := socket.recv_fds(channel, 1, 3)[1]:
         report = pipes[2]
@@ -529,7 +417,8 @@ def compile_preamble(source):
 
 
 def judge_one(line, space, entry_point):
-    """Report on one candidate: number of tests (8 hexadecimal digits), a byte for each, a line break, the detail."""
+    """Report on one candidate: number of tests (8 hexadecimal digits), a byte for each, a line
+    break, the detail."""
     random.seed(0)  # tests that draw numbers draw the same for every program
     os.write(line.report, b"%08x" % line.tests.total)
     line.remotes[0] = candidate = Thing(line, {"here": 0})
@@ -559,9 +448,10 @@ def judge_one(line, space, entry_point):
 
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL keeps the interpreter lock, which a clone must inherit held
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_THREAD, CLONE_FILES = 0x20000, 0x10000000, 0x20000000, 0x10000, 0x400
-# System calls that no program needs, as numbers: processes, other processes, mounts and namespaces, sockets except for
-# socketpair, messages that carry descriptors, memory that no limit counts (System V, memfd, keys, io, inotify, xattr,
-# pages lent to pipes), file locks, priorities, administration of the machine.
+# System calls that no program needs, as numbers: processes, other processes, mounts and namespaces,
+# sockets except for socketpair, messages that carry descriptors, memory that no limit counts
+# (System V, memfd, keys, io, inotify, xattr, pages lent to pipes), file locks, priorities,
+# administration of the machine.
 REFUSED = {
     "x86_64": """
         57 58 59 322 101 310 311 312 272 308 165 166 155 161 133 259 303 304 41 42 43 49 50 288 29 30 31 64 68
@@ -574,7 +464,8 @@ REFUSED = {
         60 170 112 171 266 161 162 116 92 58 42 18
         211 269 208 32 140 30 118 119 122 274 76 77 75""",
 }
-# Calls of many meanings: (numbers on x86_64 and aarch64, position of the argument, the values that it may have).
+# Calls of many meanings: (numbers on x86_64 and aarch64, position of the argument, the values that
+# it may have).
 LIMITED = {
     "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 1030, 1032)),  # duplicates, flags, the size of a pipe
     "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # terminals, FIONREAD, FIONBIO, FIOCLEX
@@ -595,7 +486,8 @@ def system(result, what):
 
 
 def call_filter():
-    """The seccomp program of a clone, ready for prctl(). Refused calls fail with EPERM, unknown ones with ENOSYS."""
+    """The seccomp program of a clone, ready for prctl(). Refused calls fail with EPERM, unknown
+    ones with ENOSYS."""
     column, machine, clone = MACHINES[platform.machine()]
     load, equal, at_least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, refuse, unknown = ((give, 0, 0, code) for code in (
@@ -626,7 +518,8 @@ def call_filter():
 
 
 def clone(isolated, is_judge):
-    """fork(), into a new pid namespace, and a mount namespace for a judge. The interpreter must have one thread only."""
+    """fork(), into a new pid namespace, and a mount namespace for a judge. The interpreter must
+    have one thread only."""
     if not isolated:
         return os.fork()
     flags = CLONE_NEWPID | CLONE_NEWNS * is_judge | signal.SIGCHLD
@@ -634,7 +527,8 @@ def clone(isolated, is_judge):
 
 
 def set_limits(limits, isolated):
-    """Called once by the supervisor, for all clones. NPROC counts its user namespace: itself, two clones, threads."""
+    """Called once by the supervisor, for all clones. NPROC counts its user namespace: itself, two
+    clones, threads."""
     values = {"AS": limits["memory"] << 20, "FSIZE": limits["disk"] << 20, "NOFILE": limits["files"], "CORE": 0}
     if isolated:
         values |= {"STACK": 64 << 20, "NPROC": limits["threads"] + 3, "MEMLOCK": 0, "SIGPENDING": 64, "MSGQUEUE": 0}
@@ -645,7 +539,8 @@ def set_limits(limits, isolated):
 
 
 def wall_off(box, is_judge):
-    """Called by a fresh clone before it takes its job: a session of its own, no rights, few system calls."""
+    """Called by a fresh clone before it takes its job: a session of its own, no rights, few system
+    calls."""
     os.setsid()
     if not is_judge:  # a judge serves many programs
         resource.setrlimit(resource.RLIMIT_CPU, box["seconds"])
@@ -675,7 +570,8 @@ def state_of_tmp():
 # ---- the supervisor: the warm process that a worker's container holds ----
 
 def build_root(paths):
-    """A root of binds of `paths`, pairs of (host's, here), where the container still shows the host's files."""
+    """A root of binds of `paths`, pairs of (host's, here), where the container still shows the
+    host's files."""
     system(LIBC.mount(b"none", b"/", None, 0x44000, None), "private mounts")  # MS_REC | MS_PRIVATE
     system(LIBC.mount(b"tmpfs", b"/sys", b"tmpfs", 6, b"mode=755"), "mount of a new root")  # /sys: no bind needs it
     for path, new in paths + [("/proc", "/proc")]:
@@ -694,7 +590,8 @@ def build_root(paths):
 
 
 def lock_down(paths):
-    """Give up what root the container has, then make its files read-only and hide /proc: for all clones to come."""
+    """Give up what root the container has, then make its files read-only and hide /proc: for all
+    clones to come."""
     if paths:
         build_root(paths)
     if os.getuid() == 0:
@@ -758,9 +655,11 @@ def supervise(options):
 
 
 def one_program(box, candidate_size, judge_size, patience):
-    """The verdict of one program. No judge_size: its tests are those of the last, and so is the judge.
+    """The verdict of one program. No judge_size: its tests are those of the last, and so is the
+    judge.
 
-    That judge met only candidates that kept to the rules; any other costs the judge its life. Exits if a clone fails.
+    That judge met only candidates that kept to the rules; any other costs the judge its life. Exits
+    if a clone fails.
     """
     if box["isolated"] and (not box["tmp"] or state_of_tmp() != box["tmp"]):
         mount_tmp(box)
@@ -852,11 +751,13 @@ class Run:
         self.begun = self.clocks()
 
     def clocks(self):
-        """Seconds: what both sides waited; CPU time of the candidate and of the judge, with all their threads."""
+        """Seconds: what both sides waited; CPU time of the candidate and of the judge, with all
+        their threads."""
         return [self.waited, *(time.clock_gettime(~pid << 3 | 2) for pid in self.sides)]
 
     def computes(self, pid):
-        """Whether a thread of a process runs or could run: a loaded machine's delay is no waiting of a program."""
+        """Whether a thread of a process runs or could run: a loaded machine's delay is no waiting
+        of a program."""
         states = set()
         with contextlib.suppress(OSError):
             folder = os.open(f"{pid}/task", os.O_RDONLY, dir_fd=self.proc)
@@ -868,7 +769,8 @@ class Run:
         return bool(states & {b"R", b"D"})
 
     def watch(self):
-        """Stop the program at its limits, until the judge is done. Say that it runs, every SIGN seconds."""
+        """Stop the program at its limits, until the judge is done. Say that it runs, every SIGN
+        seconds."""
         os.set_blocking(self.results, False)
         poller = select.poll()
         for pipe in (self.results, 0):

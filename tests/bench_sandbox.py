@@ -5,6 +5,7 @@ solutions of LeetCodeDataset's test split, where that file is beside the reposit
 
     python tests/bench_sandbox.py
 """
+# ruff: noqa: E501
 import argparse
 import ctypes
 import gzip

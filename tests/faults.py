@@ -5,6 +5,7 @@
 Each fault is a SIGSTOP or a SIGKILL to a random process of a random kind: the container's own processes, a supervisor, a
 judge or a candidate. Prints the faults of each kind, and ends with 1 where a verdict changed or a run took too long.
 """
+# ruff: noqa: E501
 import argparse
 import collections
 import os

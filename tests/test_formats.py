@@ -2,6 +2,7 @@
 
     pytest tests/test_formats.py
 """
+# ruff: noqa: E501
 import base64
 import json
 import pickle

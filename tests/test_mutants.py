@@ -2,6 +2,7 @@
 
     pytest tests/test_mutants.py
 """
+# ruff: noqa: E501
 import ast
 import os
 import random

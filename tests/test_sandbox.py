@@ -3,6 +3,7 @@
     pytest tests/test_sandbox.py                # SLOW=1: with the two solutions that need a minute of CPU
     RUNTIME=podman IMAGE=/path/to/a/root/file/system pytest tests/test_sandbox.py
 """
+# ruff: noqa: E501
 import collections
 import gzip
 import json
@@ -364,7 +365,7 @@ PROBES = {
                          "import fcntl, stat\ndef is_open(fd):\n try: return fcntl.fcntl(fd, fcntl.F_GETFD) >= 0\n"
                          " except OSError: return False\npipes = [fd for fd in range(3, 1024) if is_open(fd)]"),
     "rights": probe(["os.setuid(0) or os.getuid() == 0", "os.setgid(0) or 1", "os.setgroups([0]) or 1", "os.nice(-5)",
-                     "os.sethostname(b'x') or 1", "time.clock_settime(0, 0) or 1", 
+                     "os.sethostname(b'x') or 1", "time.clock_settime(0, 0) or 1",
                      "os.sched_setscheduler(0, 1, os.sched_param(1)) or 1",
                      "ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) == 1"]),
     "shared memory": probe(["ctypes.CDLL(None).shmget(7, 4096, 0o1777) >= 0", "os.memfd_create('x')",

@@ -2,6 +2,7 @@
 
     pytest tests/test_sandbox_breaches.py
 """
+# ruff: noqa: E501
 import os
 import subprocess
 import time

@@ -1,0 +1,135 @@
+"""The tests of a row as the sandbox counts them: which statements of `check` make one test, and
+what can fail.
+
+In: the source of a test module. Out: code in which each test is a block `with __judge__.test():`,
+and their number. Run by the judge (sandbox_worker.py) only: no program is near.
+
+    python -c 'import sandbox_tests as t; print(t.Tests("def check(c):\\n assert c(1) == 2", "f").total)'
+"""
+import ast
+
+ITERATION_ENDS = "StopIteration", "StopAsyncIteration"
+DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+# Functions and methods whose call tests nothing, even of a value of the candidate
+HARMLESS = "print append add extend insert update sort reverse setdefault appendleft push".split()
+
+
+class Tests:
+    """The tests of a row: `code` of a module whose `check` reports each of them, and their `total`.
+
+    A test is a run of statements of `check` that ends with one that can fail: an assert, a raise, a
+    helper that is given something of the candidate, or a loop, an `if`, a `with` or a `try` with
+    such a thing inside. `assert True` tests nothing. A test passes if all its statements complete.
+    A source without `check` is the body of one.
+    """
+
+    def __init__(self, source, entry_point):
+        tree = ast.parse(source)
+        self.expects_stop = any(isinstance(n, ast.Name) and n.id in ITERATION_ENDS for n in ast.walk(tree))
+        found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+        check = found[-1] if found else self.wrap(tree)
+        arguments = check.args.posonlyargs + check.args.args
+        needed = len(arguments) - len(check.args.defaults) + check.args.kw_defaults.count(None)
+        if needed > 1 or not arguments or any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(check)):
+            raise ValueError("check must be a plain function of one argument")
+        self.candidates = {arguments[0].arg, entry_point}
+        self.marked = self.candidates | {entry_point.partition("(")[0].partition(".")[0]}
+        for node in tree.body:
+            if node is not check:
+                self.mark(node)
+        groups = self.split(check.body)
+        self.total = len(groups)
+        check.body = [self.reported(group) for group in groups]
+        self.names = undefined(tree)
+        self.code = compile(ast.fix_missing_locations(tree), "<test>", "exec", dont_inherit=True)
+
+    def wrap(self, tree):
+        """Make a script the body of a function `check`; its imports stay where they are."""
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        check, = ast.parse("def check(candidate): pass").body
+        check.body = [node for node in tree.body if node not in imports] or check.body
+        tree.body = imports + [check]
+        return check
+
+    def mentions(self, node):
+        return any(isinstance(inner, ast.Name) and inner.id in self.marked for inner in ast.walk(node))
+
+    def asserts(self, node):
+        return any(isinstance(inner, ast.Raise) or isinstance(inner, ast.Assert) and not is_true(inner.test)
+                   for inner in ast.walk(node))
+
+    def mark(self, node):
+        """Mark the names that a statement binds to something that can reach the candidate or
+        fail."""
+        if isinstance(node, DEFINITIONS):
+            if self.mentions(node) or self.asserts(node):
+                self.marked.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and self.mentions(node):
+            self.marked |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
+                            and isinstance(inner.ctx, ast.Store)}
+
+    def split(self, statements):
+        """Lists of statements, one a test."""
+        groups, group = [], []
+        for statement in statements:
+            self.mark(statement)
+            group.append(statement)
+            if self.checks(statement):
+                groups.append(group)
+                group = []
+        if group and (self.reaches(group) or not groups):
+            groups.append(group)
+        elif group:
+            groups[-1] += group
+        if not any(map(self.reaches, groups)):
+            raise ValueError("the tests never call the candidate")
+        return groups
+
+    def reaches(self, statements):
+        return any(self.mentions(statement) for statement in statements if not isinstance(statement, DEFINITIONS))
+
+    def checks(self, node):
+        """Whether a statement can fail for a wrong value."""
+        if isinstance(node, ast.Assert):
+            return not is_true(node.test)
+        if isinstance(node, ast.Raise):
+            return True
+        if isinstance(node, (ast.With, ast.Try)):
+            return self.mentions(node) or self.asserts(node)
+        if isinstance(node, (ast.For, ast.While, ast.If)):
+            return any(map(self.checks, node.body + node.orelse))
+        if isinstance(node, ast.Match):
+            return any(self.checks(inner) for case in node.cases for inner in case.body)
+        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+            return False
+        call = node.value
+        name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+        if name in HARMLESS:
+            return False
+        given = any(map(self.mentions, [*call.args, *call.keywords]))
+        return given or isinstance(call.func, ast.Name) and name in self.marked and name not in self.candidates
+
+    def reported(self, statements):
+        """The statements of one test, in a `with` that reports how it went."""
+        test, = ast.parse("with __judge__.test(): pass").body
+        test.body = statements
+        return test
+
+
+def is_true(node):
+    return isinstance(node, ast.Constant) and bool(node.value)
+
+
+def undefined(tree):
+    """Names of classes that the tests use and do not bind anywhere."""
+    bound, used = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, DEFINITIONS):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+    return {name for name in used - bound if name[:1].isupper()}
