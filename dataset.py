@@ -10,6 +10,7 @@ dataset's own text is tokenised.
 import collections
 import concurrent.futures
 import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -118,17 +119,23 @@ class Reader:
         both_lists = isinstance(completions, list) and isinstance(rewards, list)
         if not both_lists or len(completions) != len(rewards):
             rows.fail(f"{at}: needs {field} and as many {rewards_field}; run generate_refs.py and score.py")
+        template_args = row.get("made_by", {}).get(field, {}).get("template_args", self.tokenizer.template_args)
+        if template_args != self.tokenizer.template_args:
+            rows.fail(f"{at}: its {field} were sampled with --template_args='{json.dumps(template_args)}'; give the same")
         if self.choices.num_candidates:
             completions = completions[:self.choices.num_candidates]
         pool = []
         for k, (completion, reward) in enumerate(zip(completions, rewards)):
-            ids = self.checked_ids(f"{at}: {field} {k}", completion, check_text=k == 0)
+            ids = self.checked_ids(f"{at}: {field} {k}", completion)
+            if k == 0 and completion.get("text") != decode(self.tokenizer, row["prompt_ids"], completion["token_ids"]):
+                rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's tokenizer; train "
+                          "the model that sampled them, or sample again")
             among_refs = field == "ref_completions" and k < (self.choices.num_ref_rewards or len(rewards))
             truncated = completion.get("finish_reason") == "length"
             pool.append(Completion(ids, number(reward, at, rewards_field), among_refs, truncated))
         return pool
 
-    def checked_ids(self, at, completion, check_text):
+    def checked_ids(self, at, completion):
         """The token ids of a sampled completion; refuses those of another tokenizer."""
         if not isinstance(completion, dict) or not isinstance(completion.get("token_ids"), list):
             rows.fail(f"{at} has no list of token_ids; sample with generate_refs.py")
@@ -136,9 +143,6 @@ class Reader:
         if ids.dtype.kind != "i" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= self.vocab:
             rows.fail(f"{at}: its token_ids are empty, or not all in the model's vocabulary of {self.vocab}; "
                       "sample again with this model")
-        if check_text and completion.get("text") != decode(self.tokenizer, completion["token_ids"]):
-            rows.fail(f"{at}: its token_ids are not its text in this model's tokenizer; train the model that "
-                      "sampled them, or sample again")
         return ids
 
     def text(self, row, field, reward_field):
@@ -198,6 +202,9 @@ class Reader:
             row["prompt_ids"] = row_prompt_ids(self.tokenizer, row)
             ref_rewards = self.ref_rewards(row)
             known = ref_rewards[~np.isnan(ref_rewards)]
+            made = row.get("made_by", {}).get("ref_completions")
+            if made and (made["temperature"], made["top_p"]) != (1, 1):
+                table["sampling"] = f"temperature {made['temperature']} and top_p {made['top_p']}"
             table["ids"].append(row.get("id", position))
             table["at"].append(at)
             table["ref_rewards"].append(ref_rewards)
@@ -258,7 +265,7 @@ def build(folder, path, tokenizer, model, choices):
     fingerprint of them all, and one line that describes them.
     """
     reader = Reader(tokenizer, model, choices)
-    tables, seen, ids, ref_rewards, dropped = [], {}, [], [], collections.Counter()
+    tables, seen, ids, ref_rewards, dropped, sampling = [], {}, [], [], collections.Counter(), None
     digest = hashlib.sha256()
     with open(folder / "tokens.bin", "wb") as file:
         for table in tqdm(in_processes(reader, chunks(path)), desc="read", unit="chunk", delay=5):
@@ -269,6 +276,7 @@ def build(folder, path, tokenizer, model, choices):
                 ids.append(name)
             ref_rewards += table.pop("ref_rewards")
             dropped.update(table.pop("dropped"))
+            sampling = table.pop("sampling", sampling)
             tokens = table.pop("tokens")
             if len(tokens):
                 file.write(tokens.tobytes())
@@ -293,7 +301,11 @@ def build(folder, path, tokenizer, model, choices):
     for name, values in sorted(data.items()):
         np.save(folder / f"{name}.npy", values)
         digest.update(np.ascontiguousarray(values).tobytes())
-    rows.write_json(folder / "about.json", {"fingerprint": digest.hexdigest()[:16], "summary": summary(data)})
+    about = summary(data)
+    if sampling and choices.needs_refs:
+        about += (f"; WARNING: reference completions were sampled at {sampling}, so quantiles are not those among the "
+                  "model's own completions: sample them at 1 and 1")
+    rows.write_json(folder / "about.json", {"fingerprint": digest.hexdigest()[:16], "summary": about})
 
 
 CHUNK = 1 << 22  # bytes of rows that a process takes at a time: a few rows of many long completions
@@ -375,7 +387,7 @@ def load(path, cache, model_path, tokenizer, model, choices):
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
     code = [Path(__file__).with_name(name).read_text() for name in CODE]
-    key = rows.fingerprint([files, identity(model_path), choices, code])
+    key = rows.fingerprint([files, identity(model_path), tokenizer.template_args, choices, code])
     folder = Path(cache) / f"data-{key}"
     rank, world = rows.share()
     if rank == 0:

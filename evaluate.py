@@ -8,10 +8,10 @@ results.png, optimum.png, calibration.png, and the training curves of the run, c
 
     python evaluate.py --model=out/qrpo --ref_model=MODEL --data=out/qrpo/test/rewarded --out=out/qrpo
 
-Standard errors are over prompts. The KL is the mean log-ratio of the policy's own samples, which is
-unbiased if they were sampled at temperature 1 and top_p 1. QRPO maximises the objective E[R] - beta KL,
-where R is the transformed quantile of the reward (its `exact` cell among the reference rewards). No
-policy can exceed beta log Z.
+Standard errors are over prompts. The KL is the mean log-ratio of the policy's own samples; it and the
+objective are left out if these were not sampled at temperature 1 and top_p 1, as they would be biased.
+QRPO maximises the objective E[R] - beta KL, where R is the transformed quantile of the reward (its
+`exact` cell among the reference rewards). No policy can exceed beta log Z.
 """
 import json
 import math
@@ -65,6 +65,7 @@ def load_run(args):
         args.beta = args.beta or config["beta"]
         args.transform = args.transform or config["transform"]
     args.transform = args.transform or "identity"
+    args.template_args = config.get("template_args", {})
     return config
 
 
@@ -83,23 +84,28 @@ def prompt_means(completions, rewards):
 
 def read_means(path):
     """`prompt_means` of every prompt for the reference model and for the policy, (prompts, 3) each; how
-    many rewards of each are unknown; how each was sampled; and the first row, to show.
+    many rewards of each are unknown; how each was sampled, if not at temperature 1 and top_p 1; and the
+    first row, to show.
     """
-    reference, policy, unknown, first = [], [], [0, 0], None
+    reference, policy, unknown, sampling, first = [], [], [0, 0], {}, None
     for row in rows.stream(path, require=("ref_completions", "ref_rewards", "samples", "sample_rewards")):
         first = first or row
+        for field in ("ref_completions", "samples"):
+            made = row.get("made_by", {}).get(field)
+            if made and (made["temperature"], made["top_p"]) != (1, 1):
+                sampling[field] = f"temperature {made['temperature']} and top_p {made['top_p']}"
         reference.append(prompt_means(row["ref_completions"], row["ref_rewards"]))
         policy.append(prompt_means(row["samples"], row["sample_rewards"]))
         unknown[0] += row["ref_rewards"].count(None)
         unknown[1] += row["sample_rewards"].count(None)
-    return np.array(reference), np.array(policy), unknown, first
+    return np.array(reference), np.array(policy), unknown, sampling, first
 
 
 def log_ratios(args, device):
     """The samples and the references as arrays (see dataset.build), each with log_ratio (n,), log pi -
     log pi_ref.
     """
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
     dtype = get_dtype(args.dtype, device)
     found, logps = {}, {"samples": [], "refs": []}
     with tempfile.TemporaryDirectory() as cache:
@@ -147,12 +153,14 @@ def mean_and_se(values):
 def main():
     args = arguments()
     config = load_run(args)
-    reference, policy, unknown, first = read_means(args.data)
+    reference, policy, unknown, sampling, first = read_means(args.data)
     samples, refs = log_ratios(args, get_device())
     for data in (samples, refs):
         quantile_rewards(args, data)
 
-    results = {"step": config.get("steps"), "prompts": len(policy), "unknown_rewards": unknown}
+    if "samples" in sampling:
+        args.beta = None  # no objective: its KL is an expectation over what the policy itself samples
+    results = {"step": config.get("steps"), "prompts": len(policy), "unknown_rewards": unknown, "sampled_at": sampling}
     print(f"\n{len(policy)} held-out prompts; mean +- standard error over prompts\n")
     print(f"{'':24}{'reference':>18}{'policy':>18}{'difference':>18}")
 
@@ -171,7 +179,12 @@ def main():
     ref_R, R = by_prompt(refs.R, refs.row), by_prompt(samples.R, samples.row)
     kl = by_prompt(samples.log_ratio, samples.row)
     line("quantile reward", 4, reference=mean_and_se(ref_R), policy=mean_and_se(R))
-    line("KL to reference, nats", 4, reference=(0.0, 0.0), policy=mean_and_se(kl))
+    if "samples" in sampling:
+        print(f"no KL and no objective: the policy was sampled at {sampling['samples']}; both need 1 and 1")
+    else:
+        line("KL to reference, nats", 4, reference=(0.0, 0.0), policy=mean_and_se(kl))
+    if "ref_completions" in sampling:
+        print(f"quantiles are among references that were sampled at {sampling['ref_completions']}, not at 1 and 1")
     if args.beta is not None:
         objective = mean_and_se(R - args.beta * kl)
         best = args.beta * qrpo.log_partition(torch.tensor([args.beta]), args.transform).item()

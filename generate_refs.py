@@ -46,6 +46,8 @@ def arguments():
         help="completions sampled at a time; memory grows with it")
     add("--engine", default="torch", choices=ENGINES, help="what samples")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU")
+    add("--template_args", type=rows.json_object, default={}, metavar="JSON",
+        help="""what the chat template gets besides the messages, such as '{"enable_thinking": false}'""")
     add("--seed", type=int, default=0, help="of the random numbers")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     args = parser.parse_args()
@@ -260,27 +262,28 @@ def sample(model, requests, args, ends):
             hidden = [decode_step(model, cache, newest)]
 
 
+@torch.no_grad()
 def check_sampler(model, args):
-    """Refuse a model whose cache `sample` does not carry (a recurrent state, say): what is sampled greedily after
-    two short prompts must be what the model itself, without a cache, finds likeliest.
+    """Refuse a model whose cache `sample` does not carry (a recurrent state, say): two sequences of different lengths,
+    token by token, must give the hidden states that the model finds without a cache.
     """
-    vocab = model.config.get_text_config().vocab_size
-    prompts = [[(31 * i + 7) % vocab for i in range(length)] for length in (3, 12)]
-    requests = [{"row": {"id": i}, "prompt": prompt, "limit": 16} for i, prompt in enumerate(prompts)]
-    greedy = argparse.Namespace(**vars(args) | {"temperature": 0, "num_refs": 1, "batch_size": 2})
-    kind = f"{args.model}: a {model.config.model_type} model"
+    vocab, steps = model.config.get_text_config().vocab_size, 8
+    sequences = [[(31 * i + 7) % vocab for i in range(length + steps)] for length in (3, 12)]
+    requests = [{"row": {"id": i}, "prompt": ids[:-steps], "limit": 1} for i, ids in enumerate(sequences)]
+    cache = Cache(2)
     try:
-        for row, (completion,) in sample(model, requests, greedy, ends=()):
-            start = len(prompts[row["id"]])
-            tokens = torch.tensor([prompts[row["id"]] + completion], device=model.device)  # (1, time)
-            with torch.no_grad():
-                hidden = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state[0]
-                logits = output_layer(model)(hidden[start - 1:-1]).float()  # (16, vocab)
-            below_best = logits.max(1).values - logits.gather(1, tokens[0, start:, None])[:, 0]
-            if not below_best.max() < 0.1 * logits.std():
-                raise ValueError("with its cache it computes other logits than without")
+        for completion in prefill(model, requests, argparse.Namespace(**vars(args) | {"num_refs": 1})):
+            cache.join(*completion.prefix)
+        for i in range(steps, 0, -1):
+            hidden = decode_step(model, cache, torch.tensor([ids[-i] for ids in sequences], device=model.device))
+        for ids, found in zip(sequences, hidden):
+            ids = torch.tensor([ids], device=model.device)
+            own = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+            if not (found - own).abs().mean() < 0.05 * own.std():
+                raise ValueError("with its cache it computes other states than without")
     except Exception as error:  # whatever the code of a family raises
-        rows.fail(f"{kind} keeps a state that this sampler does not carry ({error}); give --engine=vllm")
+        rows.fail(f"{args.model}: a {model.config.model_type} model keeps a state that this sampler does not carry "
+                  f"({error}); give --engine=vllm")
 
 
 def sample_vllm(model, requests, args, ends):
@@ -344,7 +347,7 @@ def describe(path, trust_remote_code):
 
 def main():
     args = arguments()
-    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
     if args.engine == "vllm":
         model = describe(args.model, args.trust_remote_code)
     else:
@@ -371,10 +374,11 @@ def main():
     left, part = rows.continue_stage(args.data, args.out, settings, check=request)
     requests = (request(row) for row in rows.select(args.data, left))
     bar = tqdm(total=len(left), unit="prompt", desc="generate", disable=rows.share()[0] != 0, smoothing=0)
-    made_by = {"model": args.model, "temperature": args.temperature, "top_p": args.top_p}
+    made_by = {name: getattr(args, name) for name in ("model", "temperature", "top_p", "template_args")}
     total, start = 0, time.time()
     for row, completions in ENGINES[args.engine](model, requests, args, ends):
-        row[args.field] = [{"text": decode(tokenizer, ids), "token_ids": ids,
+        prompt = row_prompt_ids(tokenizer, row)
+        row[args.field] = [{"text": decode(tokenizer, prompt, ids), "token_ids": ids,
                             "finish_reason": "stop" if ids[-1] in ends else "length"} for ids in completions]
         row["made_by"] = row.get("made_by", {}) | {args.field: made_by}
         rows.append(part, row)

@@ -62,8 +62,11 @@ def load(kind, path, **kwargs):
                   "this machine can reach")
 
 
-def load_tokenizer(path, trust_remote_code=False):
-    return load(transformers.AutoTokenizer, path, trust_remote_code=trust_remote_code)
+def load_tokenizer(path, trust_remote_code=False, template_args=None):
+    """template_args: what its chat template gets besides the messages, such as {"enable_thinking": False}."""
+    tokenizer = load(transformers.AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    tokenizer.template_args = template_args or {}
+    return tokenizer
 
 
 def load_weights(kind, path, **kwargs):
@@ -212,7 +215,7 @@ def render(tokenizer, messages, **kwargs):
     """The text of chat messages by the tokenizer's chat template."""
     if not tokenizer.chat_template:
         rows.fail("the prompts are chat messages but the model's tokenizer has no chat template; use string prompts")
-    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    return tokenizer.apply_chat_template(messages, tokenize=False, **tokenizer.template_args, **kwargs)
 
 
 def text_ids(tokenizer, text):
@@ -242,24 +245,48 @@ def completion_ids(tokenizer, prompt, start, completion, ends):
         before, whole = prompt, prompt + completion
         ids = text_ids(tokenizer, whole)
     else:
-        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        before, whole = render(tokenizer, prompt, add_generation_prompt=True), render(tokenizer, prompt + answer)
-        if not whole.startswith(before):
-            raise ValueError("the chat template does not render the answer right after the generation prompt")
+        before, whole = chat_texts(tokenizer, prompt, completion)
         ids = tokenizer(whole, add_special_tokens=False).input_ids
     if ids[:len(start)] == start:
         ids = ids[len(start):]
     else:  # a token would straddle the border; the model never samples one that does
-        ids = tokenizer(whole[len(before):], add_special_tokens=False).input_ids
+        ids = ids_within(tokenizer, whole[len(before):])
     for i, token in enumerate(ids):
         if token in ends:  # what a template writes after the end of the turn is not the model's to say
             return ids[:i + 1]
     return ids + [ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
 
 
-def decode(tokenizer, ids):
-    """The text of sampled token ids, without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def chat_texts(tokenizer, prompt, completion):
+    """The text of a chat's prompt, and of prompt and answer. If the template does not write the answer right after the
+    generation prompt (it adds an empty block of thoughts, or the prompt opens one), the answer is put there as it is.
+    """
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    before, whole = render(tokenizer, prompt, add_generation_prompt=True), render(tokenizer, prompt + answer)
+    content = answer[0]["content"]
+    if whole.startswith(before) and whole[len(before):].lstrip().startswith(content.strip()):
+        return before, whole
+    if len(answer) > 1:
+        raise ValueError("the chat template does not render the answer right after the generation prompt")
+    return before, before + content
+
+
+def ids_within(tokenizer, text):
+    """Ids of a text in the midst of another: a SentencePiece tokenizer marks only the start of a whole text as a word's."""
+    anchor = tokenizer("\n", add_special_tokens=False).input_ids
+    ids = tokenizer("\n" + text, add_special_tokens=False).input_ids
+    if ids[:len(anchor)] == anchor:
+        return ids[len(anchor):]
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def decode(tokenizer, prompt, ids):
+    """The text of token ids sampled after those of a prompt, without special tokens. Decoded together and cut, as a
+    SentencePiece tokenizer drops the space that a text begins with.
+    """
+    flags = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, whole = tokenizer.decode(prompt, **flags), tokenizer.decode([*prompt, *ids], **flags)
+    return whole[len(before):] if whole.startswith(before) else tokenizer.decode(ids, **flags)
 
 
 def pad(sequences, device):

@@ -145,7 +145,8 @@ def sample(step):
                  generate_refs.sample(model, requests, sampling, ends)}
     todo = []
     for place, i in enumerate(index):
-        todo.append((prompts[i]["row"] | {"place": place}, [decode(tokenizer, ids) for ids in found[place]]))
+        todo.append((prompts[i]["row"] | {"place": place}, [
+            decode(tokenizer, prompts[i]["prompt"], ids) for ids in found[place]]))
     rewards = {row["place"]: values for row, values in reward_of(todo)}
 
     fresh = SimpleNamespace(row=[], rewards=[], prompt_lens=[], sequences=[], texts=[])

@@ -63,6 +63,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def json_object(text):
+    """The type of a flag whose value is a JSON object."""
+    value = json.loads(text)  # argparse reports the ValueError
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
 # ---- reading ----
 
 def files(path):

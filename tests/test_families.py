@@ -125,16 +125,15 @@ def make(kind, folder):
 def walk(kind, folder):
     """Sample, train and save a tiny model of this type; returns what must be said of it in the table."""
     make(kind, folder / "model")
-    device = torch.device("cpu")
     write_rows(folder / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
-    own = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    notes = []
+    tokenizer, notes = model_py.load_tokenizer(folder / "model"), []
+    with contextlib.suppress(ValueError):  # a part of a multimodal model that has no auto class of its own
+        own = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
 
     # the sampler, greedily, against the model's own generate
     flags = f"--model={folder / 'model'}", f"--data={folder / 'prompts.jsonl'}", "--max_new_tokens=12", "--dtype=float32"
     try:
         must("generate_refs.py", *flags, f"--out={folder / 'greedy'}", "--num_refs=1", "--temperature=0")
-        tokenizer = model_py.load_tokenizer(folder / "model")
         ends = model_py.end_ids(own, tokenizer)
         for row in read_rows(folder / "greedy"):
             ids = model_py.prompt_ids(tokenizer, row["prompt"])
@@ -154,8 +153,7 @@ def walk(kind, folder):
             for i, text in enumerate(PROMPTS)]
         for row in refs:
             for completion in row["ref_completions"]:
-                completion["text"] = bytes(completion["token_ids"]).decode("latin1")
-                completion["text"] = model_py.decode(make_tokenizer(), completion["token_ids"])
+                completion["text"] = model_py.decode(tokenizer, [], completion["token_ids"])
 
     # log-probabilities against the model's own logits
     for row in refs:
