@@ -255,7 +255,8 @@ def continue_stage(data, out, settings, check, require=("prompt",)):
     cannot use a row; it is called on all rows before the first is worked on. The share of a process depends on its rank
     alone, so two processes never take the same row.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # complete rows are on disk: "start me again"
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda *_: sys.exit(75))  # complete rows are on disk: "start me again"
     rank, world = share()
     out = Path(out)
     if out.exists() and not out.is_dir():
