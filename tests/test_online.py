@@ -1,0 +1,107 @@
+"""online.py: fresh samples raise the objective, and kills or processes do not change the result."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import qrpo
+from conftest import Process, call, read_rows, refused, start_ranks, start_until_finished
+
+STEPS = 4
+
+
+def flags(model, rewarded, out, *more):
+    reward = rewarded.parent / "reward.py"
+    return [f"--model={model}", f"--ref_model={model}", f"--data={rewarded}", f"--out={out}",
+            f"--reward={reward}:letters", "--beta=0.1", "--learning_rate=1e-3", f"--steps={STEPS}", "--prompts=6",
+            "--samples=2", "--max_new_tokens=12", "--dtype=float32", "--save_every=2", *more]
+
+
+def logged(out, name):
+    return [row[name] for row in read_rows(out / "metrics.jsonl")]
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, rewarded, tmp_path_factory):
+    out = tmp_path_factory.mktemp("online") / "run"
+    call("online.py", *flags(tiny, rewarded, out))
+    return out
+
+
+def test_the_first_step_is_at_the_reference_model_and_has_the_loss_of_its_samples(undisturbed, rewarded):
+    first = read_rows(undisturbed / "metrics.jsonl")[0]
+    assert abs(first["kl"]) < 1e-5
+    pool = {row["id"]: row["ref_rewards"] for row in read_rows(rewarded)}
+    samples = [row for row in read_rows(undisturbed / "samples") if row["step"] == 1]
+    assert len(samples) == 12
+    rewards = torch.tensor([row["reward"] for row in samples])
+    refs = torch.tensor([pool[row["id"]] for row in samples])
+    targets = qrpo.target_log_ratios(torch.full((12,), 0.1), rewards, refs, quantile="exact")
+    assert first["loss"] == pytest.approx((0.1 * targets).square().mean().item(), rel=1e-4)
+    best = 0.1 * math.log(0.1 * math.expm1(10))
+    assert first["objective"] == pytest.approx((0.1 * targets).mean().item() + best, rel=1e-4)
+
+
+def test_on_the_policys_own_samples_the_gradient_is_that_of_the_objective():
+    """d/dtheta E_pi[(t - l)^2] / 2, samples held fixed, is -dJ/dtheta / beta: checked on a categorical policy."""
+    generator = torch.Generator().manual_seed(0)
+    beta = torch.tensor([0.2], dtype=torch.float64)
+    logits = torch.randn(9, generator=generator, dtype=torch.float64).requires_grad_()
+    ref_logps = torch.randn(9, generator=generator, dtype=torch.float64).log_softmax(0)
+    R = torch.rand(9, generator=generator, dtype=torch.float64)
+    targets = R / beta - torch.logsumexp(ref_logps + R / beta, 0)
+    logps = logits.log_softmax(0)
+    loss = (logps.exp().detach() * qrpo.regression_loss(beta, logps, ref_logps, targets)).sum()
+    gradient, = torch.autograd.grad(loss, logits, retain_graph=True)
+    objective = (logps.exp() * (R - beta * (logps - ref_logps))).sum()
+    ascent, = torch.autograd.grad(objective, logits)
+    torch.testing.assert_close(gradient, -2 * beta * ascent)
+
+
+def test_training_raises_the_objective(tiny, rewarded, tmp_path):
+    call("online.py", *flags(tiny, rewarded, tmp_path / "run", "--steps=100", "--prompts=30", "--samples=8",
+                               "--beta=0.3", "--learning_rate=5e-4"))
+    objective = logged(tmp_path / "run", "objective")
+    assert np.mean(objective[-10:]) > np.mean(objective[:2]) + 0.04
+
+
+def test_two_processes_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_path):
+    for rank in start_ranks(2, "online.py", *flags(tiny, rewarded, tmp_path / "two")):
+        assert rank.wait() == 0
+    for name in ("loss", "kl", "reward", "grad_norm"):
+        np.testing.assert_allclose(logged(tmp_path / "two", name), logged(undisturbed, name), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_any_of_its_writes_ends_in_the_same_bits(tiny, rewarded, undisturbed, tmp_path):
+    """Guards that nothing is lost: dozens of kills, each a start of the script."""
+    assert start_until_finished("online.py", *flags(tiny, rewarded, tmp_path / "run")) > 10
+    assert weights(tmp_path / "run") == weights(undisturbed)
+    assert read_rows(tmp_path / "run" / "samples") == read_rows(undisturbed / "samples")
+
+
+def test_a_killed_run_ends_in_the_same_bits(tiny, rewarded, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    process = Process("online.py", *flags(tiny, rewarded, out))
+    while process.running() and not (out / "resume.pt").exists():
+        pass
+    process.kill()
+    call("online.py", *flags(tiny, rewarded, out))
+    assert weights(out) == weights(undisturbed)
+    assert logged(out, "loss") == logged(undisturbed, "loss")
+
+
+def test_other_rewards_settings_and_missing_beta_are_refused(tiny, rewarded, undisturbed, tmp_path, capsys):
+    refused(capsys, ["--learning_rate=0.001", "now 0.002"], "online.py",
+            *flags(tiny, rewarded, undisturbed, "--learning_rate=2e-3"))
+    other = tmp_path / "other.py"
+    other.write_text("def letters(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
+    refused(capsys, ["another reward"], "online.py",
+            *flags(tiny, rewarded, tmp_path / "run", f"--reward={other}:letters"))
+    some = [flag for flag in flags(tiny, rewarded, tmp_path / "run") if not flag.startswith("--beta")]
+    refused(capsys, ["--beta"], "online.py", *some)
