@@ -245,7 +245,8 @@ def calls_of_methods(inputs, outputs):
     ]
     name = inputs[0][0][0]
     entry = (
-        f"(lambda names, args: (lambda it: [None, *(getattr(it, n)(*a) for n, a in zip(names[1:], args[1:]))])"
+        f"(lambda names, args: (lambda it: "
+        f"[None, *(getattr(it, n)(*a) for n, a in zip(names[1:], args[1:]))])"
         f"({name}(*args[0])))"
     )
     return {"preamble": IMPORTS, "test": source(asserts), "entry_point": entry}

@@ -131,7 +131,8 @@ def command(runtime, image, packages, limits):
         start = []
     elif runtime == "bwrap":
         start = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
-                 "--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+                 "--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent", "--new-session",
+                 "--cap-drop", "ALL"]
         # Real root needs no user namespace here; it becomes nobody inside, once Python runs.
         start += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user"]
         parents = {str(parent) for _, inside in visible(packages) for parent in Path(inside).parents}
@@ -420,7 +421,8 @@ def probe(right):
     )
 
 
-def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, unsafe=False, block="answer", **limits):
+def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, unsafe=False, block="answer",
+          **limits):
     """Judge an iterable of rows; yield a verdict (a dict with the row's id) for each as they
     finish, in any order.
 

@@ -345,7 +345,8 @@ class Line:
                 number = self.queue.pop()
                 thing = self.objects[number]
                 fields = fields_of(thing)
-                self.table[number] = [number, type(thing).__name__, list(fields), self.pack([*fields.values()])]
+                contents = self.pack([*fields.values()])
+                self.table[number] = [number, type(thing).__name__, list(fields), contents]
         finally:
             sys.setrecursionlimit(old)
         return [head, body, [self.table[number] for number in sorted(self.table)]]

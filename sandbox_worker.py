@@ -8,7 +8,7 @@ verdict is.
 
     echo | python sandbox_worker.py '{"no": "options"}'  # a worker by itself does nothing: run sandbox.py
 
-    supervisor (this process) --clone--> judge: runs the tests, compares, counts; serves all with the same tests
+    supervisor (this process) --clone--> judge: runs the tests, compares, counts; stays for the same tests
               |                            |  ^   sandbox_line.py: arguments out, values back
               |                            v  |
               +-------------- clone -----> candidate: runs one program
@@ -50,7 +50,8 @@ SIGN = 0.25  # s between two signs of life
 NOBODY = 65534
 WORDS = {"w": "wrong", "e": "exception", "m": "memory", "o": "output", "k": "killed"}
 WARM = """abc array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq
-    itertools json math numbers operator queue random re statistics string textwrap threading time typing""".split()
+    itertools json math numbers operator queue random re statistics string textwrap
+    threading time typing""".split()
 
 
 # ---- the candidate: what runs in its clone ----
@@ -460,7 +461,8 @@ def judge_one(line, space, entry_point):
 # ---- a clone's walls (Linux, x86_64 and aarch64) ----
 
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL keeps the interpreter lock, which a clone must inherit held
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_THREAD, CLONE_FILES = 0x20000, 0x10000000, 0x20000000, 0x10000, 0x400
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
+CLONE_THREAD, CLONE_FILES = 0x10000, 0x400
 # System calls that no program needs, as numbers: processes, other processes, mounts and namespaces,
 # sockets except for socketpair, messages that carry descriptors, memory that no limit counts
 # (System V, memfd, keys, io, inotify, xattr, pages lent to pipes), file locks, priorities,
@@ -667,7 +669,8 @@ def supervise(options):
     limits, isolated = options["limits"], options["isolated"]
     sys.path[:] = [path for path in sys.path[1:] if path.startswith(sys.base_prefix)] + options["path"]
     os.closerange(3, 1024)
-    box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None, "candidate": None, "tmp": None,
+    box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None,
+           "candidate": None, "tmp": None,
            "proc": os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)}
     if isolated:
         lock_down(options["root"])
