@@ -17,7 +17,8 @@ import zlib
 
 # What the programs of contests may use without importing it, as in the benchmarks themselves.
 IMPORTS = """
-import bisect, collections, copy, datetime, functools, heapq, itertools, json, math, operator, random, re, string, sys
+import bisect, collections, copy, datetime, functools, heapq, itertools, json, math, operator
+import random, re, string, sys
 from bisect import *
 from collections import *
 from functools import *
@@ -32,7 +33,9 @@ inf, nan = float("inf"), float("nan")
 
 def same_output(printed, expected, tolerance):
     # by lines without blank ones, in each by what stands between spaces; numbers by value
-    printed, expected = ([line.split() for line in text.split("\\n") if line.strip()] for text in (printed, expected))
+    printed, expected = (
+        [line.split() for line in text.split("\\n") if line.strip()] for text in (printed, expected)
+    )
     if [len(line) for line in printed] != [len(line) for line in expected]:
         return False
     pairs = zip([word for line in printed for word in line], [word for line in expected for word in line])
@@ -83,7 +86,11 @@ def from_check(row):
         raise ValueError("has no 'entry_point', which names the function to test")
     prompt = row.get("prompt")
     preamble = prompt if isinstance(prompt, str) and is_code(prompt) else ""
-    return {"test": row["test"], "entry_point": row["entry_point"], "preamble": row.get("preamble") or preamble}
+    return {
+        "test": row["test"],
+        "entry_point": row["entry_point"],
+        "preamble": row.get("preamble") or preamble,
+    }
 
 
 def is_code(text):
@@ -102,7 +109,10 @@ def from_asserts(row):
     before = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
     tests = [row["test"]] if isinstance(row.get("test"), str) else row["test_list"]
     source = "\n".join([*before, *tests])
-    return {"test": source, "entry_point": row.get("entry_point") or called("\n".join([*before, *row["test_list"]]))}
+    return {
+        "test": source,
+        "entry_point": row.get("entry_point") or called("\n".join([*before, *row["test_list"]])),
+    }
 
 
 def called(source):
@@ -133,7 +143,8 @@ def from_columns(row):
     """`inputs` and `outputs`: lists of equal length; with `fn_name` the arguments of calls, else
     stdin and stdout."""
     inputs, outputs, name = row["inputs"], row.get("outputs"), row.get("fn_name") or row.get("entry_point")
-    if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs) or not inputs:
+    lists = isinstance(inputs, list) and isinstance(outputs, list)
+    if not lists or len(inputs) != len(outputs) or not inputs:
         raise ValueError("inputs and outputs must be lists of equal length, not empty")
     if all(is_design(case, name) for case in inputs):
         return calls_of_methods(inputs, outputs)
@@ -189,13 +200,19 @@ def source(asserts):
 
 def of_scripts(inputs, outputs, tolerance):
     """A whole program reads stdin and prints."""
-    asserts = [f"same_output(candidate({given!r}), {wanted!r}, {tolerance})" for given, wanted in zip(inputs, outputs)]
+    asserts = [
+        f"same_output(candidate({given!r}), {wanted!r}, {tolerance})"
+        for given, wanted in zip(inputs, outputs)
+    ]
     return {"preamble": IMPORTS, "test": source(asserts), "entry_point": "__main__"}
 
 
 def calls(name, inputs, outputs):
     """A function, or a method of `Solution`; each output is a list of values of which one is right."""
-    asserts = [f"plain(candidate(*{given!r})) in {[*map(as_json, wanted)]!r}" for given, wanted in zip(inputs, outputs)]
+    asserts = [
+        f"plain(candidate(*{given!r})) in {[*map(as_json, wanted)]!r}"
+        for given, wanted in zip(inputs, outputs)
+    ]
     entry = f"(Solution().{name} if hasattr(globals().get('Solution'), {name!r}) else {name})"
     return {"preamble": IMPORTS, "test": source(asserts), "entry_point": entry}
 
@@ -206,21 +223,35 @@ def as_json(value):
 
 def is_design(case, name):
     """Whether a case is the names of methods, a class's first, and the arguments of each."""
-    if not isinstance(case, list) or len(case) != 2 or not all(isinstance(part, list) and part for part in case):
+    if (
+        not isinstance(case, list)
+        or len(case) != 2
+        or not all(isinstance(part, list) and part for part in case)
+    ):
         return False
     names, arguments = case
-    return (len(names) == len(arguments) and all(isinstance(text, str) and text.isidentifier() for text in names)
-            and all(isinstance(values, list) for values in arguments) and name in (None, names[0]))
+    return (
+        len(names) == len(arguments)
+        and all(isinstance(text, str) and text.isidentifier() for text in names)
+        and all(isinstance(values, list) for values in arguments)
+        and name in (None, names[0])
+    )
 
 
 def calls_of_methods(inputs, outputs):
     """A class: an object is made, and its methods called in turn."""
-    asserts = [f"plain(candidate(*{given!r})) == {as_json(wanted)!r}" for given, wanted in zip(inputs, outputs)]
+    asserts = [
+        f"plain(candidate(*{given!r})) == {as_json(wanted)!r}" for given, wanted in zip(inputs, outputs)
+    ]
     name = inputs[0][0][0]
-    entry = (f"(lambda names, args: (lambda it: [None, *(getattr(it, n)(*a) for n, a in zip(names[1:], args[1:]))])"
-             f"({name}(*args[0])))")
+    entry = (
+        f"(lambda names, args: (lambda it: "
+        f"[None, *(getattr(it, n)(*a) for n, a in zip(names[1:], args[1:]))])"
+        f"({name}(*args[0])))"
+    )
     return {"preamble": IMPORTS, "test": source(asserts), "entry_point": entry}
 
 
-FORMATS = {"test_list": from_asserts, "test": from_check, "input_output": from_input_output, "inputs": from_columns,
+FORMATS = {"test_list": from_asserts, "test": from_check,
+           "input_output": from_input_output, "inputs": from_columns,
            "public_test_cases": from_live_code_bench}

@@ -62,7 +62,7 @@ RUNTIMES = ("bwrap", "podman", "unshare")
 HERE = os.path.dirname(os.path.realpath(__file__))
 PARTS = ("sandbox_worker.py", "sandbox_line.py", "sandbox_tests.py")
 BLOCKS = {  # rule: what it means
-    "answer": "the first Python block after the last </think>, or else the first block that names no language",
+    "answer": "the first Python block after the last </think>, or else the first that names no language",
     "first": "the first block marked python, as in the paper",
 }
 
@@ -101,8 +101,9 @@ def first_block(text, rule="answer"):
 def visible(packages):
     """What a container shows, as pairs (host's path, path inside): this Python's files, a few
     devices, `packages`."""
-    paths = [os.path.realpath(sys.executable), sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64",
-             "/usr/share/zoneinfo", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
+    paths = [os.path.realpath(sys.executable), sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib",
+             "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache",
+             "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
     return [(path, path) for path in paths if os.path.exists(path)] + extras(packages)
 
 
@@ -122,14 +123,16 @@ def command(runtime, image, packages, limits):
     """The command line of a worker in a container of that runtime (None: in no container)."""
     options = {"limits": limits, "isolated": runtime is not None, "root": [], "path": ["/box"],
                "warm": [name for name in packages.split(",") if name]}
-    root, own = os.geteuid() == 0, [os.path.realpath(sys.executable), "-S", "-s", "-B", "/box/sandbox_worker.py"]
+    root = os.geteuid() == 0
+    own = [os.path.realpath(sys.executable), "-S", "-s", "-B", "/box/sandbox_worker.py"]
     if runtime is None:
         own[-1] = f"{HERE}/sandbox_worker.py"
         options["path"] = [HERE] + [os.path.dirname(path) for path, _ in extras(packages)[len(PARTS):]]
         start = []
     elif runtime == "bwrap":
-        start = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
-                 "--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+        start = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
+                 "--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent", "--new-session",
+                 "--cap-drop", "ALL"]
         # Real root needs no user namespace here; it becomes nobody inside, once Python runs.
         start += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user"]
         parents = {str(parent) for _, inside in visible(packages) for parent in Path(inside).parents}
@@ -139,14 +142,16 @@ def command(runtime, image, packages, limits):
             start += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, inside]
         start += ["--proc", "/proc", "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]
     elif runtime == "unshare":
-        start = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts", "--mount-proc"]
+        start = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts",
+                 "--mount-proc"]
         start += [] if root else ["--user", "--map-root-user"]
         options["root"] = visible(packages)
         own[-1] = f"{HERE}/sandbox_worker.py"
     else:
         own[0] = "python3"
         start = ["podman", "run", "--rm", "--interactive", "--network=none", "--read-only", "--cap-drop=ALL",
-                 f"--user={NOBODY}:{NOBODY}", "--security-opt=no-new-privileges", "--security-opt=seccomp=unconfined",
+                 f"--user={NOBODY}:{NOBODY}", "--security-opt=no-new-privileges",
+                 "--security-opt=seccomp=unconfined",
                  "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096", "--http-proxy=false"]
         start += [f"--env={name}={value}" for name, value in ENVIRONMENT.items()]
         start += [f"--volume={path}:{inside}:ro" for path, inside in extras(packages)]
@@ -164,8 +169,9 @@ class Worker:
     def __init__(self, line):
         bare = os.path.basename(line[0]) == "podman"  # this needs the user's own environment
         self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0,
-                                        start_new_session=True, env=None if bare else ENVIRONMENT)
+        self.process = subprocess.Popen(
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0,
+            start_new_session=True, env=None if bare else ENVIRONMENT)
         self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
@@ -181,7 +187,9 @@ class Worker:
         self.write()
 
     def write(self):
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # one that has ended shows it in its answer
+        with contextlib.suppress(
+            BlockingIOError, BrokenPipeError
+        ):  # one that has ended shows it in its answer
             while self.unsent:
                 self.unsent = self.unsent[os.write(self.stdin, self.unsent):]
 
@@ -194,7 +202,9 @@ class Worker:
             self.unread += more
             if not more:
                 self.log.seek(0)
-                raise OSError((self.log.read().decode(errors="replace").strip().splitlines() or ["it ended"])[-1])
+                raise OSError(
+                    (self.log.read().decode(errors="replace").strip().splitlines() or ["it ended"])[-1]
+                )
         *lines, self.unread = self.unread.split(b"\n")
         for line in lines:
             self.due = time.monotonic() + SILENCE
@@ -243,7 +253,7 @@ class Job:
         self.key = hashlib.sha256(self.candidate + self.judge).digest()
         self.tries, self.ids = TRIES, []
         self.row = row if row.get("solution") else None
-        self.doubted = []  # jobs, each with its verdict, that failed all tests: does the row's own solution, too?
+        self.doubted = []  # (job, verdict): they failed all tests. Does this, the row's own solution, too?
 
 
 class Jobs:
@@ -333,7 +343,11 @@ def run(jobs, line, workers, limits):
                 except OSError as error:
                     worker.kill()
                     job.tries -= 1
-                    verdict = {"again": True} if job.tries else NO_VERDICT | {"detail": f"the sandbox failed: {error}"}
+                    verdict = (
+                        {"again": True}
+                        if job.tries
+                        else NO_VERDICT | {"detail": f"the sandbox failed: {error}"}
+                    )
                 busy.remove(worker)
                 if "reward" in verdict:
                     jobs.finish(job, verdict)
@@ -400,12 +414,15 @@ def probe(right):
             print(f"sandbox: {name}", file=sys.stderr)
             return name
         reasons.append(f"{name}: {verdict['detail']}")
-    raise RuntimeError(f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap (apt install bubblewrap, or "
-                       "dnf) and see that user namespaces are allowed (sysctl user.max_user_namespaces), or run "
-                       "programs that you trust with --unsafe")
+    raise RuntimeError(
+        f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap (apt install bubblewrap, or "
+        "dnf) and see that user namespaces are allowed (sysctl user.max_user_namespaces), or run "
+        "programs that you trust with --unsafe"
+    )
 
 
-def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, unsafe=False, block="answer", **limits):
+def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, unsafe=False, block="answer",
+          **limits):
     """Judge an iterable of rows; yield a verdict (a dict with the row's id) for each as they
     finish, in any order.
 
@@ -450,8 +467,12 @@ def main():
     add("--workers", type=int, default=0, help="workers; 0: one for each core given")
     add("--runtime", choices=("auto", *RUNTIMES), default="auto", help="auto: the first that works")
     add("--image", default=IMAGE, help="podman's image")
-    add("--packages", default=PACKAGES, help="import names of installed packages that programs and tests may use besides "
-        "the standard library, such as numpy")
+    add(
+        "--packages",
+        default=PACKAGES,
+        help="import names of installed packages that programs and tests may use besides "
+        "the standard library, such as numpy",
+    )
     add("--unsafe", action="store_true", help="no isolation, only limits: not for programs of a model")
     rules = "; ".join(f"{name}: {text}" for name, text in BLOCKS.items())
     add("--block", choices=tuple(BLOCKS), default="answer", help=f"the program in an answer. {rules}")

@@ -32,8 +32,10 @@ SCALARS = {type(None), bool, int, float, str}
 LONG = 14000  # bits of an int that is sent in hexadecimal: Python refuses to write long ones in decimal
 ENCODER = json.JSONEncoder(ensure_ascii=False)
 FIRST, PIECE = 8, 4096  # items of an iterator that travel at first, and at most in one piece
-TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, tuple, set, frozenset, bytes, complex,
-                                          type(None))}
+TYPES = {
+    kind.__name__: kind
+    for kind in (int, float, str, bool, list, dict, tuple, set, frozenset, bytes, complex, type(None))
+}
 
 
 class Same:
@@ -91,7 +93,11 @@ KINDS = {  # tag: (type, its parts as a list, the value of such a list)
                     lambda parts: collections.defaultdict(parts[0], unzip(parts[1:]))),
     "dict": (dict, mapping, unzip),
     "list": (list, list, list),
-    "deque": (collections.deque, lambda value: [list(value), value.maxlen], lambda parts: collections.deque(*parts)),
+    "deque": (
+        collections.deque,
+        lambda value: [list(value), value.maxlen],
+        lambda parts: collections.deque(*parts),
+    ),
     "bytes": (bytes, encode, decode),
     "bytearray": (bytearray, encode, lambda parts: bytearray(decode(parts))),
     "memoryview": (memoryview, encode, lambda parts: memoryview(decode(parts))),
@@ -138,7 +144,10 @@ class Line:
         self.depth = limits["depth"]
         self.things, self.numbers = [], {}  # what stays here: the other side knows it by number
         self.remotes = {}  # what stays there, by number
-        self.objects, self.positions = [], {}  # instances of the preamble's classes that both sides know in this call
+        self.objects, self.positions = (
+            [],
+            {},
+        )  # instances of the preamble's classes that both sides know in this call
         self.frozen = self.careful = False
 
     # ---- values to JSON types: scalars and lists stand for themselves, all else is a dict of one tag ----
@@ -336,7 +345,8 @@ class Line:
                 number = self.queue.pop()
                 thing = self.objects[number]
                 fields = fields_of(thing)
-                self.table[number] = [number, type(thing).__name__, list(fields), self.pack([*fields.values()])]
+                contents = self.pack([*fields.values()])
+                self.table[number] = [number, type(thing).__name__, list(fields), contents]
         finally:
             sys.setrecursionlimit(old)
         return [head, body, [self.table[number] for number in sorted(self.table)]]
@@ -494,7 +504,11 @@ def restore(old, new):
 
 def classes_of(space):
     """The classes that a preamble defines, by name."""
-    return {kind.__name__: kind for kind in space.values() if isinstance(kind, type) and kind.__module__ == "solution"}
+    return {
+        kind.__name__: kind
+        for kind in space.values()
+        if isinstance(kind, type) and kind.__module__ == "solution"
+    }
 
 
 def is_builtin(name):

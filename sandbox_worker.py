@@ -8,7 +8,7 @@ verdict is.
 
     echo | python sandbox_worker.py '{"no": "options"}'  # a worker by itself does nothing: run sandbox.py
 
-    supervisor (this process) --clone--> judge: runs the tests, compares, counts; serves programs with the same tests
+    supervisor (this process) --clone--> judge: runs the tests, compares, counts; stays for the same tests
               |                            |  ^   sandbox_line.py: arguments out, values back
               |                            v  |
               +-------------- clone -----> candidate: runs one program
@@ -49,8 +49,9 @@ TICK = 0.02  # s between two looks of the supervisor at its clocks
 SIGN = 0.25  # s between two signs of life
 NOBODY = 65534
 WORDS = {"w": "wrong", "e": "exception", "m": "memory", "o": "output", "k": "killed"}
-WARM = """abc array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq itertools
-    json math numbers operator queue random re statistics string textwrap threading time typing""".split()
+WARM = """abc array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq
+    itertools json math numbers operator queue random re statistics string textwrap
+    threading time typing""".split()
 
 
 # ---- the candidate: what runs in its clone ----
@@ -78,7 +79,9 @@ class Candidate(Line):
                                for part in ("preamble", "program")]))
             return
         try:
-            parts = [compile(job[part], f"<{part}>", "exec", dont_inherit=True) for part in ("preamble", "program")]
+            parts = [
+                compile(job[part], f"<{part}>", "exec", dont_inherit=True) for part in ("preamble", "program")
+            ]
         except SyntaxError:  # perhaps a program that goes on inside the preamble's last function
             parts = [compile(job["preamble"] + "\n" + job["program"], "<program>", "exec", dont_inherit=True)]
         exec(parts[0], self.space)
@@ -87,7 +90,11 @@ class Candidate(Line):
             exec(parts[1], self.space)
             self.classes = {name: self.space.get(name, kind) for name, kind in self.classes.items()}
         else:
-            names = {node.name for node in ast.parse(job["preamble"] + "\n    pass").body if isinstance(node, ast.ClassDef)}
+            names = {
+                node.name
+                for node in ast.parse(job["preamble"] + "\n    pass").body
+                if isinstance(node, ast.ClassDef)
+            }
             self.classes = {name: kind for name, kind in self.classes.items() if name in names}
         function = eval(job["entry_point"], self.space)
         if not callable(function):
@@ -114,7 +121,10 @@ class Candidate(Line):
     def failure(self, error):
         """The message of an exception, with as much of it as can be sent."""
         names = [[type(error).__module__, type(error).__name__], ["builtins", "Exception"]]
-        for describe_it in (lambda: [*describe(error), self.after], lambda: [names, [str(error)[:200]], {}, None]):
+        for describe_it in (
+            lambda: [*describe(error), self.after],
+            lambda: [names, [str(error)[:200]], {}, None],
+        ):
             with contextlib.suppress(BaseException):  # an exception class may break its own parts
                 reply = self.dump("error", describe_it())
                 if len(reply) < self.longest["send"] // 4:
@@ -123,7 +133,9 @@ class Candidate(Line):
 
     def received(self, head, body, table):
         self.before = None
-        if head == "call" and not (SCALARS.issuperset(map(type, body[1])) and SCALARS.issuperset(map(type, body[3]))):
+        if head == "call" and not (
+            SCALARS.issuperset(map(type, body[1])) and SCALARS.issuperset(map(type, body[3]))
+        ):
             self.before = marshal.dumps([body[1], body[3], table], 2)
 
     def run_call(self, function, args, names, values, world):
@@ -377,7 +389,9 @@ class Judge(Line):
             self.done += 1
             os.write(self.report, code.encode())
             if code != "." and not self.detail:
-                self.detail = f"test {self.done}" + (f": {why}" if is_builtin(why) and code not in "ko" else "")
+                self.detail = f"test {self.done}" + (
+                    f": {why}" if is_builtin(why) and code not in "ko" else ""
+                )
 
 
 def run_judge(size, channel, limits):
@@ -447,7 +461,8 @@ def judge_one(line, space, entry_point):
 # ---- a clone's walls (Linux, x86_64 and aarch64) ----
 
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL keeps the interpreter lock, which a clone must inherit held
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_THREAD, CLONE_FILES = 0x20000, 0x10000000, 0x20000000, 0x10000, 0x400
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
+CLONE_THREAD, CLONE_FILES = 0x10000, 0x400
 # System calls that no program needs, as numbers: processes, other processes, mounts and namespaces,
 # sockets except for socketpair, messages that carry descriptors, memory that no limit counts
 # (System V, memfd, keys, io, inotify, xattr, pages lent to pipes), file locks, priorities,
@@ -468,14 +483,24 @@ REFUSED = {
 # it may have).
 LIMITED = {
     "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 1030, 1032)),  # duplicates, flags, the size of a pipe
-    "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # terminals, FIONREAD, FIONBIO, FIOCLEX
+    "ioctl": (
+        (16, 29),
+        1,
+        (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
+    ),  # terminals, FIONREAD, FIONBIO, FIOCLEX
     "prctl": ((157, 167), 0, (3, 15, 16, 0x53564D41)),  # PR_GET_DUMPABLE, names of threads and of memory
     "socketpair": ((53, 199), 0, (1,)),  # AF_UNIX
     "close_range": ((436, 436), 2, (0, 4)),  # no descriptor table of one's own, which no limit would count
 }
-MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column above, audit's name, clone()
+MACHINES = {
+    "x86_64": (0, 0xC000003E, 56),
+    "aarch64": (1, 0xC00000B7, 220),
+}  # column above, audit's name, clone()
 NO_CAPABILITIES = struct.pack("II", 0x20080522, 0)
-NEWER, NEEDED = 424, (439,)  # numbers from 424 are the same everywhere: none except faccessat2 and those above
+NEWER, NEEDED = (
+    424,
+    (439,),
+)  # numbers from 424 are the same everywhere: none except faccessat2 and those above
 
 
 def system(result, what):
@@ -529,9 +554,11 @@ def clone(isolated, is_judge):
 def set_limits(limits, isolated):
     """Called once by the supervisor, for all clones. NPROC counts its user namespace: itself, two
     clones, threads."""
-    values = {"AS": limits["memory"] << 20, "FSIZE": limits["disk"] << 20, "NOFILE": limits["files"], "CORE": 0}
+    values = {"AS": limits["memory"] << 20, "FSIZE": limits["disk"] << 20,
+              "NOFILE": limits["files"], "CORE": 0}
     if isolated:
-        values |= {"STACK": 64 << 20, "NPROC": limits["threads"] + 3, "MEMLOCK": 0, "SIGPENDING": 64, "MSGQUEUE": 0}
+        values |= {"STACK": 64 << 20, "NPROC": limits["threads"] + 3, "MEMLOCK": 0,
+                   "SIGPENDING": 64, "MSGQUEUE": 0}
     for name, value in values.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     sys.setrecursionlimit(1050)  # the 1000 a program may count on, and what stands below it here
@@ -558,7 +585,9 @@ def wall_off(box, is_judge):
 def mount_tmp(box):
     """An empty /tmp in the place of the old one."""
     LIBC.umount2(b"/tmp", 2)  # MNT_DETACH
-    system(LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", 0x406, box["disk"]), "mount of /tmp")  # nosuid, nodev, noatime
+    system(
+        LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", 0x406, box["disk"]), "mount of /tmp"
+    )  # nosuid, nodev, noatime
 
 
 def state_of_tmp():
@@ -573,7 +602,9 @@ def build_root(paths):
     """A root of binds of `paths`, pairs of (host's, here), where the container still shows the
     host's files."""
     system(LIBC.mount(b"none", b"/", None, 0x44000, None), "private mounts")  # MS_REC | MS_PRIVATE
-    system(LIBC.mount(b"tmpfs", b"/sys", b"tmpfs", 6, b"mode=755"), "mount of a new root")  # /sys: no bind needs it
+    system(
+        LIBC.mount(b"tmpfs", b"/sys", b"tmpfs", 6, b"mode=755"), "mount of a new root"
+    )  # /sys: no bind needs it
     for path, new in paths + [("/proc", "/proc")]:
         new = "/sys" + new
         if os.path.isdir(path):
@@ -581,7 +612,9 @@ def build_root(paths):
         else:
             os.makedirs(os.path.dirname(new), exist_ok=True)
             open(new, "w").close()
-        system(LIBC.mount(os.path.realpath(path).encode(), new.encode(), None, 0x5000, None), f"bind of {path}")
+        system(
+            LIBC.mount(os.path.realpath(path).encode(), new.encode(), None, 0x5000, None), f"bind of {path}"
+        )
     os.makedirs("/sys/tmp")
     os.chdir("/sys")
     system(LIBC.pivot_root(b".", b"."), "pivot_root")
@@ -595,22 +628,32 @@ def lock_down(paths):
     if paths:
         build_root(paths)
     if os.getuid() == 0:
-        with contextlib.suppress(OSError):  # this root may be but the name of an ordinary user, who has no other
+        with contextlib.suppress(
+            OSError
+        ):  # this root may be but the name of an ordinary user, who has no other
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
             LIBC.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is ours again
     user, group = os.geteuid(), os.getegid()
     system(LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare")
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{NOBODY} {user} 1"),
+        ("gid_map", f"{NOBODY} {group} 1"),
+    ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     read_only = struct.pack("QQQQ", 3, 0, 0, 0)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID
-    system(LIBC.syscall(442, -100, b"/", 0x8000, read_only, len(read_only)), "mount_setattr (needs Linux 5.12)")
+    system(
+        LIBC.syscall(442, -100, b"/", 0x8000, read_only, len(read_only)), "mount_setattr (needs Linux 5.12)"
+    )
     for path in ("/proc", "/sys"):
         if os.path.isdir(path):
             system(LIBC.mount(b"tmpfs", path.encode(), b"tmpfs", 7, b"size=4k,nr_inodes=2"), f"hiding {path}")
-    system(LIBC.prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE")  # no core file of a clone, wherever the host sends those
+    system(
+        LIBC.prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE"
+    )  # no core file of a clone, wherever the host sends those
 
 
 def take(size):
@@ -626,12 +669,15 @@ def supervise(options):
     limits, isolated = options["limits"], options["isolated"]
     sys.path[:] = [path for path in sys.path[1:] if path.startswith(sys.base_prefix)] + options["path"]
     os.closerange(3, 1024)
-    box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None, "candidate": None, "tmp": None,
+    box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None,
+           "candidate": None, "tmp": None,
            "proc": os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)}
     if isolated:
         lock_down(options["root"])
         if platform.machine() not in MACHINES:
-            raise OSError(f"no list of system calls for {platform.machine()}: add it to REFUSED, LIMITED and MACHINES")
+            raise OSError(
+                f"no list of system calls for {platform.machine()}: add it to REFUSED, LIMITED and MACHINES"
+            )
     system(LIBC.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     for name in WARM + options["warm"]:
         with contextlib.suppress(ImportError):
@@ -642,8 +688,11 @@ def supervise(options):
     os.environ.update(HOME="/tmp", LANG="C.UTF-8")
     set_limits(limits, isolated)
     seconds = int(limits["cpu"]) + 2  # where the supervisor's own look at the clock would fail
-    box |= {"filter": call_filter() if platform.machine() in MACHINES else None, "seconds": (seconds, seconds),
-            "disk": f"size={limits['disk']}m,nr_inodes={limits['files'] * 16},mode=777".encode()}
+    box |= {
+        "filter": call_filter() if platform.machine() in MACHINES else None,
+        "seconds": (seconds, seconds),
+        "disk": f"size={limits['disk']}m,nr_inodes={limits['files'] * 16},mode=777".encode(),
+    }
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -802,14 +851,20 @@ class Run:
                 os.write(1, b"waiting\n" if self.waited - waited > SIGN / 2 else b"running\n")
                 signed, waited = now, self.waited
                 self.slow = True
-                for pid in self.sides:  # short programs first; and no clone can stop itself, so something else did
+                for (
+                    pid
+                ) in self.sides:  # short programs first; and no clone can stop itself, so something else did
                     with contextlib.suppress(ProcessLookupError):
                         os.setpriority(os.PRIO_PGRP, pid, 19)
                     os.kill(pid, signal.SIGCONT)
 
     def over(self, then, now, scope):
         waited, *used = (b - a for a, b in zip(then, now))
-        return "timeout" if max(used) > self.limits[scope + "cpu"] or waited > self.limits[scope + "wall"] else ""
+        return (
+            "timeout"
+            if max(used) > self.limits[scope + "cpu"] or waited > self.limits[scope + "wall"]
+            else ""
+        )
 
     def impatient(self, now):
         return "later" if self.patience and sum(now) - sum(self.begun) > self.patience else ""
@@ -834,7 +889,8 @@ class Run:
             return {"later": True, "kept": False}
         report, _, fault = self.data.decode("ascii", "replace").partition("?")
         codes, whole, detail = report[8:].partition("\n")
-        if not whole and not fault and not self.judge_stopped and exit_status(self.judge) in (None, 0, signal.SIGKILL):
+        cut = not whole and not fault and not self.judge_stopped
+        if cut and exit_status(self.judge) in (None, 0, signal.SIGKILL):
             sys.exit("the judge was killed from outside")
         total = 0 if fault else int(report[:8] or "0", 16)
         codes = codes[:total].ljust(total, "k")
@@ -845,8 +901,8 @@ class Run:
             word, how = self.death(used[1] - self.begun[1])
             detail = f"test {codes.index('k') + 1}: {how}"
         passed = codes.count(".")
-        return {"reward": passed / total if total else None, "passed": passed, "total": total, "verdict": word,
-                "detail": detail, "seconds": seconds,
+        return {"reward": passed / total if total else None, "passed": passed, "total": total,
+                "verdict": word, "detail": detail, "seconds": seconds,
                 "kept": not self.stopped and not self.slow and word in ("pass", "wrong", "exception")}
 
     def death(self, seconds):
