@@ -1,18 +1,19 @@
-"""How fast this project is beside what others offer for the same work, in one go: rates, peak memory and their ratio.
+"""How fast this project is beside what others offer for the same work: rates, peak memory and their ratio.
 
     python tests/bench.py sample    generate_refs.py          transformers' generate()
     python tests/bench.py score     score.py --reward=model   prompt by prompt, padded to the longest
     python tests/bench.py train     train.py --loss=dpo       TRL's DPOTrainer; --trl_python names a Python with trl
-    python tests/bench.py growth    time and memory by sequence length, vocabulary, references, prompts: growth.png
+    python tests/bench.py growth    time and memory by length, vocabulary, references, prompts: growth.png
 
-A 21M-parameter Llama of random weights with 32,000 words, float32; prompts of about 60 tokens, completions of about 140
-with a long tail. Every run is a process of its own, and the best of --repeat counts. Times leave out imports and
-loading, and take in everything else: for training the reference pass, too. Use a quiet machine.
+A 21M-parameter Llama of random weights with 32,000 words, float32; prompts of about 60 tokens, completions of
+about 140 with a long tail. Every run is a process of its own, and the best of --repeat counts. Times exclude
+imports and loading and include everything else: for training the reference pass, too. Use a quiet machine.
 """
 import argparse
 import json
 import os
 import resource
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -27,19 +28,19 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 transformers.utils.logging.disable_progress_bar()
 WORDS, MEAN, LONGEST = 32_000, 140, 512  # the vocabulary; a completion's tokens on average and at most
-ENDS = list(range(3, 3 + WORDS // MEAN))  # random weights sample nearly uniformly: with so many ends, of that mean
+ENDS = list(range(3, 3 + WORDS // MEAN))  # random weights sample nearly uniformly: this many ends give that mean
 
 
 # ---- the work ----
 
 def make_model(folder, words=WORDS):
-    """FOLDER/{model, reward_model}, with a tokenizer of so many words."""
+    """FOLDER/{model, reward_model}, with a tokenizer of `words` words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     ids = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
     tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
-                                                     pad_token="<pad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=words, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4,
@@ -60,17 +61,25 @@ def make_work(folder, n):
 
     def answer():
         return " " + text(min(rng.geometric(1 / MEAN), LONGEST))
-    prompts = [{"prompt": text(int(np.clip(rng.lognormal(np.log(55), 0.4), 8, 256)))} for _ in range(n)]
-    for name, fields in (("prompts", dict), ("pairs", lambda: {"chosen": answer(), "rejected": answer()}),
-                         ("refs", lambda: {"ref_completions": [{"text": answer()} for _ in range(16)]})):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p | fields()) + "\n" for p in prompts))
+
+    def pair():
+        return {"chosen": answer(), "rejected": answer()}
+
+    def references():
+        return {"ref_completions": [{"text": answer()} for _ in range(16)]}
+
+    lengths = np.clip(rng.lognormal(np.log(55), 0.4, n), 8, 256).astype(int)
+    prompts = [{"prompt": text(length)} for length in lengths]
+    for name, fields in (("prompts", dict), ("pairs", pair), ("refs", references)):
+        rows = [prompt | fields() for prompt in prompts]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-# ---- the sides: each gives (work done, seconds) ----
+# ---- the two sides of each comparison: work done, seconds ----
 
 def sample_ours(folder):
     import generate_refs
@@ -87,7 +96,8 @@ def sample_ours(folder):
 def sample_peer(folder):
     tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
     torch.manual_seed(0)
-    texts, total, began = [row["prompt"] for row in read(folder, "prompts")], 0, time.perf_counter()
+    texts, total = [row["prompt"] for row in read(folder, "prompts")], 0
+    began = time.perf_counter()
     for i in range(0, len(texts), 16):  # 256 completions at a time
         inputs = tokenizer(texts[i:i + 16], padding=True, padding_side="left", return_tensors="pt")
         out = model.generate(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, do_sample=True, top_k=0,
@@ -97,14 +107,15 @@ def sample_peer(folder):
 
 
 def score_ours(folder):
-    import models
     import score
-    loaded = load(folder / "reward_model", transformers.AutoModelForSequenceClassification)
-    models.load_tokenizer, models.load_reward_model = lambda *_: loaded[0], lambda *_: loaded[1]  # not in its time
-    sys.argv = ["score.py", "--data=refs", "--out=out", "--reward=model:reward_model", "--dtype=float32"]
-    args, todo = score.arguments(), read(folder, "refs")
+    sys.argv = ["score.py", "--data=refs", "--out=out", f"--reward=model:{folder / 'reward_model'}",
+                "--dtype=float32"]
+    reward_model = score.RewardModel(score.arguments())
+    todo = []
+    for row in read(folder, "refs"):
+        todo.append((row, [completion["text"] for completion in row["ref_completions"]]))
     began = time.perf_counter()
-    return sum(len(rewards) for _, rewards in score.model_reward(todo, args)), time.perf_counter() - began
+    return sum(len(rewards) for _, rewards in reward_model(todo)), time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -114,24 +125,26 @@ def score_peer(folder):
     for row in read(folder, "refs"):
         texts = [row["prompt"] + completion["text"] for completion in row["ref_completions"]]
         inputs = tokenizer(texts, padding=True, return_tensors="pt")
-        total += len(model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.tolist())
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        total += len(model(**inputs).logits.tolist())
     return total, time.perf_counter() - began
 
 
 def train_ours(folder):
-    import train
-    seconds, reference_logps = [], train.reference_logps
+    """The steps, and the reference pass."""
+    import dataset
+    seconds, all_logps = [], dataset.all_logps
 
     def timed(*args):
         began = time.perf_counter()
-        logps = reference_logps(*args)
+        logps = all_logps(*args)
         seconds.append(time.perf_counter() - began)
         return logps
-    train.reference_logps = timed
+    dataset.all_logps = timed
     sys.argv = ["train.py", f"--model={folder / 'model'}", f"--data={folder / 'pairs.jsonl'}",
                 f"--out={folder / 'run'}", "--loss=dpo", "--train_on=chosen_rejected", "--batch_size=8",
                 "--learning_rate=1e-6", "--dtype=float32"]
-    train.main()
+    runpy.run_path(str(REPO / "train.py"), run_name="__main__")
     seconds += [row["seconds"] for row in read(folder / "run", "metrics") if "seconds" in row]
     return len(read(folder, "pairs")), sum(seconds)
 
@@ -142,8 +155,8 @@ def train_peer(folder):
     tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
     config = trl.DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=8, num_train_epochs=1, learning_rate=1e-6,
-        max_length=None, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none", save_strategy="no",
-        disable_tqdm=True)
+        max_length=None, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True)
     trainer = trl.DPOTrainer(model, args=config, processing_class=tokenizer,
                              train_dataset=datasets.Dataset.from_list(read(folder, "pairs")))
     began = time.perf_counter()
@@ -155,19 +168,20 @@ def load(path, kind):
     return transformers.AutoTokenizer.from_pretrained(path), kind.from_pretrained(path, dtype=torch.float32).eval()
 
 
-SIDES = {"sample": (sample_ours, sample_peer, "tokens", 16, "generate()"),  # and the default of --n
-         "score": (score_ours, score_peer, "completions", 64, "prompt by prompt"),
-         "train": (train_ours, train_peer, "pairs", 64, "TRL's DPOTrainer")}
+SIDES = {  # name: (ours, the peer's, the unit of work, the default of --n, the peer's name)
+    "sample": (sample_ours, sample_peer, "tokens", 16, "generate()"),
+    "score": (score_ours, score_peer, "completions", 64, "prompt by prompt"),
+    "train": (train_ours, train_peer, "pairs", 64, "TRL's DPOTrainer")}
 
 
-# ---- growth: each gives {line: (seconds, GB beyond what loading took)} of one point ----
+# ---- growth: the lines of a picture, and what to time for a point of each ----
 
 def grow_step(length, words, folder):
     """A forward and a backward pass on one completion of `length` tokens."""
-    import models
+    from model import Policy
     make_model(folder, words)
     _, model = load(folder / "model", transformers.AutoModelForCausalLM)
-    policy, tokens = models.Policy(model), torch.randint(3, words, (1, length))
+    policy, tokens = Policy(model), torch.randint(3, words, (1, length))
 
     def ours():
         policy(tokens, torch.tensor([1]), torch.tensor([length])).sum().backward()
@@ -187,7 +201,8 @@ def grow_references(n, folder):
     args, prompt = generate_refs.arguments(), torch.randint(3, WORDS, (1, 512))
 
     def ours():
-        list(generate_refs.sample(model, [{"row": {"id": 0}, "prompt": prompt[0].tolist(), "limit": 64}], args, set()))
+        request = {"row": {"id": 0}, "prompt": prompt[0].tolist(), "limit": 64}
+        list(generate_refs.sample(model, [request], args, set()))
 
     def plain():
         model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0,
@@ -208,16 +223,18 @@ def grow_prompts(n, folder):
         file.writelines(json.dumps({"id": i} | row) + "\n" for i in range(n))
 
     def ours():
-        dataset.load(folder / "rows.jsonl", folder / "cache", True, lambda: None, folder / "model", tokenizer, model,
-                     train_on="samples")
+        choices = dataset.Choices(train_on="samples", needs_reward=True, needs_refs=True)
+        dataset.load(folder / "rows.jsonl", folder / "cache", folder / "model", tokenizer, model, choices)
     return {"this": ours}
 
 
-ALL_LOGITS = ("this", "all logits at once")
-GROWTH = {"tokens of a sequence": ((256, 512, 1024, 2048, 4096), ALL_LOGITS, lambda x, f: grow_step(x, WORDS, f)),
-          "words of the vocabulary": ((8000, 32000, 64000, 128000), ALL_LOGITS, lambda x, f: grow_step(512, x, f)),
-          "reference completions": ((1, 4, 16, 64), ("this", "generate()"), grow_references),
-          "prompts": ((1000, 3000, 10000, 30000), ("this",), grow_prompts)}
+GROWTH = {  # what grows: (points, lines, f(point, folder) -> what to time for each line)
+    "tokens of a sequence": (
+        (256, 512, 1024, 2048, 4096), ("this", "all logits at once"), lambda x, f: grow_step(x, WORDS, f)),
+    "words of the vocabulary": (
+        (8000, 32000, 64000, 128000), ("this", "all logits at once"), lambda x, f: grow_step(512, x, f)),
+    "reference completions": ((1, 4, 16, 64), ("this", "generate()"), grow_references),
+    "prompts": ((1000, 3000, 10000, 30000), ("this",), grow_prompts)}
 
 
 def grow(title, x, line, folder):
@@ -225,7 +242,7 @@ def grow(title, x, line, folder):
     run = GROWTH[title][2](x, folder)[line]
     before = gigabytes()
     seconds = []
-    for _ in range(1 if title == "prompts" else 4):  # the first warms up; prompts would find their cache
+    for _ in range(1 if title == "prompts" else 4):  # the first warms up; prompts would be found in the cache
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
@@ -233,9 +250,11 @@ def grow(title, x, line, folder):
 
 
 def growth(out):
-    """OUT, a picture: seconds above, peak memory below, against each of GROWTH; each point in a process of its own."""
-    import figures
-    figure, axes = figures.plt.subplots(2, len(GROWTH), figsize=(14, 6), layout="constrained")
+    """Draw OUT: seconds above, peak memory below, for each of GROWTH; each point in a process of its own."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(2, len(GROWTH), figsize=(14, 6), layout="constrained")
     for (title, (points, lines, _)), (top, bottom) in zip(GROWTH.items(), axes.T):
         for line in lines:
             values = []
@@ -251,19 +270,19 @@ def growth(out):
         bottom.locator_params("x", nbins=4)
         top.legend()
     axes[0, 0].set_ylabel("seconds")
-    axes[1, 0].set_ylabel("peak GB, loading apart")
-    figures.save(figure, out)
+    axes[1, 0].set_ylabel("peak GB, without loading")
+    figure.savefig(out, dpi=120)
 
 
 # ---- running them ----
 
 def gigabytes():
-    """The most memory that this process had so far."""
+    """The most memory that this process has used so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
 def child(*flags, python=sys.executable):
-    """What this script with these flags prints last, from JSON."""
+    """What this script prints last with these flags, from JSON."""
     done = subprocess.run([python, __file__, *flags], check=False, capture_output=True, text=True,
                           env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:

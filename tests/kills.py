@@ -1,13 +1,14 @@
-"""Kill every stage at random moments, start it again until it is done, and compare with a run that nobody disturbed.
+"""Kill every stage at random moments, start it again until it is done, and compare with an undisturbed run.
 
     python tests/kills.py --times=30                    # every stage, one process and two, SIGKILL and SIGTERM
     python tests/kills.py --times=5 --stages=train      # a part of it
 
-Prints one line for each: how many kills hit a living process, how many starts it took, and whether the results are the
-same: the rows of generation and scoring, the bytes of the trained weights, the steps and losses of metrics.jsonl, the
-files of prepare.py, the results of evaluate.py. Ends with 1 where anything differs.
+Prints one line for each: how many kills hit a living process, how many starts it took, and whether the results
+are the same: the rows of generation and scoring, the bytes of the trained weights, the steps and losses of
+metrics.jsonl, the files of prepare.py, the results of evaluate.py. Exits with 1 if anything differs.
 """
 import argparse
+import collections
 import hashlib
 import json
 import os
@@ -20,36 +21,93 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = "prepare", "generate", "score", "train", "evaluate"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+REWARD = """
+import time
+
+def slow(prompts, completions, **columns):
+    time.sleep(0.03)
+    return [len(set(text)) / 64 for text in completions]
+"""
+STAGES = {  # name: (script, its flags; WORK is the folder of the undisturbed runs, the processes to try it with)
+    "prepare": ("data/minicode/prepare.py", "--steps=30", (1,)),
+    "generate": ("generate_refs.py", "--model=WORK/prepare/model --data=WORK/prepare/test.jsonl --num_refs=4 "
+                 "--max_new_tokens=16 --batch_size=8", (1, 2)),
+    "score": ("score.py", "--data=WORK/generate --reward=WORK/reward.py:slow", (1, 2)),
+    "train": ("train.py", "--model=WORK/prepare/model --data=WORK/score --resume --batch_size=32 "
+              "--learning_rate=1e-3 --save_every=3 --epochs=2", (1, 2)),
+    "evaluate": ("evaluate.py", "--model=WORK/train --ref_model=WORK/prepare/model --data=WORK/samples.jsonl",
+                 (1,)),
+}
 
 
 def command(stage, work, out, ranks):
-    """The command line of a stage that reads the undisturbed run's folder `work` and writes `out`."""
-    script, flags = {
-        "prepare": ("data/minicode/prepare.py", [f"--out={out}", "--steps=30"]),
-        "generate": ("generate_refs.py", [f"--model={work}/prepare/model", f"--data={work}/prepare/test.jsonl",
-                                          f"--out={out}", "--num_refs=4", "--max_new_tokens=16", "--batch_size=8"]),
-        "score": ("score.py", [f"--data={work}/generate", f"--out={out}", f"--reward={work}/reward.py:slow"]),
-        "train": ("train.py", [f"--model={work}/prepare/model", f"--data={work}/score", f"--out={out}", "--resume",
-                               "--batch_size=32", "--learning_rate=1e-3", "--save_every=3", "--epochs=2"]),
-        "evaluate": ("evaluate.py", [f"--model={work}/train", f"--ref_model={work}/prepare/model", f"--out={out}",
-                                     f"--data={work}/samples.jsonl"])}[stage]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / script), *flags]
+    """The command line of a stage that reads from the folder `work` and writes `out`."""
+    script, flags, _ = STAGES[stage]
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, str(ROOT / script), *flags.replace("WORK", str(work)).split(), f"--out={out}"]
 
 
 def result(stage, out):
-    """What must be the same, as text."""
+    """What must be the same."""
     if stage == "prepare":
-        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(out).rglob("*")) if p.is_file()}
+        files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     if stage == "evaluate":
         return json.loads((out / "results.json").read_text())
     if stage == "train":
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
-                [(row["step"], row["loss"]) for row in log]]
-    lines = [line for part in out.glob("part-*.jsonl") for line in part.read_text().splitlines()]
-    return sorted(lines)
+        weights = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+        return [weights, [(row["step"], row["loss"]) for row in log]]
+    return sorted(line for part in out.glob("part-*.jsonl") for line in part.read_text().splitlines())
+
+
+def undisturbed(work):
+    """Run all stages in the folder `work`. Returns (stage, processes) -> seconds, and -> result. Training in two
+    processes has a result of its own: sums over ranks round differently.
+    """
+    seconds, expected = {}, {}
+    (work / "reward.py").write_text(REWARD)
+    for stage, (_, _, processes) in STAGES.items():
+        for ranks in processes if stage == "train" else (1,):
+            out = work / (stage if ranks == 1 else f"{stage}{ranks}")
+            started = time.time()
+            subprocess.run(command(stage, work, out, ranks), check=True, env=ENVIRONMENT, capture_output=True)
+            seconds[stage, ranks], expected[stage, ranks] = time.time() - started, result(stage, out)
+        if stage == "score":  # the references once more, as if a policy had sampled them
+            with open(work / "samples.jsonl", "w") as file:
+                for line in expected["score", 1]:
+                    row = json.loads(line)
+                    row |= {"samples": row["ref_completions"], "sample_rewards": row["ref_rewards"]}
+                    file.write(json.dumps(row) + "\n")
+    return seconds, expected
+
+
+def kill(process, signum):
+    if signum == signal.SIGKILL:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.terminate()  # torchrun passes it on
+    process.wait()
+
+
+def trial(arguments, moment, signum, kills_left):
+    """Start a command until it is done, killing it at random moments as long as kills are left. Returns the number
+    of kills, and the exit codes with how often each occurred.
+    """
+    kills, codes = 0, collections.Counter()
+    while 0 not in codes:
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(moment() if kills < kills_left else None)
+        except subprocess.TimeoutExpired:
+            kills += 1
+            kill(process, signum)
+        codes[process.returncode] += 1
+    return kills, codes
 
 
 def main():
@@ -59,54 +117,23 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
     rng, failed = random.Random(args.seed), False
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with tempfile.TemporaryDirectory() as folder:
-        work, seconds, expected = Path(folder), {}, {}
-        (work / "reward.py").write_text("import time\ndef slow(prompts, completions, **columns):\n    time.sleep(0.03)\n"
-                                        "    return [len(set(text)) / 64 for text in completions]\n")
-        for stage in STAGES:  # undisturbed, with one process; and with two where sums over ranks round otherwise
-            for ranks in (1, 2) if stage == "train" else (1,):
-                out = work / (stage if ranks == 1 else f"{stage}{ranks}")
-                began = time.time()
-                subprocess.run(command(stage, work, out, ranks), check=True, env=environment, capture_output=True)
-                seconds[stage, ranks], expected[stage, ranks] = time.time() - began, result(stage, out)
-            if stage == "score":  # the references once more, as if a policy had sampled them
-                rows = [json.loads(line) for line in expected["score", 1]]
-                (work / "samples.jsonl").write_text("".join(json.dumps(row | {
-                    "samples": row["ref_completions"], "sample_rewards": row["ref_rewards"]}) + "\n" for row in rows))
-        for stage in args.stages.split(","):
-            for ranks in (1, 2) if stage in ("generate", "score", "train") else (1,):
-                for signum in (signal.SIGKILL, signal.SIGTERM):
-                    kills = starts = 0
-                    trial, codes = 0, {}
-                    while kills < args.times:
-                        trial += 1
-                        out, done = work / f"{stage}-{ranks}-{signum.name}-{trial}", False
-                        while not done:
-                            process = subprocess.Popen(command(stage, work, out, ranks), env=environment,
-                                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                                       start_new_session=True)
-                            starts += 1
-                            try:  # after enough kills it is left alone
-                                process.wait(rng.uniform(1, 1.2 * seconds[stage, 1])
-                                             if kills < args.times else None)
-                            except subprocess.TimeoutExpired:
-                                kills += 1
-                                if signum == signal.SIGKILL:
-                                    os.killpg(process.pid, signal.SIGKILL)
-                                else:
-                                    process.terminate()  # torchrun hands it on
-                                process.wait()
-                            code = process.returncode
-                            codes[code] = codes.get(code, 0) + 1
-                            done = code == 0
-                        right = result(stage, out) == expected.get((stage, ranks), expected[stage, 1])
-                        failed |= not right
-                        if not right:
-                            print(f"{stage}: DIFFERS in trial {trial}")
-                    print(f"{stage:10} {ranks} process{'es' if ranks > 1 else '  '} {signum.name}: {kills} kills in "
-                          f"{starts} starts, exit codes {codes}, {trial} results, "
-                          f"{'NOT ALL ' if failed else ''}the same as undisturbed", flush=True)
+        work = Path(folder)
+        seconds, expected = undisturbed(work)
+        cases = [(stage, ranks, signum) for stage in args.stages.split(",") for ranks in STAGES[stage][2]
+                 for signum in (signal.SIGKILL, signal.SIGTERM)]
+        for stage, ranks, signum in cases:
+            kills, trials, different, codes = 0, 0, 0, collections.Counter()
+            while kills < args.times:
+                out = work / f"{stage}-{ranks}-{signum.name}-{trials}"
+                found = trial(command(stage, work, out, ranks),
+                              lambda: rng.uniform(1, 1.2 * seconds[stage, 1]), signum, args.times - kills)
+                kills, codes, trials = kills + found[0], codes + found[1], trials + 1
+                different += result(stage, out) != expected.get((stage, ranks), expected[stage, 1])
+            same = f"{different} DIFFER" if different else "the same as undisturbed"
+            print(f"{stage:10} {ranks} process{'es' if ranks > 1 else '  '} {signum.name}: {kills} kills in "
+                  f"{codes.total()} starts, exit codes {dict(codes)}, {trials} results, {same}", flush=True)
+            failed |= different > 0
     sys.exit(failed)
 
 
