@@ -12,7 +12,9 @@ import platform
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.tensor import distribute_tensor
 
 import qrpo
 import rows
@@ -86,6 +88,25 @@ def load_model(path, dtype, device, trust_remote_code=False):
     model = model.to(device).eval()
     check(model)
     return model
+
+
+def load_skeleton(path, dtype, device, trust_remote_code=False):
+    """As `load_model`, without weights, for `shard` to fill: rank 0 alone reads them, as they are stored, to its CPU."""
+    source = None
+    if rows.share()[0] == 0:
+        source = load_model(path, "auto", torch.device("cpu"), trust_remote_code)
+        frozen = [name for name, parameter in source.named_parameters() if not parameter.requires_grad]
+        facts = [(source.config, source.generation_config, source.logit_rule, frozen)]
+    else:
+        facts = [None]
+    dist.broadcast_object_list(facts)
+    config, generation_config, logit_rule, frozen = facts[0]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.generation_config, model.logit_rule, model.source = generation_config, logit_rule, [source]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    return model.eval()
 
 
 def backbone(model):
@@ -348,16 +369,35 @@ class Policy(torch.nn.Module):
         return qrpo.completion_logps(hidden, tokens, prompt_lens, lens, output_layer(self.model))
 
 
-def shard(policy, dtype):
-    """The policy with its parameters, and so gradients and optimizer states, sharded across ranks (FSDP2)."""
+def shard(policy, dtype, device):
+    """The policy of a `load_skeleton` with its parameters, and so gradients and optimizer states, sharded across ranks
+    (FSDP2). No rank ever holds more on its device than its part and one parameter or layer.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    source = policy.model.source.pop()
     precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
     blocks = set(policy.model._no_split_modules or ())
     for module in policy.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=precision)
     # sharded again after every forward, so that the optimizer and checkpoints see this rank's part
-    return fully_shard(policy, mp_policy=precision, reshard_after_forward=True)
+    policy = fully_shard(policy, mp_policy=precision, reshard_after_forward=True)
+    policy.to_empty(device=device)
+
+    def from_rank_0(name, tensor):
+        """The whole tensor of that name; what the other ranks hold is only of its shape."""
+        if source is None:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        return source.get_parameter_or_buffer(name).detach().to(device, tensor.dtype)
+
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            whole = from_rank_0(name, parameter)
+            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+        for name, buffer in policy.model.named_buffers():
+            buffer.copy_(from_rank_0(name, buffer))
+            dist.broadcast(buffer, 0)
+    return policy
 
 
 # ---- speed ----
