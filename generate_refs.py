@@ -264,8 +264,8 @@ def sample(model, requests, args, ends):
 
 @torch.no_grad()
 def check_sampler(model, args):
-    """Refuse a model whose cache `sample` does not carry (a recurrent state, say): two sequences of different lengths,
-    token by token, must give the hidden states that the model finds without a cache.
+    """Refuse a model whose cache `sample` does not carry (a recurrent state, say): two sequences of
+    different lengths, token by token, must give the hidden states that the model finds without a cache.
     """
     vocab, steps = model.config.get_text_config().vocab_size, 8
     sequences = [[(31 * i + 7) % vocab for i in range(length + steps)] for length in (3, 12)]

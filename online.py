@@ -1,15 +1,18 @@
-"""Train on fresh samples: QRPO on-policy. Every step samples completions of the policy, rewards them, and regresses their
-log-ratios to the reference model on their targets, so what the policy does now is what the step corrects.
+"""Train on fresh samples: QRPO on-policy. Every step samples completions of the policy, rewards them, and
+regresses their log-ratios to the reference model on their targets, so what the policy does now is what
+the step corrects.
 
-Reads rewarded rows (score.py's output) for their prompts and ref_rewards. Starts from --model, best the outcome of
-`train.py --loss=forward_kl` on the same rows. Writes to OUT the trained model, run.json, metrics.jsonl and samples.jsonl:
-what was sampled, with rewards and log-ratios. A killed run continues with the same command.
+Reads rewarded rows (score.py's output) for their prompts and ref_rewards. Starts from --model, best the
+outcome of `train.py --loss=forward_kl` on the same rows. Writes to OUT the trained model, run.json,
+metrics.jsonl and samples.jsonl: what was sampled, with rewards and log-ratios. A killed run continues
+with the same command.
 
     python online.py --model=out/offline --ref_model=MODEL --data=out/train/rewarded --out=out/online --reward=tests
 
-On the policy's own samples, the gradient of the mean of (target - log-ratio)^2 / 2 is that of KL(pi || pi*): of the
-objective E[R] - beta KL(pi || pi_ref) itself, with a variance that vanishes at the optimum. No baseline is needed, as Z
-is known. Policy and reference model are both in memory; under torchrun, the ranks share the prompts of a step (DDP).
+On the policy's own samples, the gradient of the mean of (target - log-ratio)^2 / 2 is that of KL(pi ||
+pi*): of the objective E[R] - beta KL(pi || pi_ref) itself, with a variance that vanishes at the optimum.
+No baseline is needed, as Z is known. Policy and reference model are both in memory; under torchrun, the
+ranks share the prompts of a step (DDP).
 """
 import math
 import os
@@ -137,7 +140,9 @@ def step_prompts(step):
 
 
 def sample(step):
-    """Fresh completions of the policy, rewarded, as the arrays of dataset.build; those of unknown reward left out."""
+    """Fresh completions of the policy, rewarded, as the arrays of dataset.build; those of unknown reward
+    left out.
+    """
     index = step_prompts(step)
     requests = [prompts[i] | {"row": {"id": f"{step}/{i}", "place": place}} for place, i in enumerate(index)]
     with autocast:

@@ -38,10 +38,11 @@ def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards):
 # ---- what generalises it: other transforms f, rewards with ties, unknown rewards ----
 
 def regression_loss(beta, logps, ref_logps, targets, norm="mse"):
-    """( beta (target - log(pi/pi_ref)) )^2, or its absolute value with norm="mae"; all (batch,) -> (batch,).
+    """( beta (target - log(pi/pi_ref)) )^2, or its absolute value with norm="mae"; all (batch,) ->
+    (batch,).
 
-    With the targets of `target_log_ratios` for the identity and the paper's quantile, this is `qrpo_loss`. Raises
-    ValueError for an unknown norm.
+    With the targets of `target_log_ratios` for the identity and the paper's quantile, this is
+    `qrpo_loss`. Raises ValueError for an unknown norm.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(NORMS)}")
@@ -50,12 +51,13 @@ def regression_loss(beta, logps, ref_logps, targets, norm="mse"):
 
 
 def forward_kl_loss(logps, targets):
-    """-w log pi with the weight w = pi*/pi_ref = e^target of every reference completion; (batch,) -> (batch,).
+    """-w log pi with the weight w = pi*/pi_ref = e^target of every reference completion; (batch,) ->
+    (batch,).
 
-    Averaged over reference completions it is an unbiased estimate of the cross-entropy of pi and pi*, so maximum
-    likelihood of the optimum itself: it raises good completions and pushes none down. Take quantile="exact", with which
-    the weights average to 1. With the log transform this imitates the best of 1 + 1/beta references (BoNBoN, arXiv
-    2406.00832).
+    Averaged over reference completions it is an unbiased estimate of the cross-entropy of pi and pi*, so
+    maximum likelihood of the optimum itself: it raises good completions and pushes none down. Take
+    quantile="exact", with which the weights average to 1. With the log transform this imitates the best
+    of 1 + 1/beta references (BoNBoN, arXiv 2406.00832).
     """
     return -targets.exp() * logps
 

@@ -1,8 +1,10 @@
-"""Rows: datasets as JSONL, read, shared between processes, and appended so that a kill loses and repeats nothing.
+"""Rows: datasets as JSONL, read, shared between processes, and appended so that a kill loses and repeats
+nothing.
 
-A dataset is a JSONL file (or .jsonl.gz), or a folder of them; one row is one prompt. Every stage copies its rows and
-adds fields. A stage writes OUT/part-00000.jsonl, one part per process, and OUT/settings.json, what its rows were made
-with: an OUT that was made with other settings is refused, not mixed.
+A dataset is a JSONL file (or .jsonl.gz), or a folder of them; one row is one prompt. Every stage copies
+its rows and adds fields. A stage writes OUT/part-00000.jsonl, one part per process, and
+OUT/settings.json, what its rows were made with: an OUT that was made with other settings is refused, not
+mixed.
 
     python -c 'import rows; print(next(rows.stream("data/minicode/test.jsonl")))'
 """
@@ -97,7 +99,9 @@ def lines(path):
 
 
 def parse(at, line, require=()):
-    """The row of a line, a dict; `at` says where it is, for messages and as row["__at__"]. NaN becomes None."""
+    """The row of a line, a dict; `at` says where it is, for messages and as row["__at__"]. NaN becomes
+    None.
+    """
     try:
         row = json.loads(line, parse_constant=constant)
     except (ValueError, RecursionError) as error:
@@ -138,8 +142,8 @@ def stream(path, require=()):
 
 
 def order(path, ids):
-    """The positions of rows in the order to use them: that of the file; in a folder by id, so that it does not matter
-    how many processes wrote it.
+    """The positions of rows in the order to use them: that of the file; in a folder by id, so that it
+    does not matter how many processes wrote it.
     """
     positions = range(len(ids))
     if not Path(path).is_dir():
@@ -248,12 +252,12 @@ def share():
 
 
 def continue_stage(data, out, settings, check, require=("prompt",)):
-    """Start or continue a stage. Returns (left, part): the ids of the rows that are left for this process, a set of
-    strings, and the open file to append to.
+    """Start or continue a stage. Returns (left, part): the ids of the rows that are left for this
+    process, a set of strings, and the open file to append to.
 
-    settings: what the output depends on; an OUT that was made with others is refused. check(row) fails if the stage
-    cannot use a row; it is called on all rows before the first is worked on. The share of a process depends on its rank
-    alone, so two processes never take the same row.
+    settings: what the output depends on; an OUT that was made with others is refused. check(row) fails if
+    the stage cannot use a row; it is called on all rows before the first is worked on. The share of a
+    process depends on its rank alone, so two processes never take the same row.
     """
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda *_: sys.exit(75))  # complete rows are on disk: "start me again"

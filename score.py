@@ -1,15 +1,16 @@
-"""Reward completions: those sampled (`ref_completions`, `samples`) and the dataset's own (`completion`, or `chosen` and
-`rejected`).
+"""Reward completions: those sampled (`ref_completions`, `samples`) and the dataset's own (`completion`,
+or `chosen` and `rejected`).
 
-Reads rows with completions, and writes them to OUT with the rewards added: `ref_rewards` and `sample_rewards` (lists),
-`reward`, `chosen_reward`, `rejected_reward`. Three kinds of reward:
+Reads rows with completions, and writes them to OUT with the rewards added: `ref_rewards` and
+`sample_rewards` (lists), `reward`, `chosen_reward`, `rejected_reward`. Three kinds of reward:
 
     --reward=tests          the share of the row's tests that the program passes, in the sandbox (sandbox.py)
     --reward=FILE.py:NAME   a function reward(prompts, completions, **columns) -> list of float or None, as in TRL
     --reward=model:PATH     a reward model: a sequence classifier with a `.score` output (as ArmoRM) or one logit
 
-A reward that could not be computed is null; nulls are counted at the end. Rewards that a row already has are kept,
-except that those made by another reward are refused. A killed run continues; under torchrun the processes share the rows.
+A reward that could not be computed is null; nulls are counted at the end. Rewards that a row already has
+are kept, except that those made by another reward are refused. A killed run continues; under torchrun the
+processes share the rows.
 
     python score.py --data=out/refs --out=out/rewarded --reward=tests
 """
@@ -104,7 +105,9 @@ def tests_settings(args):
 
 
 def tests_rewards(args, todo):
-    """Share of the row's tests passed, in [0,1]; None where there is no verdict. Formats: docs/test_formats.md."""
+    """Share of the row's tests passed, in [0,1]; None where there is no verdict. Formats:
+    docs/test_formats.md.
+    """
     waiting = {}  # row id: [row, rewards so far, how many are missing]
     slowest = []  # verdicts
 
@@ -168,7 +171,9 @@ def function_settings(args):
 
 
 def function_rewards(args, todo):
-    """A user's function, called once per row: prompts and every column come as lists, one entry per completion."""
+    """A user's function, called once per row: prompts and every column come as lists, one entry per
+    completion.
+    """
     for row, completions in todo:
         n, prompt = len(completions), row["prompt"]
         if not isinstance(prompt, str):  # chat prompts have chat completions, as in TRL
@@ -223,7 +228,8 @@ class RewardModel:
     @torch.no_grad()
     def scores(self, batch):
         """One float for each list of token ids in the batch."""
-        # right padding with a token that the batch does not hold: the classifier finds the last token by comparing ids
+        # right padding with a token that the batch does not hold: the classifier finds the last token by
+        # comparing ids
         used = {i for ids in batch for i in ids}
         pad = next(i for i in itertools.count() if i not in used)
         self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad

@@ -353,7 +353,9 @@ def save_resume(step):
 
 
 def save_model(folder, save_dtype="float32"):
-    """The policy as a Hugging Face folder, complete or not at all. In float32 what is saved is what was trained."""
+    """The policy as a Hugging Face folder, complete or not at all. In float32 what is saved is what was
+    trained.
+    """
     state, gathered = {}, {}
     for name, tensor in model.state_dict().items():
         local = tensor.to_local() if args.shard else tensor
