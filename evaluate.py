@@ -61,7 +61,7 @@ def load_run(args):
         config["steps"] = int(model.name.removeprefix("step_"))
     # with a beta of its own for every completion there is no one objective
     one_beta = not config.get("length_normalize") and config.get("transform") in qrpo.TRANSFORMS
-    if config.get("loss") == "qrpo" and one_beta:
+    if config.get("has_targets") and one_beta:
         args.beta = args.beta or config["beta"]
         args.transform = args.transform or config["transform"]
     args.transform = args.transform or "identity"

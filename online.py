@@ -94,7 +94,7 @@ autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 micro_batch_tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 1024)
 
 config = {name: value for name, value in vars(args).items() if name not in FREE}
-config |= {"loss": "qrpo", "length_normalize": False}  # as train.py's record says it, for evaluate.py
+config |= {"has_targets": True, "length_normalize": False}  # as in train.py's record, for evaluate.py
 record = args.out / "run.json"
 if record.exists():
     before = rows.load_json(record)

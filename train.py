@@ -392,7 +392,8 @@ if world > 1 and not args.shard:
 metrics_file = None
 tracker = None
 if main_process and not args.dry_run:
-    config = defining(vars(args)) | {"data_fingerprint": train_data.fingerprint, "steps": num_steps}
+    config = defining(vars(args)) | {"data_fingerprint": train_data.fingerprint, "steps": num_steps,
+                                     "has_targets": "targets" in needs}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "transformers": transformers.__version__}
     new_record = {"config": config, "command": " ".join(sys.argv), "versions": versions, "finished": False}
