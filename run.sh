@@ -51,8 +51,11 @@ if [ -z "${MODEL:-}" ] && [ -z "${DATA:-}" ]; then
     [ "$STAGE" = train ] || "$PYTHON" data/minicode/prepare.py
     MODEL=data/minicode/model DATA=data/minicode
     GENERATE="--max_new_tokens=64 ${GENERATE:-}"
-    set -- --loss=forward_kl --quantile=exact --beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 "$@"
-    [ "$STAGE" != all ] || ONLINE=${ONLINE---learning_rate=3e-4 --max_new_tokens=64}
+    set -- --beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 "$@"
+    if [ "$STAGE" = all ]; then
+        set -- --loss=forward_kl --quantile=exact "$@"
+        ONLINE=${ONLINE---learning_rate=3e-4 --max_new_tokens=64}
+    fi
 fi
 : "${MODEL:?set MODEL as well as DATA}" "${DATA:?set DATA as well as MODEL}"
 

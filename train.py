@@ -53,7 +53,7 @@ def pairs(values):
 LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
     "qrpo": (1, ("rewards", "targets"), lambda b, logps: qrpo.regression_loss(
         b.beta, logps, b.ref_logps, b.targets, args.norm)),
-    "forward_kl": (1, ("rewards", "targets"), lambda b, logps: qrpo.forward_kl_loss(logps, b.targets)),
+    "forward_kl": (1, ("rewards", "targets", "refs"), lambda b, logps: qrpo.forward_kl_loss(logps, b.targets)),
     "dpo": (2, (), lambda b, logps: qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))),
     "rebel": (2, ("rewards",), lambda b, logps: qrpo.rebel_loss(
         args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))),
@@ -144,6 +144,9 @@ paired = REGIMES[args.train_on].size == 2
 if term_size == 2 and not paired:
     names = ", ".join(name for name, regime in REGIMES.items() if regime.size == 2)
     rows.fail(f"--loss={args.loss} needs pairs; give --train_on={names}, or --loss=qrpo")
+if "refs" in needs and (args.train_on not in ("refs", "random_pairs") or args.quantile != "exact"):
+    rows.fail(f"--loss={args.loss} weighs completions of the reference model so that the weights average to 1; "
+              "give --train_on=refs (or random_pairs) and --quantile=exact")
 if args.loss == "sft" and paired:
     rows.fail(f"--loss=sft would also imitate the rejected completions of --train_on={args.train_on}; give "
               "--train_on=chosen, or refs with --min_reward")
