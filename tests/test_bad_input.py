@@ -141,7 +141,7 @@ def test_a_model_with_a_recurrent_state_cannot_be_sampled(tiny, tmp_path, capsys
     config = transformers.MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, state_size=4)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
     load_tokenizer(tiny).save_pretrained(tmp_path / "mamba")
-    refused(capsys, ["mamba", "recurrent state", "--engine=vllm"], "generate_refs.py", *prompts(
+    refused(capsys, ["mamba", "keeps a state", "--engine=vllm"], "generate_refs.py", *prompts(
         tmp_path / "mamba", tmp_path))
     assert not (tmp_path / "out").exists()
 
@@ -212,7 +212,7 @@ TESTS = {"test": "def check(c): pass", "entry_point": "f"}
     (["test"], {}, ("must be tests, FILE.py:NAME or model:PATH",)),
     (["nofile.py:f"], {}, ("nofile.py",)),
     (["model:/no/model"], {}, ("/no/model",)),
-    (["tests"], {}, ("data.jsonl:1", "'test'")),
+    (["tests"], {}, ("data.jsonl:1", "has no tests")),
     (["tests", "--cpu=-1"], TESTS, ("--cpu must be above 0",)),
     (["tests"], {"ref_completions": None}, ("data.jsonl:1", "no completions")),
     (["tests"], TESTS | {"ref_completions": "text"}, ("data.jsonl:1", "must be a list"))))

@@ -123,10 +123,11 @@ def test_bfloat16_autocast_is_near_float32(family):
     assert half.dtype == torch.float32 and ((half - exact).abs() / 30).max() < 0.05
 
 
-def test_completions_of_4000_tokens_and_log_probabilities_of_minus_1e4():
+def test_completions_of_4000_tokens_and_log_probabilities_of_minus_1e4(tmp_path):
     config = transformers.LlamaConfig(**SMALL | {"max_position_embeddings": 4200, "initializer_range": 0.05})
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, torch.float32, CPU)
     tokens = torch.randint(0, 256, (1, 4100))
     with torch.no_grad():
         logps = Policy(model)(tokens, torch.tensor([100]), torch.tensor([4100]))

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 import generate_refs
 from conftest import call, make_tokenizer, read_rows, refused, start_ranks, start_until_finished, write_rows
-from model import completion_ids, end_ids, prompt_ids
+from model import completion_ids, end_ids, load_model, load_tokenizer, prompt_ids
 
 SETTINGS = {"num_refs": 1, "batch_size": 8, "seed": 0, "temperature": 1.0, "top_p": 1.0, "field": "samples"}
 
@@ -27,6 +27,12 @@ def sample(model, prompts, limits, ends, **settings):
     requests = [{"row": {"id": i}, "prompt": p, "limit": n} for i, (p, n) in enumerate(zip(prompts, limits))]
     sampled = generate_refs.sample(model, requests, arguments(**settings), ends)
     return {row["id"]: completions for row, completions in sampled}
+
+
+def load(model, folder):
+    """The random model, loaded as generate_refs.py loads one."""
+    model.save_pretrained(folder)
+    return load_model(folder, torch.float32, torch.device("cpu"))
 
 
 def likeliest(probs, top_p):
@@ -73,12 +79,12 @@ def test_extreme_random_numbers_never_pick_an_impossible_token():
 
 
 @pytest.mark.parametrize("temperature, top_p", ((1.0, 1.0), (2.0, 0.8)))
-def test_completions_follow_the_exact_probabilities(temperature, top_p):
+def test_completions_follow_the_exact_probabilities(temperature, top_p, tmp_path):
     """Chi-square of 8,000 completions of two tokens against their exact probabilities."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    model = load(transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.2)).eval()
+        initializer_range=0.2, bos_token_id=None, eos_token_id=None)), tmp_path)
     prompt, n = [1, 2, 3], 8000
 
     def next_token(ids):
@@ -99,13 +105,13 @@ FAMILIES = {"Llama": {}, "Mistral": {"sliding_window": 8}, "Gemma2": {"sliding_w
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_sampling_is_the_models_own(family):
+def test_greedy_sampling_is_the_models_own(family, tmp_path):
     """While completions end and others take their rows, columns run out, and windows slide."""
     torch.manual_seed(0)
     config = getattr(transformers, family + "Config")(
         vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         head_dim=16, num_key_value_heads=1, initializer_range=0.3, **FAMILIES[family])
-    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    model = load(transformers.AutoModelForCausalLM.from_config(config), tmp_path).double()
     prompts = [torch.randint(99, (n,)).tolist() for n in (3, 12, 7, 30, 1, 9, 9, 21)]
     limits = [200, 40, 12, 5, 60, 1, 33, 20]
     ours = sample(model, prompts, limits, {7, 8}, temperature=0, batch_size=3, num_refs=2)
@@ -148,15 +154,21 @@ def test_an_end_token_is_kept_only_where_it_was_sampled(loaded, rewarded):
     assert "length" in reasons
 
 
+def load_as_saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}")
 
 
-def test_chat_goes_through_the_template_which_writes_its_own_bos():
+def test_chat_goes_through_the_template_which_writes_its_own_bos(tmp_path):
     tokenizer = make_tokenizer()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = load_as_saved(tokenizer, tmp_path)
     chat = [{"role": "user", "content": "hi"}]
     prompt = prompt_ids(tokenizer, chat)
     assert prompt[0] == bos and prompt.count(bos) == 1
@@ -166,12 +178,13 @@ def test_chat_goes_through_the_template_which_writes_its_own_bos():
     assert completion_ids(tokenizer, chat, prompt, [{"role": "assistant", "content": "yes"}], [eos]) == answer
 
 
-def test_text_never_begins_with_two_bos_and_a_prompt_never_ends_in_eos():
+def test_text_never_begins_with_two_bos_and_a_prompt_never_ends_in_eos(tmp_path):
     """With a tokenizer that puts BOS before a text and EOS after it."""
     tokenizer = make_tokenizer()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)])
+    tokenizer = load_as_saved(tokenizer, tmp_path)
     for text in ("hi", "<bos>hi"):
         start = prompt_ids(tokenizer, text)
         assert tokenizer.decode(start) == "<bos>hi"
