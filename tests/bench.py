@@ -1,8 +1,8 @@
 """How fast this project is beside what others offer for the same work: rates, peak memory and their ratio.
 
-    python tests/bench.py sample    generate_refs.py          transformers' generate()
-    python tests/bench.py score     score.py --reward=model   prompt by prompt, padded to the longest
-    python tests/bench.py train     train.py --loss=dpo       TRL's DPOTrainer; --trl_python names a Python with trl
+    python tests/bench.py sample    generate_refs.py         transformers' generate()
+    python tests/bench.py score     score.py --reward=model  prompt by prompt, padded to the longest
+    python tests/bench.py train     train.py --loss=dpo      TRL's DPOTrainer, if --trl_python is given
     python tests/bench.py growth    time and memory by length, vocabulary, references, prompts: growth.png
 
 A 21M-parameter Llama of random weights with 32,000 words, float32; prompts of about 60 tokens, completions of
@@ -28,7 +28,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 transformers.utils.logging.disable_progress_bar()
 WORDS, MEAN, LONGEST = 32_000, 140, 512  # the vocabulary; a completion's tokens on average and at most
-ENDS = list(range(3, 3 + WORDS // MEAN))  # random weights sample nearly uniformly: this many ends give that mean
+# Random weights sample nearly uniformly, so this many end tokens give that mean.
+ENDS = list(range(3, 3 + WORDS // MEAN))
 
 
 # ---- the work ----
@@ -52,7 +53,7 @@ def make_model(folder, words=WORDS):
 
 
 def make_work(folder, n):
-    """`make_model`, and FOLDER/{prompts, pairs, refs}.jsonl: n prompts, n pairs, n prompts with 16 completions."""
+    """`make_model`, and n rows in each of FOLDER/{prompts, pairs, refs}.jsonl; refs have 16 completions."""
     make_model(folder)
     rng = np.random.default_rng(0)
 
@@ -100,8 +101,9 @@ def sample_peer(folder):
     began = time.perf_counter()
     for i in range(0, len(texts), 16):  # 256 completions at a time
         inputs = tokenizer(texts[i:i + 16], padding=True, padding_side="left", return_tensors="pt")
-        out = model.generate(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, do_sample=True, top_k=0,
-                             num_return_sequences=16, max_new_tokens=LONGEST, eos_token_id=ENDS, pad_token_id=0)
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        out = model.generate(**inputs, do_sample=True, top_k=0, num_return_sequences=16,
+                             max_new_tokens=LONGEST, eos_token_id=ENDS, pad_token_id=0)
         total += int((out[:, inputs["input_ids"].shape[1]:] != 0).sum())
     return total, time.perf_counter() - began
 
@@ -165,7 +167,8 @@ def train_peer(folder):
 
 
 def load(path, kind):
-    return transformers.AutoTokenizer.from_pretrained(path), kind.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    return tokenizer, kind.from_pretrained(path, dtype=torch.float32).eval()
 
 
 SIDES = {  # name: (ours, the peer's, the unit of work, the default of --n, the peer's name)
@@ -301,15 +304,17 @@ def run(args, name, folder, side):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*SIDES, "growth"))
-    parser.add_argument("--n", type=int, help="prompts (of 16 completions each) or pairs; default 16, 64, 64")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of a side, the best counts (default %(default)s)")
-    parser.add_argument("--trl_python", help="train: the interpreter of an environment with trl and torch")
-    parser.add_argument("--out", default="growth.png", help="growth: the picture (default %(default)s)")
-    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)  # these three are what `child` gives
-    parser.add_argument("--point", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=(*SIDES, "growth"))
+    add("--n", type=int, help="prompts (of 16 completions each) or pairs; default 16, 64, 64")
+    add("--repeat", type=int, default=3, help="runs of each side; the best counts (default %(default)s)")
+    add("--trl_python", help="train: the interpreter of an environment with trl and torch")
+    add("--out", default="growth.png", help="growth: the picture (default %(default)s)")
+    add("--side", type=int, help=argparse.SUPPRESS)  # `child` sets these three
+    add("--point", help=argparse.SUPPRESS)
+    add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what == "growth":
         if not args.point:
@@ -319,7 +324,8 @@ def main():
     ours, peer, unit, n, peer_name = SIDES[args.what]
     if args.side is not None:
         work, seconds = (ours, peer)[args.side](args.folder)
-        return print(json.dumps({"rate": work / seconds, "work": work, "seconds": seconds, "gigabytes": gigabytes()}))
+        rate = {"rate": work / seconds, "work": work, "seconds": seconds, "gigabytes": gigabytes()}
+        return print(json.dumps(rate))
     with tempfile.TemporaryDirectory() as folder:
         make_work(Path(folder), args.n or n)
         best = {}
@@ -332,8 +338,10 @@ def main():
         print(f"{('ours', peer_name)[side]:20}{r['rate']:16,.2f}{r['gigabytes']:10.2f}{r['seconds']:10.1f}"
               f"{r['work']:14,}")
     if len(best) == 2:
-        print(f"{best[0]['rate'] / best[1]['rate']:.2f} times the speed, "
-              f"{best[0]['gigabytes'] / best[1]['gigabytes']:.2f} of the memory, on {torch.get_num_threads()} threads")
+        speed = best[0]["rate"] / best[1]["rate"]
+        memory = best[0]["gigabytes"] / best[1]["gigabytes"]
+        threads = torch.get_num_threads()
+        print(f"{speed:.2f} times the speed, {memory:.2f} of the memory, on {threads} threads")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Kill every stage at random moments, start it again until it is done, and compare with an undisturbed run.
 
-    python tests/kills.py --times=30                    # every stage, one process and two, SIGKILL and SIGTERM
-    python tests/kills.py --times=5 --stages=train      # a part of it
+    python tests/kills.py --times=30                # every stage, one process and two, SIGKILL and SIGTERM
+    python tests/kills.py --times=5 --stages=train
 
-Prints one line for each: how many kills hit a living process, how many starts it took, and whether the results
-are the same: the rows of generation and scoring, the bytes of the trained weights, the steps and losses of
-metrics.jsonl, the files of prepare.py, the results of evaluate.py. Exits with 1 if anything differs.
+Prints one line for each: how many kills hit a living process, how many starts it took, and whether the
+results are the same: the rows of generation and scoring, the bytes of the trained weights, the steps and
+losses of metrics.jsonl, the files of prepare.py, the results of evaluate.py. Exits with 1 if anything
+differs.
 """
 import argparse
 import collections
@@ -29,7 +30,8 @@ def slow(prompts, completions, **columns):
     time.sleep(0.03)
     return [len(set(text)) / 64 for text in completions]
 """
-STAGES = {  # name: (script, its flags; WORK is the folder of the undisturbed runs, the processes to try it with)
+# WORK is the folder of the undisturbed runs.
+STAGES = {  # name: (script, its flags, numbers of processes to try)
     "prepare": ("data/minicode/prepare.py", "--steps=30", (1,)),
     "generate": ("generate_refs.py", "--model=WORK/prepare/model --data=WORK/prepare/test.jsonl --num_refs=4 "
                  "--max_new_tokens=16 --batch_size=8", (1, 2)),
@@ -65,8 +67,8 @@ def result(stage, out):
 
 
 def undisturbed(work):
-    """Run all stages in the folder `work`. Returns (stage, processes) -> seconds, and -> result. Training in two
-    processes has a result of its own: sums over ranks round differently.
+    """Run all stages in the folder `work`. Returns (stage, processes) -> seconds, and -> result. Training in
+    two processes has a result of its own: sums over ranks round differently.
     """
     seconds, expected = {}, {}
     (work / "reward.py").write_text(REWARD)
@@ -94,8 +96,8 @@ def kill(process, signum):
 
 
 def trial(arguments, moment, signum, kills_left):
-    """Start a command until it is done, killing it at random moments as long as kills are left. Returns the number
-    of kills, and the exit codes with how often each occurred.
+    """Start a command until it is done, killing it at random moments as long as kills are left. Returns the
+    number of kills, and how often each exit code occurred.
     """
     kills, codes = 0, collections.Counter()
     while 0 not in codes:
@@ -111,7 +113,8 @@ def trial(arguments, moment, signum, kills_left):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=30, help="kills of each stage (default %(default)s)")
     parser.add_argument("--stages", default=",".join(STAGES), help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")

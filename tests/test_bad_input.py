@@ -1,4 +1,4 @@
-"""A user's mistake ends in one line that names the place and the remedy, with exit code 2, and leaves nothing behind."""
+"""A user's mistake ends in one line that names the place and the remedy, with exit code 2."""
 import copy
 import gzip
 import json
@@ -40,11 +40,11 @@ def build(tmp_path, data, loaded, **choices):
     (b'{"prompt": "\xff"}\n', (".jsonl:1", "UTF-8")),
     (b'{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', (".jsonl:2", ".jsonl:1", "unique")),
     (b'{"prompt": "a", "id": [1]}\n', (".jsonl:1", "id must be")),
-    (b'{"prompt": "a", "id": "1"}\n{"prompt": "b", "id": 1}\n', (".jsonl:2", "unique")),  # they would be one in a file
+    (b'{"prompt": "a", "id": "1"}\n{"prompt": "b", "id": 1}\n', (".jsonl:2", "unique")),  # one in a file
     (b'{"prompt": "a", "id": 1.5}\n', (".jsonl:1", "id must be")),
     ('{"prompt": "a"}\n'.encode("utf-16"), (".jsonl:1", "not JSON")),
     (b'{"prompt": "a"} {"prompt": "b"}\n', (".jsonl:1", "not JSON")),
-    (b'{"prompt": ' + b"[" * 100_000 + b"\n", (".jsonl:1", "not JSON")),  # nested deeper than a parser can follow
+    (b'{"prompt": ' + b"[" * 100_000 + b"\n", (".jsonl:1", "not JSON")),  # too deeply nested
     (b"", ("holds no rows",)), (b"\n\n", ("holds no rows",)), (None, ("no such JSONL file",))))
 def test_rows_that_are_not_rows(tmp_path, capsys, content, says):
     path = tmp_path / "data.jsonl"
@@ -67,9 +67,12 @@ def test_a_truncated_gzip_file(tmp_path, capsys):
     ({"ref_rewards": None}, {}, ("ref_rewards",)),
     ({"ref_rewards": [0.5, float("inf")]}, {}, ("Infinity is not a JSON number",)),
     ({"ref_rewards": [0.5, "1"]}, {}, ("finite numbers",)),
-    ({"ref_rewards": [0.5, 10 ** 400]}, {}, ("finite numbers",)), ({"ref_rewards": [0.5, [None]]}, {}, ("finite numbers",)),
-    ({"ref_rewards": [0.5, True]}, {}, ("finite numbers", "True")), ({"ref_rewards": "high"}, {}, ("must be a list",)),
-    ({"prompt": 7}, {}, ("prompt must be",)), ({"prompt": []}, {}, ("prompt must be",)),
+    ({"ref_rewards": [0.5, 10 ** 400]}, {}, ("finite numbers",)),
+    ({"ref_rewards": [0.5, [None]]}, {}, ("finite numbers",)),
+    ({"ref_rewards": [0.5, True]}, {}, ("finite numbers", "True")),
+    ({"ref_rewards": "high"}, {}, ("must be a list",)),
+    ({"prompt": 7}, {}, ("prompt must be",)),
+    ({"prompt": []}, {}, ("prompt must be",)),
     ({"prompt": [{"role": "user", "content": None}]}, {}, ("prompt must be",)),
     ({"ref_completions": {"text": "a"}}, {}, ("ref_completions",)),
     ({"ref_completions": [{"text": "", "token_ids": [-1]}] * 2}, {}, ("vocabulary",)),
@@ -85,7 +88,8 @@ def test_a_truncated_gzip_file(tmp_path, capsys):
     ({"prompt": "p" * 80}, {}, ("context holds 64", "--max_length")),
     ({"prompt": "p" * 80}, {"max_length": 64}, ("nothing is left",)),
     ({}, {"train_on": "chosen_rejected"}, ("no 'chosen'", "--train_on")),
-    ({"chosen": "a", "rejected": "b", "chosen_reward": "high"}, {"train_on": "chosen_rejected"}, ("finite numbers",)),
+    ({"chosen": "a", "rejected": "b", "chosen_reward": "high"}, {"train_on": "chosen_rejected"},
+     ("finite numbers",)),
     ({"completion": ""}, {"train_on": "completion"}, ("no 'completion'",)),
     ({"ref_rewards": [None, None]}, {}, ("nothing is left",))))
 def test_rows_that_cannot_be_trained_on(loaded, good, tmp_path, capsys, change, options, says):
@@ -109,9 +113,10 @@ def test_of_many_bad_rows_the_first_is_named(loaded, tmp_path, capsys, monkeypat
 def test_a_model_without_an_end_token(loaded, tmp_path, capsys):
     tokenizer, model = map(copy.deepcopy, loaded)
     tokenizer.eos_token = tokenizer.pad_token = None
-    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "p", "completion": "a", "reward": 1, "ref_rewards": [0.5]}])
+    row = {"prompt": "p", "completion": "a", "reward": 1, "ref_rewards": [0.5]}
+    data = write_rows(tmp_path / "data.jsonl", [row])
     built = build(tmp_path, data, (tokenizer, model), train_on="completion")
-    assert built.tokens[-1] == model.generation_config.eos_token_id  # the model's own serves; padding needs no token
+    assert built.tokens[-1] == model.generation_config.eos_token_id  # padding needs no token
     model.generation_config.eos_token_id = None
     shutil.rmtree(tmp_path / "cache")
     one_line_of_error(capsys, ["end token", "eos_token_id"],
@@ -125,17 +130,18 @@ def test_a_chat_template_that_refuses_the_messages(loaded, good, tmp_path, capsy
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role not in ['user', 'assistant'] or "
         "(m.role == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('roles must alternate user and assistant') }}{% endif %}{{ m.content }}{% endfor %}")
+        "{{ raise_exception('roles must alternate user and assistant') }}{% endif %}"
+        "{{ m.content }}{% endfor %}")
     data = write_rows(tmp_path / "data.jsonl", [good | {"prompt": messages}])
     one_line_of_error(capsys, ["data.jsonl:1", "roles must alternate"],
                       lambda: build(tmp_path, data, (tokenizer, model)))
 
 
 def test_a_model_with_a_recurrent_state_cannot_be_sampled(tiny, tmp_path, capsys):
-    transformers.MambaForCausalLM(transformers.MambaConfig(
-        vocab_size=100, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(tmp_path / "mamba")
+    config = transformers.MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
     load_tokenizer(tiny).save_pretrained(tmp_path / "mamba")
-    refused(capsys, ["mamba", "recurrent state", "--engine=vllm"], "generate_refs.py", *prompts(
+    refused(capsys, ["mamba", "keeps a state", "--engine=vllm"], "generate_refs.py", *prompts(
         tmp_path / "mamba", tmp_path))
     assert not (tmp_path / "out").exists()
 
@@ -145,12 +151,15 @@ def test_a_model_with_a_recurrent_state_cannot_be_sampled(tiny, tmp_path, capsys
 def prompts(model, tmp_path, table=({"prompt": "a"},)):
     """Flags for a short run on these rows."""
     data = write_rows(tmp_path / "data.jsonl", table)
-    return (f"--model={model}", f"--data={data}", f"--out={tmp_path / 'out'}", "--num_refs=2", "--max_new_tokens=4")
+    return (f"--model={model}", f"--data={data}", f"--out={tmp_path / 'out'}", "--num_refs=2",
+            "--max_new_tokens=4")
 
 
 @pytest.mark.parametrize("flags, says", (
     (["--model=/no/such/model"], ("/no/such/model", "Hugging Face folder")),
-    (["--temperature=-1"], ("--temperature",)), (["--top_p=0"], ("--top_p",)), (["--num_refs=0"], ("--num_refs",))))
+    (["--temperature=-1"], ("--temperature",)),
+    (["--top_p=0"], ("--top_p",)),
+    (["--num_refs=0"], ("--num_refs",))))
 def test_generate_flags(tiny, tmp_path, capsys, flags, says):
     refused(capsys, says, "generate_refs.py", *prompts(tiny, tmp_path), *flags)
     assert not (tmp_path / "out").exists()
@@ -158,7 +167,8 @@ def test_generate_flags(tiny, tmp_path, capsys, flags, says):
 
 def test_a_prompt_that_fills_the_context(tiny, tmp_path, capsys):
     table = [{"prompt": "a"}, {"prompt": "a" * 64}]
-    refused(capsys, ["data.jsonl:2", "64 tokens", "context holds 64"], "generate_refs.py", *prompts(tiny, tmp_path, table))
+    refused(capsys, ["data.jsonl:2", "64 tokens", "context holds 64"], "generate_refs.py",
+            *prompts(tiny, tmp_path, table))
     part = tmp_path / "out" / "part-00000.jsonl"
     assert not part.exists() or not part.read_bytes()
 
@@ -202,7 +212,7 @@ TESTS = {"test": "def check(c): pass", "entry_point": "f"}
     (["test"], {}, ("must be tests, FILE.py:NAME or model:PATH",)),
     (["nofile.py:f"], {}, ("nofile.py",)),
     (["model:/no/model"], {}, ("/no/model",)),
-    (["tests"], {}, ("data.jsonl:1", "'test'")),
+    (["tests"], {}, ("data.jsonl:1", "has no tests")),
     (["tests", "--cpu=-1"], TESTS, ("--cpu must be above 0",)),
     (["tests"], {"ref_completions": None}, ("data.jsonl:1", "no completions")),
     (["tests"], TESTS | {"ref_completions": "text"}, ("data.jsonl:1", "must be a list"))))

@@ -9,8 +9,8 @@ from conftest import MATERIAL, call, needs, read_rows, run, write_rows
 
 @pytest.mark.slow
 def test_minicode_from_nothing_to_a_better_model(tmp_path):
-    """Guards the README's first command: that a student who runs it sees the pass rate rise, with real processes,
-    tests in the sandbox, and the objective between the reference model's and its bound.
+    """Guards the README's first command: whoever runs it sees the pass rate rise, with real processes and the
+    sandbox, and the objective ends between the reference model's and its bound.
     """
     t = tmp_path
     run("data/minicode/prepare.py", f"--out={t}", "--steps=400")
@@ -22,8 +22,8 @@ def test_minicode_from_nothing_to_a_better_model(tmp_path):
 
     for split in ("train", "test"):
         sample(t / "model", t / f"{split}.jsonl", t / split)
-    run("train.py", f"--model={t}/model", f"--data={t}/train_scored", f"--out={t}/qrpo", "--learning_rate=3e-4",
-        "--batch_size=64")
+    run("train.py", f"--model={t}/model", f"--data={t}/train_scored", f"--out={t}/qrpo",
+        "--learning_rate=3e-4", "--batch_size=64")
     sample(t / "qrpo", t / "test_scored", t / "samples", "--field=samples")
     run("evaluate.py", f"--model={t}/qrpo", f"--ref_model={t}/model", f"--data={t}/samples_scored",
         f"--out={t}/qrpo")

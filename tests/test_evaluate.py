@@ -1,4 +1,4 @@
-"""evaluate.py: the gain, the objective and its bound against numbers worked out by hand, and every picture of a run."""
+"""evaluate.py: gain, objective and bound against numbers worked out by hand, and every picture of a run."""
 import json
 import math
 
@@ -20,7 +20,8 @@ def test_the_objective_of_the_reference_model_itself_and_its_bound(tiny, rewarde
     for row in table:  # as if the policy were the reference model; one reward is unknown
         row["samples"], row["sample_rewards"] = row["ref_completions"][:3], [*row["ref_rewards"][:2], None]
     data = write_rows(tmp_path / "data.jsonl", table)
-    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}", "--beta=0.2")
+    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}",
+         "--beta=0.2")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["KL to reference, nats"]["policy"] == [0.0, 0.0] and results["unknown_rewards"] == [0, 30]
     assert results["mean reward"]["policy"][0] == np.mean([row["sample_rewards"][:2] for row in table])
@@ -31,7 +32,8 @@ def test_the_objective_of_the_reference_model_itself_and_its_bound(tiny, rewarde
     for row in table:
         refs = row["ref_rewards"]
         policy.append(np.mean([soft_quantile(r, refs, 0.2) for r in row["sample_rewards"][:2]]))
-        reference.append(np.mean([soft_quantile(r, refs[:k] + refs[k + 1:], 0.2) for k, r in enumerate(refs)]))
+        others = [refs[:k] + refs[k + 1:] for k in range(4)]
+        reference.append(np.mean([soft_quantile(r, other, 0.2) for r, other in zip(refs, others)]))
     mean, error = results["optimality"]["objective"]
     assert abs(mean - np.mean(policy)) < 1e-5 and abs(error - np.std(policy, ddof=1) / 30 ** 0.5) < 1e-5
     assert abs(results["quantile reward"]["reference"][0] - np.mean(reference)) < 1e-5
@@ -43,22 +45,23 @@ def test_one_prompt_has_no_standard_error(tiny, rewarded, tmp_path):
     row = read_rows(rewarded)[0]
     row |= {"samples": row["ref_completions"], "sample_rewards": row["ref_rewards"]}
     data = write_rows(tmp_path / "one.jsonl", [row])
-    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}", "--beta=0.2")
+    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}",
+         "--beta=0.2")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["mean reward"]["policy"] == [np.mean(row["ref_rewards"]), None]
 
 
 @pytest.fixture(scope="module")
 def trained(tiny, rewarded, tmp_path_factory):
-    """A short but whole pipeline: references, rewards, a run with a checkpoint, samples of it, their rewards."""
+    """A short pipeline: references, their rewards, a run with a checkpoint, samples of it, their rewards."""
     folder = tmp_path_factory.mktemp("trained")
     reward = f"--reward={rewarded.parent / 'reward.py'}:letters"
     call("generate_refs.py", f"--model={tiny}", f"--data={rewarded.parent / 'prompts.jsonl'}",
          f"--out={folder / 'refs'}", "--num_refs=16", "--max_new_tokens=20")
     call("score.py", f"--data={folder / 'refs'}", f"--out={folder / 'rewarded'}", reward)
-    call("train.py", f"--model={tiny}", f"--data={folder / 'rewarded'}", f"--eval_data={folder / 'rewarded'}",
-         f"--out={folder / 'run'}", "--learning_rate=3e-3", "--batch_size=16", "--epochs=2", "--save_every=40",
-         "--beta=0.1", "--quantile=exact")
+    call("train.py", f"--model={tiny}", f"--data={folder / 'rewarded'}", f"--out={folder / 'run'}",
+         f"--eval_data={folder / 'rewarded'}", "--learning_rate=3e-3", "--batch_size=16", "--epochs=2",
+         "--save_every=40", "--beta=0.1", "--quantile=exact")
     call("generate_refs.py", f"--model={folder / 'run'}", f"--data={folder / 'rewarded'}",
          f"--out={folder / 'samples'}", "--field=samples", "--num_refs=4", "--max_new_tokens=20", "--seed=1")
     call("score.py", f"--data={folder / 'samples'}", f"--out={folder / 'scored'}", reward)

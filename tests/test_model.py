@@ -1,5 +1,5 @@
-"""model.py with other families than Llama, made on the spot: what trains is what the model itself computes, and what
-was sampled.
+"""model.py with models of many families, made on the spot: what trains is what the model itself computes, and
+what was sampled.
 """
 import argparse
 
@@ -14,8 +14,8 @@ from model import Policy, end_ids, load_model, load_tokenizer, pad, prompt_ids
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": 256,
-         "eos_token_id": 257, "pad_token_id": 257}
+         "num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+         "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
 FAMILIES = {  # the start of its class names: what is special about it
     "Llama": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "Mistral": {"num_key_value_heads": 1, "sliding_window": 8},
@@ -23,7 +23,7 @@ FAMILIES = {  # the start of its class names: what is special about it
     "Qwen3": {"num_key_value_heads": 1, "head_dim": 16},  # norms of queries and keys
     "Gemma2": {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 3.0},
     "Gemma3": {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8},
-    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},  # learned positions, dropout in its config
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},  # learned positions, dropout
     "GPTNeoX": {"attention_dropout": 0.1, "hidden_dropout": 0.1},  # parallel residual, biases
     "Cohere": {"num_key_value_heads": 1, "logit_scale": 0.3},
     "Granite": {"num_key_value_heads": 1, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
@@ -92,7 +92,7 @@ def test_every_parameter_gets_a_gradient_and_groups_change_nothing(family):
 
 
 def test_what_training_saves_is_the_trained_policy(family, tmp_path):
-    """train.py on one row: the log-probabilities of the model in memory and of the one on disk, to the bit."""
+    """The log-probabilities of the model in memory and of the one on disk, to the bit, after one step."""
     tokenizer = load_tokenizer(family)
     completions = []
     for text in "abcd":
@@ -107,11 +107,12 @@ def test_what_training_saves_is_the_trained_policy(family, tmp_path):
     with torch.no_grad():
         trained, before = script["policy"](*batch), Policy(load_model(family, torch.float32, CPU))(*batch)
         assert torch.equal(Policy(again)(*batch), trained) and not torch.equal(before, trained)
-    assert again.config.to_dict() | {"_name_or_path": 0} == script["model"].config.to_dict() | {"_name_or_path": 0}
+    in_memory, on_disk = script["model"].config.to_dict(), again.config.to_dict()
+    assert on_disk | {"_name_or_path": 0} == in_memory | {"_name_or_path": 0}
 
 
 def test_bfloat16_autocast_is_near_float32(family):
-    """Within 0.05 nats per token on these random models, whose logits are far larger than a trained model's."""
+    """Within 0.05 nats per token on these random models, whose logits are far larger than usual."""
     policy = Policy(load_model(family, torch.float32, CPU))
     tokens = torch.randint(0, 256, (4, 40), generator=torch.Generator().manual_seed(0))
     prompt_lens, lens = torch.full((4,), 10), torch.full((4,), 40)
@@ -122,10 +123,11 @@ def test_bfloat16_autocast_is_near_float32(family):
     assert half.dtype == torch.float32 and ((half - exact).abs() / 30).max() < 0.05
 
 
-def test_completions_of_4000_tokens_and_log_probabilities_of_minus_1e4():
+def test_completions_of_4000_tokens_and_log_probabilities_of_minus_1e4(tmp_path):
     config = transformers.LlamaConfig(**SMALL | {"max_position_embeddings": 4200, "initializer_range": 0.05})
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, torch.float32, CPU)
     tokens = torch.randint(0, 256, (1, 4100))
     with torch.no_grad():
         logps = Policy(model)(tokens, torch.tensor([100]), torch.tensor([4100]))

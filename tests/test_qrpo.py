@@ -31,7 +31,7 @@ def assert_near(ours, theirs, tolerance, case=None):
 
 def general_loss(beta, logps, ref_logps, rewards, ref_rewards, transform="identity", quantile="paper",
                  norm="mse", std=None):
-    """QRPO for any transform and quantile, put together as in train.py. std (batch,): of scaled-normal-icdf."""
+    """QRPO in general, put together as in train.py. std (batch,): of scaled-normal-icdf."""
     scale = 1 if std is None else std
     transform = "normal-icdf" if transform == "scaled-normal-icdf" else transform
     targets = qrpo.target_log_ratios(beta / scale, rewards, ref_rewards, transform, quantile)

@@ -1,5 +1,5 @@
-"""generate_refs.py: tokens and completions follow the model's probabilities, whoever samples them and in whatever
-batches; prompts; kills; vLLM.
+"""generate_refs.py: tokens and completions follow the model's probabilities, in whatever batches they are
+sampled; prompts; processes and kills; vLLM.
 """
 import argparse
 import json
@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 import generate_refs
 from conftest import call, make_tokenizer, read_rows, refused, start_ranks, start_until_finished, write_rows
-from model import completion_ids, end_ids, prompt_ids
+from model import completion_ids, end_ids, load_model, load_tokenizer, prompt_ids
 
 SETTINGS = {"num_refs": 1, "batch_size": 8, "seed": 0, "temperature": 1.0, "top_p": 1.0, "field": "samples"}
 
@@ -27,6 +27,12 @@ def sample(model, prompts, limits, ends, **settings):
     requests = [{"row": {"id": i}, "prompt": p, "limit": n} for i, (p, n) in enumerate(zip(prompts, limits))]
     sampled = generate_refs.sample(model, requests, arguments(**settings), ends)
     return {row["id"]: completions for row, completions in sampled}
+
+
+def load(model, folder):
+    """The random model, loaded as generate_refs.py loads one."""
+    model.save_pretrained(folder)
+    return load_model(folder, torch.float32, torch.device("cpu"))
 
 
 def likeliest(probs, top_p):
@@ -68,23 +74,26 @@ def test_top_p_of_a_vocabulary_beyond_the_likeliest_few():
 
 def test_extreme_random_numbers_never_pick_an_impossible_token():
     logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]]).expand(2, 4)
-    assert generate_refs.sample_tokens(logits, torch.tensor([0.0, 1 - 2 ** -24]), arguments()).tolist() == [1, 2]
+    tokens = generate_refs.sample_tokens(logits, torch.tensor([0.0, 1 - 2 ** -24]), arguments())
+    assert tokens.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("temperature, top_p", ((1.0, 1.0), (2.0, 0.8)))
-def test_completions_follow_the_exact_probabilities(temperature, top_p):
+def test_completions_follow_the_exact_probabilities(temperature, top_p, tmp_path):
     """Chi-square of 8,000 completions of two tokens against their exact probabilities."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    model = load(transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.2)).eval()
+        initializer_range=0.2, bos_token_id=None, eos_token_id=None)), tmp_path)
     prompt, n = [1, 2, 3], 8000
 
     def next_token(ids):
-        return likeliest(torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / temperature, -1), top_p)
+        logits = model(torch.tensor([ids])).logits[0, -1].double()
+        return likeliest(torch.softmax(logits / temperature, -1), top_p)
 
     with torch.no_grad():
-        exact = next_token(prompt)[:, None] * torch.stack([next_token([*prompt, first]) for first in range(5)])
+        second = torch.stack([next_token([*prompt, first]) for first in range(5)])
+        exact = next_token(prompt)[:, None] * second
     assert (exact > 0).sum() > 8
     pairs = sample(model, [prompt, [4]], [2, 2], set(), num_refs=n, batch_size=256, temperature=temperature,
                    top_p=top_p)[0]
@@ -96,19 +105,21 @@ FAMILIES = {"Llama": {}, "Mistral": {"sliding_window": 8}, "Gemma2": {"sliding_w
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_sampling_is_the_models_own(family):
+def test_greedy_sampling_is_the_models_own(family, tmp_path):
     """While completions end and others take their rows, columns run out, and windows slide."""
     torch.manual_seed(0)
     config = getattr(transformers, family + "Config")(
-        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
-        num_key_value_heads=1, initializer_range=0.3, **FAMILIES[family])
-    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        head_dim=16, num_key_value_heads=1, initializer_range=0.3, **FAMILIES[family])
+    model = load(transformers.AutoModelForCausalLM.from_config(config), tmp_path).double()
     prompts = [torch.randint(99, (n,)).tolist() for n in (3, 12, 7, 30, 1, 9, 9, 21)]
     limits = [200, 40, 12, 5, 60, 1, 33, 20]
     ours = sample(model, prompts, limits, {7, 8}, temperature=0, batch_size=3, num_refs=2)
     for i, (prompt, limit) in enumerate(zip(prompts, limits)):
-        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
-                                max_new_tokens=limit, eos_token_id=[7, 8], pad_token_id=0)[0, len(prompt):].tolist()
+        whole = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
+            max_new_tokens=limit, eos_token_id=[7, 8], pad_token_id=0)
+        theirs = whole[0, len(prompt):].tolist()
         assert ours[i] == [theirs, theirs]
 
 
@@ -116,7 +127,8 @@ def test_a_completion_does_not_depend_on_its_batch(loaded):
     tokenizer, model = loaded
     prompts = [prompt_ids(tokenizer, text) for text in ("a", "a", "hello there", "row xxxxxxx", "b")]
     limits, ends = [30, 30, 5, 30, 30], end_ids(model, tokenizer)
-    together, few, alone = (sample(model, prompts, limits, ends, num_refs=3, batch_size=size) for size in (64, 4, 1))
+    together, few, alone = [
+        sample(model, prompts, limits, ends, num_refs=3, batch_size=size) for size in (64, 4, 1)]
     assert together == few == alone and max(map(len, together[2])) <= 5
     completions = [tuple(ids) for five in together.values() for ids in five]
     assert len(set(completions)) == len(completions)  # equal prompts have random numbers of their own, too
@@ -142,15 +154,21 @@ def test_an_end_token_is_kept_only_where_it_was_sampled(loaded, rewarded):
     assert "length" in reasons
 
 
+def load_as_saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}")
 
 
-def test_chat_goes_through_the_template_which_writes_its_own_bos():
+def test_chat_goes_through_the_template_which_writes_its_own_bos(tmp_path):
     tokenizer = make_tokenizer()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = load_as_saved(tokenizer, tmp_path)
     chat = [{"role": "user", "content": "hi"}]
     prompt = prompt_ids(tokenizer, chat)
     assert prompt[0] == bos and prompt.count(bos) == 1
@@ -160,12 +178,13 @@ def test_chat_goes_through_the_template_which_writes_its_own_bos():
     assert completion_ids(tokenizer, chat, prompt, [{"role": "assistant", "content": "yes"}], [eos]) == answer
 
 
-def test_text_never_begins_with_two_bos_and_a_prompt_never_ends_in_eos():
+def test_text_never_begins_with_two_bos_and_a_prompt_never_ends_in_eos(tmp_path):
     """With a tokenizer that puts BOS before a text and EOS after it."""
     tokenizer = make_tokenizer()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)])
+    tokenizer = load_as_saved(tokenizer, tmp_path)
     for text in ("hi", "<bos>hi"):
         start = prompt_ids(tokenizer, text)
         assert tokenizer.decode(start) == "<bos>hi"
@@ -183,7 +202,8 @@ def whole(tiny, tmp_path_factory):
     flags = [f"--model={tiny}", f"--data={data}", "--num_refs=3", "--max_new_tokens=30", "--batch_size=6"]
     call("generate_refs.py", *flags, f"--out={folder / 'out'}")
     found = by_id(folder / "out")
-    assert [row["tag"] for row in found] == list(range(16)) and all(len(row["ref_completions"]) == 3 for row in found)
+    assert [row["tag"] for row in found] == list(range(16))
+    assert all(len(row["ref_completions"]) == 3 for row in found)
     return flags, found, folder / "out"
 
 
@@ -196,7 +216,8 @@ def test_the_settings_are_written_beside_the_rows(whole):
 
 
 def test_two_processes_share_the_rows(whole, tmp_path):
-    assert [rank.wait() for rank in start_ranks(2, "generate_refs.py", *whole[0], f"--out={tmp_path}")] == [0, 0]
+    ranks = start_ranks(2, "generate_refs.py", *whole[0], f"--out={tmp_path}")
+    assert [rank.wait() for rank in ranks] == [0, 0]
     assert len(list(tmp_path.glob("part-*.jsonl"))) == 2 and by_id(tmp_path) == whole[1]
 
 
@@ -266,7 +287,8 @@ class LLM:
             logits = self.model(torch.tensor([prompt + ids])).logits[:, -1]
             ids.append(generate_refs.sample_tokens(logits, torch.rand(1, generator=random), s).item())
         reason = "stop" if ids[-1] in s.stop_token_ids else "length"
-        return types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(ids), finish_reason=reason)])
+        output = types.SimpleNamespace(token_ids=tuple(ids), finish_reason=reason)
+        return types.SimpleNamespace(outputs=[output])
 """
 
 
@@ -298,7 +320,7 @@ def test_vllm_gets_some_prompts_at_a_time(vllm, tiny, monkeypatch):
     assert list(generate_refs.sample_vllm(None, requests, args, [0])) == together and len(together) == 5
 
 
-def test_vllm_writes_rows_as_the_sampler_does_alone_or_shared_and_continues_after_a_kill(vllm, loaded, tmp_path):
+def test_vllm_writes_rows_as_the_sampler_does_alone_or_shared_and_after_a_kill(vllm, loaded, tmp_path):
     """With a stand-in for the part of vLLM's interface that is used: vLLM itself is not a requirement."""
     call("generate_refs.py", *vllm, f"--out={tmp_path / 'out'}")
     part = tmp_path / "out" / "part-00000.jsonl"
@@ -306,7 +328,8 @@ def test_vllm_writes_rows_as_the_sampler_does_alone_or_shared_and_continues_afte
     part.write_bytes(b"\n".join(part.read_bytes().split(b"\n")[:3])[:-9])  # as a kill leaves it
     call("generate_refs.py", *vllm, f"--out={tmp_path / 'out'}")
     assert by_id(part.parent) == whole
-    assert [rank.wait() for rank in start_ranks(2, "generate_refs.py", *vllm, f"--out={tmp_path / 'two'}")] == [0, 0]
+    ranks = start_ranks(2, "generate_refs.py", *vllm, f"--out={tmp_path / 'two'}")
+    assert [rank.wait() for rank in ranks] == [0, 0]
     assert by_id(tmp_path / "two") == whole
     eos = loaded[0].eos_token_id
     for row in whole:

@@ -130,7 +130,8 @@ def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path, cap
 # ---- what a step computes ----
 
 LOSSES = {  # each loss and the data it is tried on
-    "qrpo": "refs", "forward_kl": "refs", "dpo": "best_worst", "rebel": "random_pairs", "simpo": "best_worst", "sft": "refs"}
+    "qrpo": "refs", "forward_kl": "refs", "sft": "refs",
+    "dpo": "best_worst", "rebel": "random_pairs", "simpo": "best_worst"}
 
 
 def target(c, ref_rewards):
