@@ -121,15 +121,16 @@ class Reader:
             rows.fail(f"{at}: needs {field} and as many {rewards_field}; run generate_refs.py and score.py")
         template_args = row.get("made_by", {}).get(field, {}).get("template_args", self.tokenizer.template_args)
         if template_args != self.tokenizer.template_args:
-            rows.fail(f"{at}: its {field} were sampled with --template_args='{json.dumps(template_args)}'; give the same")
+            rows.fail(f"{at}: its {field} were sampled with --template_args='{json.dumps(template_args)}'; "
+                      "give the same")
         if self.choices.num_candidates:
             completions = completions[:self.choices.num_candidates]
         pool = []
         for k, (completion, reward) in enumerate(zip(completions, rewards)):
             ids = self.checked_ids(f"{at}: {field} {k}", completion)
             if k == 0 and completion.get("text") != decode(self.tokenizer, row["prompt_ids"], completion["token_ids"]):
-                rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's tokenizer; train "
-                          "the model that sampled them, or sample again")
+                rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's "
+                          "tokenizer; train the model that sampled them, or sample again")
             among_refs = field == "ref_completions" and k < (self.choices.num_ref_rewards or len(rewards))
             truncated = completion.get("finish_reason") == "length"
             pool.append(Completion(ids, number(reward, at, rewards_field), among_refs, truncated))
@@ -303,8 +304,8 @@ def build(folder, path, tokenizer, model, choices):
         digest.update(np.ascontiguousarray(values).tobytes())
     about = summary(data)
     if sampling and choices.needs_refs:
-        about += (f"; WARNING: reference completions were sampled at {sampling}, so quantiles are not those among the "
-                  "model's own completions: sample them at 1 and 1")
+        about += (f"; WARNING: reference completions were sampled at {sampling}, so quantiles are not "
+                  "those among the model's own completions: sample them at 1 and 1")
     rows.write_json(folder / "about.json", {"fingerprint": digest.hexdigest()[:16], "summary": about})
 
 

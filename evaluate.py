@@ -184,7 +184,8 @@ def main():
     else:
         line("KL to reference, nats", 4, reference=(0.0, 0.0), policy=mean_and_se(kl))
     if "ref_completions" in sampling:
-        print(f"quantiles are among references that were sampled at {sampling['ref_completions']}, not at 1 and 1")
+        print(f"quantiles are among references that were sampled at {sampling['ref_completions']}, not at "
+              "1 and 1")
     if args.beta is not None:
         objective = mean_and_se(R - args.beta * kl)
         best = args.beta * qrpo.log_partition(torch.tensor([args.beta]), args.transform).item()

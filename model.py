@@ -60,8 +60,8 @@ def load(kind, path, **kwargs):
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         what = kind.__name__.replace("AutoModelFor", "").replace("Auto", "")
-        rows.fail(f"{path}: no {what} can be loaded from it ({reason}); give a Hugging Face folder, or a hub name that "
-                  "this machine can reach")
+        rows.fail(f"{path}: no {what} can be loaded from it ({reason}); give a Hugging Face folder, or a "
+                  "hub name that this machine can reach")
 
 
 def load_tokenizer(path, trust_remote_code=False, template_args=None):
@@ -77,8 +77,8 @@ def load_weights(kind, path, **kwargs):
     lacks = [*sorted(report["missing_keys"]), *sorted(str(key[0]) for key in report["mismatched_keys"])]
     if lacks:
         more = f" and {len(lacks) - 5} more" if len(lacks) > 5 else ""
-        rows.fail(f"{path}: its checkpoint lacks {', '.join(lacks[:5])}{more} (or has them in other sizes), which "
-                  f"{type(model).__name__} needs; give a complete checkpoint of that kind")
+        rows.fail(f"{path}: its checkpoint lacks {', '.join(lacks[:5])}{more} (or has them in other "
+                  f"sizes), which {type(model).__name__} needs; give a complete checkpoint of that kind")
     return model
 
 
@@ -133,8 +133,8 @@ def check(model):
     except Exception as error:  # whatever the code of a family raises
         rows.fail(f"{name}: a {config.model_type} model cannot be run on text alone ({error})")
     if not (start - hidden[:8]).abs().median() < 0.1 * hidden.std():
-        rows.fail(f"{name}: a {config.model_type} model also looks at later tokens (is_decoder=false?), so it has no "
-                  "log pi(y|x)")
+        rows.fail(f"{name}: a {config.model_type} model also looks at later tokens (is_decoder=false?), so "
+                  "it has no log pi(y|x)")
     errors = {}
     for rule in HEADS:
         if rule == "plain" or getattr(config.get_text_config(), rule[0], None):
@@ -143,8 +143,8 @@ def check(model):
                 errors[rule] = (output_layer(model)(hidden) - own).abs().max().item()
     model.logit_rule = min(errors, key=errors.get, default=None)
     if model.logit_rule is None or not errors[model.logit_rule] < 0.01 * own.std():
-        rows.fail(f"{name}: the logits of a {config.model_type} model do not follow from its last hidden states in a "
-                  "way that model.py knows (HEADS)")
+        rows.fail(f"{name}: the logits of a {config.model_type} model do not follow from its last hidden "
+                  "states in a way that model.py knows (HEADS)")
     reached = leaves(own)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in reached)
@@ -209,8 +209,8 @@ def end_ids(model, tokenizer):
     ids = ids if isinstance(ids, list) else [ids]
     ends = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
     if not ends:
-        rows.fail(f"{tokenizer.name_or_path}: neither generation_config nor tokenizer names an end token; set "
-                  "eos_token_id")
+        rows.fail(f"{tokenizer.name_or_path}: neither generation_config nor tokenizer names an end token; "
+                  "set eos_token_id")
     return sorted(ends)
 
 
@@ -220,7 +220,8 @@ def row_prompt_ids(tokenizer, row):
     """Token ids of a row's prompt (`prompt_ids`); refuses what is neither text nor chat messages."""
     prompt = row["prompt"]
     if not prompt or not (isinstance(prompt, str) or is_chat(prompt)):
-        rows.fail(f"{row['__at__']}: prompt must be a string or a list of {{role, content}} messages, and not empty")
+        rows.fail(f"{row['__at__']}: prompt must be a string or a list of {{role, content}} messages, and "
+                  "not empty")
     try:
         return prompt_ids(tokenizer, prompt)
     except Exception as error:  # whatever a template raises
@@ -235,7 +236,8 @@ def is_chat(value):
 def render(tokenizer, messages, **kwargs):
     """The text of chat messages by the tokenizer's chat template."""
     if not tokenizer.chat_template:
-        rows.fail("the prompts are chat messages but the model's tokenizer has no chat template; use string prompts")
+        rows.fail("the prompts are chat messages but the model's tokenizer has no chat template; use "
+                  "string prompts")
     return tokenizer.apply_chat_template(messages, tokenize=False, **tokenizer.template_args, **kwargs)
 
 

@@ -100,8 +100,8 @@ if record.exists():
     before = rows.load_json(record)
     for name, value in config.items():
         if before["config"].get(name) != value:
-            rows.fail(f"{args.out}: was started with --{name}={before['config'].get(name)}, now {value}; use the "
-                      "same settings, or another --out")
+            rows.fail(f"{args.out}: was started with --{name}={before['config'].get(name)}, now {value}; "
+                      "use the same settings, or another --out")
     if before["finished"]:
         print(f"{args.out}: this run has finished, nothing to do")
         sys.exit(0)

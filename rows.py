@@ -165,8 +165,8 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror or error}); what is there is complete. Make room, or give "
-             "another --out, and start again")
+        fail(f"{path}: cannot be written ({error.strerror or error}); what is there is complete. Make "
+             "room, or give another --out, and start again")
 
 
 @contextlib.contextmanager
@@ -279,8 +279,8 @@ def continue_stage(data, out, settings, check, require=("prompt",)):
         before = load_json(record)
         for name, value in settings.items():
             if before.get(name) != value:
-                fail(f"{out}: its rows were made with another {name} ({before.get(name)}, now {value}); give another "
-                     "--out, or delete it")
+                fail(f"{out}: its rows were made with another {name} ({before.get(name)}, now {value}); "
+                     "give another --out, or delete it")
     if rank == 0:
         write_json(record, settings)
     part = open_part(out / f"part-{rank:05d}.jsonl")

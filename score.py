@@ -48,8 +48,8 @@ def arguments(argv=None):
     add("--max_length", type=int, default=2048, help="model: cut its input to N tokens")
     add("--trust_remote_code", action="store_true", help="model: run the code that comes with it (ArmoRM needs this)")
     add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES), help="tests: by default the first that works")
-    add("--packages", default=sandbox.PACKAGES, help="tests: import names of installed packages that programs and tests "
-        "may use, such as numpy")
+    add("--packages", default=sandbox.PACKAGES, help="tests: import names of installed packages that "
+                                                     "programs and tests may use, such as numpy")
     add("--block", default="answer", choices=tuple(sandbox.BLOCKS), help="tests: the program in an answer; see sandbox.py")
     add("--unsafe", action="store_true", help="tests: run programs without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
@@ -72,14 +72,14 @@ def unrewarded(row, made_by):
     made_by: what stands for the present reward; refuses rewards that another one made.
     """
     if not any(row.get(column) for column in REWARD_OF):
-        rows.fail(f"{row['__at__']}: no completions to reward; run generate_refs.py first, or add completion, or chosen "
-                  "and rejected")
+        rows.fail(f"{row['__at__']}: no completions to reward; run generate_refs.py first, or add "
+                  "completion, or chosen and rejected")
     found = []
     for column, reward in REWARD_OF.items():
         before = row.get("made_by", {}).get(reward, made_by)
         if row.get(reward) is not None and before != made_by:
-            rows.fail(f"{row['__at__']}: its {reward} were made by another reward or version of it ({before['reward']}); "
-                      f"score the rows as they were before, or delete their {reward}")
+            rows.fail(f"{row['__at__']}: its {reward} were made by another reward or version of it "
+                      f"({before['reward']}); score the rows as they were before, or delete their {reward}")
         if row.get(column) is None or row.get(reward) is not None:
             continue
         if column not in SAMPLED:
@@ -87,8 +87,8 @@ def unrewarded(row, made_by):
             continue
         for completion in row[column] if isinstance(row[column], list) else [None]:
             if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
-                rows.fail(f"{row['__at__']}: {column} must be a list of objects with a `text`, as generate_refs.py "
-                          "writes them")
+                rows.fail(f"{row['__at__']}: {column} must be a list of objects with a `text`, as "
+                          "generate_refs.py writes them")
             found.append((column, completion["text"]))
     return found
 
@@ -182,7 +182,8 @@ def function_rewards(args, todo):
                    if name not in ("prompt", "prompts", "completions", "made_by", "__at__", *REWARD_OF)}
         rewards = list(args.function(prompts=[prompt] * n, completions=completions, **columns))
         if len(rewards) != n:
-            rows.fail(f"{args.reward}: returned {len(rewards)} rewards for the {n} completions of {row['__at__']}")
+            rows.fail(f"{args.reward}: returned {len(rewards)} rewards for the {n} completions of "
+                      f"{row['__at__']}")
         yield row, [None if reward is None else float(reward) for reward in rewards]
 
 
@@ -241,7 +242,8 @@ class RewardModel:
         if score is None:
             score = output.logits
         if score.numel() != len(batch):
-            rows.fail(f"{self.path}: gives {score.numel() // len(batch)} numbers per completion; a reward model gives one")
+            rows.fail(f"{self.path}: gives {score.numel() // len(batch)} numbers per completion; a reward "
+                      "model gives one")
         return score.float().flatten().tolist()
 
     def score_all(self, sequences):
@@ -307,8 +309,8 @@ def main():
     for row, rewards in args.kind.load(args)(todo()):
         for (column, _), reward in zip(unrewarded(row, made_by), rewards):
             if reward is not None and not math.isfinite(reward):
-                rows.fail(f"{row['__at__']}: {args.reward} gave the reward {reward}; return a finite number, or None "
-                          "for unknown")
+                rows.fail(f"{row['__at__']}: {args.reward} gave the reward {reward}; return a finite "
+                          "number, or None for unknown")
             name = REWARD_OF[column]
             row[name] = (row.get(name) or []) + [reward] if column in SAMPLED else reward
             row["made_by"] = row.get("made_by", {}) | {name: made_by}
@@ -320,8 +322,8 @@ def main():
     bar.close()
     if left and rows.share()[0] == 0:
         mean = total / known if known else math.nan
-        print(f"{args.out}: {known} rewards, mean {mean:.4f}; {unknown} unknown (null); {kept} rows already had all "
-              "their rewards")
+        print(f"{args.out}: {known} rewards, mean {mean:.4f}; {unknown} unknown (null); {kept} rows "
+              "already had all their rewards")
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ if term_size == 2 and not paired:
     names = ", ".join(name for name, regime in REGIMES.items() if regime.size == 2)
     rows.fail(f"--loss={args.loss} needs pairs; give --train_on={names}, or --loss=qrpo")
 if "refs" in needs and (args.train_on not in ("refs", "random_pairs") or args.quantile != "exact"):
-    rows.fail(f"--loss={args.loss} weighs completions of the reference model so that the weights average to 1; "
-              "give --train_on=refs (or random_pairs) and --quantile=exact")
+    rows.fail(f"--loss={args.loss} weighs completions of the reference model so that the weights average "
+              "to 1; give --train_on=refs (or random_pairs) and --quantile=exact")
 if args.loss == "sft" and paired:
     rows.fail(f"--loss=sft would also imitate the rejected completions of --train_on={args.train_on}; give "
               "--train_on=chosen, or refs with --min_reward")
@@ -607,8 +607,8 @@ else:
             parameter.data.copy_(parameter.data.to(getattr(torch, args.save_dtype)))
         after = held_out()["log_ratio"]
         if main_process:
-            print(f"{out}: in {args.save_dtype} the model has an eval_log_ratio of {after:.4g}, {after / before:.0%} of "
-                  f"the trained {before:.4g}")
+            print(f"{out}: in {args.save_dtype} the model has an eval_log_ratio of {after:.4g}, "
+                  f"{after / before:.0%} of the trained {before:.4g}")
     save_model(out / ".trained", args.save_dtype)
     if main_process:
         for file in (out / ".trained").iterdir():  # the trained model is OUT itself

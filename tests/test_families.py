@@ -179,7 +179,8 @@ def walk(kind, folder):
     assert (after - before).abs().max() > 1e-3
     frozen = sum(not p.requires_grad for p in policy.parameters())
     if frozen:
-        notes.append(f"{frozen} of {len(list(policy.parameters()))} tensors are not reached by text and stay as they are")
+        notes.append(f"{frozen} of {len(list(policy.parameters()))} tensors are not reached by text and "
+                     "stay as they are")
     return "; ".join(["yes", *notes])
 
 
