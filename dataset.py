@@ -119,7 +119,8 @@ class Reader:
         both_lists = isinstance(completions, list) and isinstance(rewards, list)
         if not both_lists or len(completions) != len(rewards):
             rows.fail(f"{at}: needs {field} and as many {rewards_field}; run generate_refs.py and score.py")
-        template_args = row.get("made_by", {}).get(field, {}).get("template_args", self.tokenizer.template_args)
+        made_by = row.get("made_by", {}).get(field, {})
+        template_args = made_by.get("template_args", self.tokenizer.template_args)
         if template_args != self.tokenizer.template_args:
             rows.fail(f"{at}: its {field} were sampled with --template_args='{json.dumps(template_args)}'; "
                       "give the same")
@@ -128,7 +129,8 @@ class Reader:
         pool = []
         for k, (completion, reward) in enumerate(zip(completions, rewards)):
             ids = self.checked_ids(f"{at}: {field} {k}", completion)
-            if k == 0 and completion.get("text") != decode(self.tokenizer, row["prompt_ids"], completion["token_ids"]):
+            text = decode(self.tokenizer, row["prompt_ids"], completion["token_ids"]) if k == 0 else None
+            if k == 0 and completion.get("text") != text:
                 rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's "
                           "tokenizer; train the model that sampled them, or sample again")
             among_refs = field == "ref_completions" and k < (self.choices.num_ref_rewards or len(rewards))

@@ -160,7 +160,8 @@ def main():
 
     if "samples" in sampling:
         args.beta = None  # no objective: its KL is an expectation over what the policy itself samples
-    results = {"step": config.get("steps"), "prompts": len(policy), "unknown_rewards": unknown, "sampled_at": sampling}
+    results = {"step": config.get("steps"), "prompts": len(policy), "unknown_rewards": unknown,
+               "sampled_at": sampling}
     print(f"\n{len(policy)} held-out prompts; mean +- standard error over prompts\n")
     print(f"{'':24}{'reference':>18}{'policy':>18}{'difference':>18}")
 
@@ -199,17 +200,18 @@ def main():
         print(f"{name}'s first sample for row {first['id']}: {first[field][0]['text'][:200]!r}")
 
     args.out.mkdir(parents=True, exist_ok=True)
+    write(args, results, samples)
+    pictures = [draw_results(args.out, reference[:, 0], policy[:, 0], results["mean reward"])]
+    pictures += draw_run(args, config, results, samples, refs)
+    print(f"\nresults.json, {', '.join(pictures)} in {args.out}")
+
+
+def write(args, results, samples):
+    """OUT/samples.npz and OUT/results.json."""
     np.savez(args.out / "samples.npz", log_ratio=samples.log_ratio, length=samples.lens - samples.prompt_lens,
              row=samples.row, reward=samples.rewards, lo=samples.lo, hi=samples.hi, row_ids=samples.ids)
     without_nan = json.loads(json.dumps(results), parse_constant=rows.constant)
     rows.write_json(args.out / "results.json", without_nan)
-    pictures = [draw_results(args.out, reference[:, 0], policy[:, 0], results["mean reward"])]
-    if args.beta is not None:
-        pictures.append(draw_optimum(args, best, samples, refs, results, mean_and_se(ref_R)))
-        pictures.append(draw_calibration(args, config.get("quantile", "exact"), refs))
-    if (args.out / "metrics.jsonl").exists():
-        pictures.append(draw_curves(args.out))
-    print(f"\nresults.json, {', '.join(pictures)} in {args.out}")
 
 
 # ---- pictures; each function writes one PNG and returns its name ----
@@ -227,6 +229,17 @@ def save(figure, path):
 
 CURVES = {"loss": "loss", "log_ratio": "log-ratio to the reference, nats", "kl": "KL to the reference, nats",
           "objective": "objective on fresh samples", "grad_norm": "gradient norm"}  # how metrics begin: title
+
+
+def draw_run(args, config, results, samples, refs):
+    """The pictures of a run that has a beta, and of its training."""
+    pictures = []
+    if args.beta is not None:
+        pictures.append(draw_optimum(args, samples, refs, results))
+        pictures.append(draw_calibration(args, config.get("quantile", "exact"), refs))
+    if (args.out / "metrics.jsonl").exists():
+        pictures.append(draw_curves(args.out))
+    return pictures
 
 
 def draw_curves(out):
@@ -271,11 +284,12 @@ def histogram(lo, hi, weights=None, bins=20):
     return np.average(inside.clip(0) / (hi - lo)[:, None], axis=0, weights=weights) * bins
 
 
-def draw_optimum(args, best, samples, refs, results, ref_quantile_reward):
+def draw_optimum(args, samples, refs, results):
     """Left: density of the quantiles of the policy's samples, at the optimum in closed form, and at the
     optimum that these ties allow. Right: the objective and its bound over the checkpoints, with
     standard errors.
     """
+    best = results["optimality"]["best_possible"]
     figure, (density, gap) = panels(2)
     edges = np.linspace(0, 1, 21)
     density.stairs(histogram(samples.lo, samples.hi), edges, fill=True, alpha=0.5, label="policy")
@@ -292,7 +306,8 @@ def draw_optimum(args, best, samples, refs, results, ref_quantile_reward):
     points = [*checkpoints, results]
     steps = [0] + [point["step"] or 0 for point in points]
     for name in ("quantile_reward", "objective"):
-        means, errors = zip(ref_quantile_reward, *(point["optimality"][name] for point in points))
+        start = results["quantile reward"]["reference"]
+        means, errors = zip(start, *(point["optimality"][name] for point in points))
         gap.errorbar(steps, means, yerr=errors, fmt="o-", capsize=3, label=name.replace("_", " "))
     gap.axhline(best, color="k", linestyle=":", label="best possible")
     gap.set(xlabel="step", title="objective: quantile reward - beta KL")

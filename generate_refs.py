@@ -275,7 +275,8 @@ def check_sampler(model, args):
         for completion in prefill(model, requests, argparse.Namespace(**vars(args) | {"num_refs": 1})):
             cache.join(*completion.prefix)
         for i in range(steps, 0, -1):
-            hidden = decode_step(model, cache, torch.tensor([ids[-i] for ids in sequences], device=model.device))
+            tokens = torch.tensor([ids[-i] for ids in sequences], device=model.device)
+            hidden = decode_step(model, cache, tokens)
         for ids, found in zip(sequences, hidden):
             ids = torch.tensor([ids], device=model.device)
             own = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -1]

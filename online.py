@@ -7,7 +7,7 @@ outcome of `train.py --loss=forward_kl` on the same rows. Writes to OUT the trai
 metrics.jsonl and samples.jsonl: what was sampled, with rewards and log-ratios. A killed run continues
 with the same command.
 
-    python online.py --model=out/offline --ref_model=MODEL --data=out/train/rewarded --out=out/online --reward=tests
+    python online.py --model=out/qrpo --ref_model=MODEL --data=REWARDED --out=out/online --reward=tests
 
 On the policy's own samples, the gradient of the mean of (target - log-ratio)^2 / 2 is that of KL(pi ||
 pi*): of the objective E[R] - beta KL(pi || pi_ref) itself, with a variance that vanishes at the optimum.
@@ -34,8 +34,8 @@ import generate_refs
 import qrpo
 import rows
 import score
-from model import (Policy, context_length, decode, end_ids, get_device, get_dtype, keep_freed_memory, load_model,
-                   load_tokenizer, row_prompt_ids)
+from model import (Policy, context_length, decode, end_ids, get_device, get_dtype, keep_freed_memory,
+                   load_model, load_tokenizer, row_prompt_ids)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -71,9 +71,9 @@ if args.beta is None:
         rows.fail(f"--model={args.model} is not the folder of a run; give --beta")
     args.beta = rows.load_json(before)["config"]["beta"]
 
-ADAM_BETAS = 0.9, 0.95  # samples change from step to step, so a shorter memory of their squares than the usual 0.999
+ADAM_BETAS = 0.9, 0.95  # the samples change, so a shorter memory of squared gradients than the usual 0.999
 WARMUP = 0.05           # of the steps
-METRICS = "loss", "reward", "quantile_reward", "kl", "objective", "length"  # means over the step's fresh samples
+METRICS = "loss", "reward", "quantile_reward", "kl", "objective", "length"  # means over a step's samples
 FREE = "data", "out", "batch_size", "micro_batch_tokens", "save_every"  # what may change when a run continues
 
 # -----------------------------------------------------------------------------
@@ -179,7 +179,8 @@ def sample(step):
 policy = Policy(model)
 if world > 1:
     policy = DistributedDataParallel(policy)
-optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, ADAM_BETAS, weight_decay=0.0, fused=True)
+optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, ADAM_BETAS, weight_decay=0.0,
+                              fused=True)
 
 
 def learning_rate(step):
@@ -238,7 +239,7 @@ for step in bar:
             with torch.no_grad():
                 ref_logps = reference(b.tokens, b.prompt_lens, b.lens)  # (B,)
             logps = policy(b.tokens, b.prompt_lens, b.lens)             # (B,)
-        targets = qrpo.target_log_ratios(                               # (B,) log(pi*/pi_ref) = R/beta - log Z
+        targets = qrpo.target_log_ratios(                               # (B,) log(pi*/pi_ref)
             beta, b.rewards, b.ref_rewards, args.transform, args.quantile, b.among_refs)
         loss = qrpo.regression_loss(beta, logps, ref_logps, targets)    # (B,)
         (loss.sum() * world / count).backward()
@@ -260,7 +261,8 @@ for step in bar:
     if world > 1:
         dist.all_reduce(sums)
     row = dict(zip(METRICS, (sums / count).tolist()))
-    bar.set_postfix(reward=f"{row['reward']:.3g}", kl=f"{row['kl']:.3g}", objective=f"{row['objective']:.4g}/{best:.4g}")
+    bar.set_postfix(reward=f"{row['reward']:.3g}", kl=f"{row['kl']:.3g}",
+                    objective=f"{row['objective']:.4g}/{best:.4g}")
     if metrics_file:
         rows.append(metrics_file, {"step": step + 1} | row | {
             "grad_norm": grad_norm, "learning_rate": learning_rate(step), "seconds": time.time() - started})

@@ -190,7 +190,8 @@ def open_part(path):
     except BlockingIOError:
         fail(f"{path}: another process is writing it; wait for it, or stop it")
     except OSError as error:  # some network file systems
-        print(f"{path}: cannot be locked here ({error.strerror}); see that no second process writes it", flush=True)
+        print(f"{path}: cannot be locked here ({error.strerror}); see that no second process writes it",
+              flush=True)
     file.seek(0)
     file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
     return file

@@ -5,8 +5,8 @@ Reads rows with completions, and writes them to OUT with the rewards added: `ref
 `sample_rewards` (lists), `reward`, `chosen_reward`, `rejected_reward`. Three kinds of reward:
 
     --reward=tests          the share of the row's tests that the program passes, in the sandbox (sandbox.py)
-    --reward=FILE.py:NAME   a function reward(prompts, completions, **columns) -> list of float or None, as in TRL
-    --reward=model:PATH     a reward model: a sequence classifier with a `.score` output (as ArmoRM) or one logit
+    --reward=FILE.py:NAME   a function reward(prompts, completions, **columns) -> list of float or None
+    --reward=model:PATH     a sequence classifier with a `.score` output (as ArmoRM) or one logit
 
 A reward that could not be computed is null; nulls are counted at the end. Rewards that a row already has
 are kept, except that those made by another reward are refused. A killed run continues; under torchrun the
@@ -42,16 +42,19 @@ def arguments(argv=None):
     add("--data", required=True, help="JSONL file or folder of rows with completions")
     add("--out", required=True, help="folder for the rewarded rows")
     add("--reward", required=True, help="tests, FILE.py:NAME or model:PATH (see above)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="model: auto is bfloat16 on a GPU")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="model: auto is bfloat16 on a GPU")
     add("--batch_tokens", type=int, default=0,
         help="model: padded tokens in a forward pass; memory grows with it. 0: 16384 on a GPU, 1024 on a CPU")
     add("--max_length", type=int, default=2048, help="model: cut its input to N tokens")
-    add("--trust_remote_code", action="store_true", help="model: run the code that comes with it (ArmoRM needs this)")
-    add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES), help="tests: by default the first that works")
+    add("--trust_remote_code", action="store_true", help="model: run code that comes with it, as ArmoRM needs")
+    add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES),
+        help="tests: auto is the first that works")
     add("--packages", default=sandbox.PACKAGES, help="tests: import names of installed packages that "
                                                      "programs and tests may use, such as numpy")
-    add("--block", default="answer", choices=tuple(sandbox.BLOCKS), help="tests: the program in an answer; see sandbox.py")
-    add("--unsafe", action="store_true", help="tests: run programs without isolation. Never for programs of a model")
+    add("--block", default="answer", choices=tuple(sandbox.BLOCKS),
+        help="tests: which code block of an answer is the program; see sandbox.py")
+    add("--unsafe", action="store_true", help="tests: run without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
         add(f"--{name}", type=type(default), default=default, help=f"tests: {text}")
     args = parser.parse_args(argv)
@@ -98,6 +101,11 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def as_messages(completion):
+    """A completion as chat messages."""
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+
+
 # ---- tests ----
 
 def tests_settings(args):
@@ -119,12 +127,13 @@ def tests_rewards(args, todo):
                 rows.fail(f"{row['__at__']}: --reward=tests: {error}")
             waiting[row["id"]] = [row, [None] * len(completions), len(completions)]
             for k, completion in enumerate(completions):
-                yield {"id": (row["id"], k), "completion": text_of(completion), "fenced": row.get("fenced", True), **tests}
+                program = {"id": (row["id"], k), "completion": text_of(completion)}
+                yield program | {"fenced": row.get("fenced", True)} | tests
 
     limits = {name: getattr(args, name) for name in sandbox.FLAGS}
     try:
-        for verdict in sandbox.judge(programs(), runtime=args.runtime, packages=args.packages, unsafe=args.unsafe,
-                                     block=args.block, **limits):
+        for verdict in sandbox.judge(programs(), runtime=args.runtime, packages=args.packages,
+                                     unsafe=args.unsafe, block=args.block, **limits):
             row_id, k = verdict["id"]
             slowest = sandbox.slowest([*slowest, verdict])
             entry = waiting[row_id]
@@ -177,7 +186,7 @@ def function_rewards(args, todo):
     for row, completions in todo:
         n, prompt = len(completions), row["prompt"]
         if not isinstance(prompt, str):  # chat prompts have chat completions, as in TRL
-            completions = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
+            completions = [as_messages(completion) for completion in completions]
         columns = {name: [value] * n for name, value in row.items()
                    if name not in ("prompt", "prompts", "completions", "made_by", "__at__", *REWARD_OF)}
         rewards = list(args.function(prompts=[prompt] * n, completions=completions, **columns))
@@ -216,7 +225,7 @@ class RewardModel:
         """The token ids that the model reads."""
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+            answer = as_messages(completion)
             text = self.tokenizer.apply_chat_template(chat + answer, tokenize=False)
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
         elif isinstance(prompt, str):
@@ -249,8 +258,9 @@ class RewardModel:
     def score_all(self, sequences):
         """Scores of many lists of token ids, in batches of similar length."""
         scores = [None] * len(sequences)
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))  # the longest first: if memory runs out,
-        while order:                                                             # then at once
+        # the longest first: if memory runs out, then at once
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        while order:
             size = max(1, self.budget // max(1, len(sequences[order[0]])))
             batch, order = order[:size], order[size:]
             for i, score in zip(batch, self.scores([sequences[i] for i in batch])):
@@ -289,7 +299,8 @@ def main():
     args = arguments()
     settings = args.kind.settings(args)
     made_by = {"reward": args.reward, "fingerprint": rows.fingerprint(settings)}
-    left, part = rows.continue_stage(args.data, args.out, settings, check=lambda row: unrewarded(row, made_by))
+    left, part = rows.continue_stage(
+        args.data, args.out, settings, check=lambda row: unrewarded(row, made_by))
     bar = tqdm(total=len(left), unit="row", desc="score", disable=rows.share()[0] != 0, smoothing=0)
     kept = known = unknown = 0
     total = 0.0

@@ -53,7 +53,8 @@ def pairs(values):
 LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
     "qrpo": (1, ("rewards", "targets"), lambda b, logps: qrpo.regression_loss(
         b.beta, logps, b.ref_logps, b.targets, args.norm)),
-    "forward_kl": (1, ("rewards", "targets", "refs"), lambda b, logps: qrpo.forward_kl_loss(logps, b.targets)),
+    "forward_kl": (1, ("rewards", "targets", "refs"),
+                   lambda b, logps: qrpo.forward_kl_loss(logps, b.targets)),
     "dpo": (2, (), lambda b, logps: qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))),
     "rebel": (2, ("rewards",), lambda b, logps: qrpo.rebel_loss(
         args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))),
@@ -119,7 +120,7 @@ add = parser.add_argument_group("run").add_argument
 add("--eval_every", type=int, default=0, help="steps between evaluations; 0: before and after training")
 add("--save_every", type=int, default=0, help="steps between checkpoints; 0: none but the trained model")
 add("--save_dtype", default="float32", choices=("float32", "bfloat16"),
-    help="of the trained model in OUT; bfloat16 rounds small updates away, and with --eval_data what is left is said")
+    help="of the trained model in OUT; bfloat16 rounds small updates away (what is left is printed)")
 add("--resume", action="store_true", help="continue the run in OUT from where it last saved")
 add("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
 add("--dry_run", action="store_true", help="show some of the data, time a step, write nothing, and exit")
@@ -529,7 +530,7 @@ for step in bar:
         group["lr"] = learning_rate(step)
     terms = step_terms(step)  # (n, term_size) completions, n <= batch_size
     lengths = (train_data.lens - train_data.prompt_lens)[terms]  # (n, term_size) tokens of completion
-    batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens, rank, world))  # of similar length
+    batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens, rank, world))
     totals = {}
     for i, (index, works) in enumerate(batches):
         policy.require_backward_grad_sync = i == len(batches) - 1  # DDP averages over ranks once, at the end
