@@ -47,7 +47,7 @@ def arguments(argv=None):
     add("--batch_tokens", type=int, default=0,
         help="model: padded tokens in a forward pass; memory grows with it. 0: 16384 on a GPU, 1024 on a CPU")
     add("--max_length", type=int, default=2048, help="model: cut its input to N tokens")
-    add("--trust_remote_code", action="store_true", help="model: run code that comes with it, as ArmoRM needs")
+    add("--trust_remote_code", action="store_true", help="model: run code that comes with it (ArmoRM)")
     add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES),
         help="tests: auto is the first that works")
     add("--packages", default=sandbox.PACKAGES, help="tests: import names of installed packages that "
