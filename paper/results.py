@@ -140,7 +140,7 @@ def choose_setting(group, name, prompts, rule):
     best = protocol.select(measures, rule)
     chosen = candidates[best]
     flags = group.drop(columns=["seed", "run", "setting", "evaluation"])
-    differ = [flag for flag in flags if flags[flag].nunique(dropna=False) > 1]
+    differ = [flag for flag in flags if flags[flag].map(str).nunique() > 1]  # str: --template_args is a dict
     selected = ", ".join(f"{flag} {chosen[flag].iloc[0]}" for flag in differ)
     reported = protocol.measure(chosen.evaluation, report)
     return Method(name, chosen.loss.iloc[0], selected, chosen, measures[best], reported)

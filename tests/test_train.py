@@ -134,14 +134,23 @@ LOSSES = {  # each loss and the data it is tried on
     "dpo": "best_worst", "rebel": "random_pairs", "simpo": "best_worst"}
 
 
-def target(c, ref_rewards):
-    q = np.mean([reward <= c["reward"] for reward in ref_rewards])
-    return q / 0.1 - math.log(0.1 * (math.exp(10) - 1))
+LOG_Z = math.log(0.1 * (math.exp(10) - 1))  # at beta 0.1
+
+
+def paper_target(c, ref_rewards):
+    return np.mean([reward <= c["reward"] for reward in ref_rewards]) / 0.1 - LOG_Z
+
+
+def exact_target(c, ref_rewards):
+    """From the completion's cell among its 3 other references."""
+    lo = sum(reward < c["reward"] for reward in ref_rewards) / 4
+    hi = sum(reward <= c["reward"] for reward in ref_rewards) / 4
+    return math.log(0.1 * (math.exp(10 * hi) - math.exp(10 * lo)) / (hi - lo)) - LOG_Z
 
 
 SINGLE_LOSSES = {  # of a completion c
-    "qrpo": lambda c, ref_rewards: (0.1 * (target(c, ref_rewards) - c["log_ratio"])) ** 2,
-    "forward_kl": lambda c, ref_rewards: -math.exp(target(c, ref_rewards)) * c["logp"],
+    "qrpo": lambda c, ref_rewards: (0.1 * (paper_target(c, ref_rewards) - c["log_ratio"])) ** 2,
+    "forward_kl": lambda c, ref_rewards: -math.exp(exact_target(c, ref_rewards)) * c["logp"],
     "sft": lambda c, ref_rewards: -c["logp"]}
 PAIR_LOSSES = {  # of a better completion c and a worse one r
     "dpo": lambda c, r: -F.logsigmoid(0.1 * (c["log_ratio"] - r["log_ratio"])),
@@ -215,7 +224,8 @@ def test_a_step_is_the_gradient_of_the_mean_loss_however_it_is_split(
         out = tmp_path / str(i)
         script = call("train.py", *flags(
             undisturbed, data, out, f"--ref_model={tiny}", f"--loss={loss}", f"--train_on={LOSSES[loss]}",
-            f"--cache={tmp_path}/cache", "--batch_size=24", *more))
+            f"--cache={tmp_path}/cache", "--batch_size=24",
+            f"--quantile={'exact' if loss == 'forward_kl' else 'paper'}", *more))
         assert set(script["LOSSES"]) == set(LOSSES)  # a new loss is tried here, too
         assert logged(out) == [pytest.approx(expected, rel=1e-4)]
         assert logged(out, "grad_norm") == [pytest.approx(gradient.norm().item(), rel=1e-3)]
