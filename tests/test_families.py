@@ -71,7 +71,7 @@ MORE = {
     "falcon": {"alibi": True}, "mpt": {"max_seq_len": 64},
     "phi3": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8,
                                  "long_factor": [4.0] * 8, "original_max_position_embeddings": 64},
-             "max_position_embeddings": 256},
+             "max_position_embeddings": 256, "original_max_position_embeddings": 64},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma3": {"vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
                                  "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
