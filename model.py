@@ -236,9 +236,9 @@ def is_chat(value):
 def render(tokenizer, messages, **kwargs):
     """The text of chat messages by the tokenizer's chat template."""
     if not tokenizer.chat_template:
-        rows.fail("the prompts are chat messages but the model's tokenizer has no chat template; use "
+        rows.fail(f"{tokenizer.name_or_path}: the prompts are chat messages but this tokenizer has no chat template; use "
                   "string prompts")
-    return tokenizer.apply_chat_template(messages, tokenize=False, **tokenizer.template_args, **kwargs)
+    return tokenizer.apply_chat_template(messages, tokenize=False, **getattr(tokenizer, "template_args", {}), **kwargs)
 
 
 def text_ids(tokenizer, text):
@@ -341,6 +341,8 @@ HEADS = (  # what families do to the output of their last matrix: "plain", or (n
 def output_layer(model):
     """A function from last hidden states (n, dim) to logits (n, vocab), which `check` has found to be the model's own."""
     head = model.get_output_embeddings()
+    if not hasattr(model, "logit_rule"):  # not loaded by `load_model`
+        check(model)
     if model.logit_rule == "plain":
         return head
     name, rule = model.logit_rule
@@ -420,8 +422,8 @@ def flops_per_token(model, length):
     """Floating-point operations of training on one token of a sequence of that length: 6 per weight that multiplies (an
     input embedding does not), and attention's 6 * layers * hidden_size * length (half of the square, as it is causal).
     """
-    config = model.config.get_text_config()
+    config, embedding = model.config.get_text_config(), model.get_input_embeddings().weight
     weights = sum(p.numel() for p in model.parameters())
-    if not config.tie_word_embeddings:
-        weights -= model.get_input_embeddings().weight.numel()
+    if model.get_output_embeddings().weight is not embedding:
+        weights -= embedding.numel()
     return 6 * (weights + config.num_hidden_layers * config.hidden_size * length)

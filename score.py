@@ -14,7 +14,9 @@ processes share the rows.
 
     python score.py --data=out/refs --out=out/rewarded --reward=tests
 """
+import asyncio
 import importlib.util
+import inspect
 import itertools
 import math
 import sys
@@ -29,7 +31,7 @@ from tqdm import tqdm
 import formats
 import rows
 import sandbox
-from model import context_length, get_device, get_dtype, identity, load, load_tokenizer
+from model import context_length, get_device, get_dtype, identity, load, load_tokenizer, load_weights, render
 
 REWARD_OF = {"ref_completions": "ref_rewards", "samples": "sample_rewards", "completion": "reward",
              "chosen": "chosen_reward", "rejected": "rejected_reward"}  # column: the name of its reward
@@ -189,7 +191,8 @@ def function_rewards(args, todo):
             completions = [as_messages(completion) for completion in completions]
         columns = {name: [value] * n for name, value in row.items()
                    if name not in ("prompt", "prompts", "completions", "made_by", "__at__", *REWARD_OF)}
-        rewards = list(args.function(prompts=[prompt] * n, completions=completions, **columns))
+        rewards = args.function(prompts=[prompt] * n, completions=completions, **columns)
+        rewards = list(asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards)
         if len(rewards) != n:
             rows.fail(f"{args.reward}: returned {len(rewards)} rewards for the {n} completions of "
                       f"{row['__at__']}")
@@ -213,31 +216,42 @@ class RewardModel:
     def __init__(self, args):
         self.device, self.path = get_device(), args.reward.removeprefix("model:")
         self.tokenizer = load_tokenizer(self.path, args.trust_remote_code)
+        config = load(transformers.AutoConfig, self.path, trust_remote_code=args.trust_remote_code)
         kind = transformers.AutoModelForSequenceClassification
+        if config.architectures == ["LlamaForRewardModelWithGating"]:
+            from paper.armorm import ArmoRM as kind
         dtype = get_dtype(args.dtype, self.device)
-        model = load(kind, self.path, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        model = load_weights(kind, self.path, dtype=dtype, trust_remote_code=args.trust_remote_code)
         self.model = model.to(self.device).eval()
         self.limit = min(args.max_length, context_length(model))
+        for name, module in model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):  # RoBERTa's begin after it
+                self.limit = min(self.limit, module.num_embeddings - module.padding_idx - 1)
         self.budget = args.batch_tokens or (16384 if self.device.type == "cuda" else 1024)
         self.cut = 0  # completions whose end was not seen
 
     def ids(self, prompt, completion):
-        """The token ids that the model reads."""
+        """The token ids that the model reads, cut at the end; None if nothing of the completion is among them."""
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             answer = as_messages(completion)
-            text = self.tokenizer.apply_chat_template(chat + answer, tokenize=False)
+            before = render(self.tokenizer, chat, add_generation_prompt=True)
+            text = render(self.tokenizer, chat + answer)
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
         elif isinstance(prompt, str):
+            before = prompt
             ids = self.tokenizer(prompt + text_of(completion)).input_ids
         else:
             rows.fail(f"the prompts are chat messages but the tokenizer of {self.path} has no chat template")
-        self.cut += len(ids) > self.limit
+        if len(ids) > self.limit:
+            self.cut += 1
+            if len(self.tokenizer(before, add_special_tokens=False).input_ids) >= self.limit:
+                return None
         return ids[:self.limit]
 
     @torch.no_grad()
     def scores(self, batch):
-        """One float for each list of token ids in the batch."""
+        """One float for each list of token ids in the batch; None where the model gives NaN."""
         # right padding with a token that the batch does not hold: the classifier finds the last token by
         # comparing ids
         used = {i for ids in batch for i in ids}
@@ -253,13 +267,14 @@ class RewardModel:
         if score.numel() != len(batch):
             rows.fail(f"{self.path}: gives {score.numel() // len(batch)} numbers per completion; a reward "
                       "model gives one")
-        return score.float().flatten().tolist()
+        return [None if math.isnan(value) else value for value in score.float().flatten().tolist()]
 
     def score_all(self, sequences):
         """Scores of many lists of token ids, in batches of similar length."""
         scores = [None] * len(sequences)
+        known = [i for i, ids in enumerate(sequences) if ids]
         # the longest first: if memory runs out, then at once
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        order = sorted(known, key=lambda i: -len(sequences[i]))
         while order:
             size = max(1, self.budget // max(1, len(sequences[order[0]])))
             batch, order = order[:size], order[size:]
@@ -272,7 +287,7 @@ class RewardModel:
         """Yield (row, rewards) of an iterable of (row, completions)."""
         group, sequences = [], []
         for row, completions in itertools.chain(todo, [(None, [])]):
-            if row is None or sum(map(len, sequences)) >= GROUP * self.budget:
+            if row is None or sum(len(ids or ()) for ids in sequences) >= GROUP * self.budget:
                 scores = iter(self.score_all(sequences))
                 for scored, n in group:
                     yield scored, list(itertools.islice(scores, n))

@@ -1,0 +1,332 @@
+"""What real checkpoints, tokenizers and chat templates do to the pipeline: nothing goes wrong without a word."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+
+import dataset
+import model as model_py
+from conftest import MATERIAL, call, make_tokenizer, needs, read_rows, refused, start_ranks, write_rows
+from test_families import make
+from test_sharding import make_model, make_rows
+
+CPU = torch.device("cpu")
+
+
+# ---- what is saved is what was trained ----
+
+def log_ratio(path, reference, data):
+    """The mean log-ratio of a saved model on train.py's arrays."""
+    logps = [dataset.all_logps(model_py.Policy(model_py.load_model(folder, torch.float32, CPU)), data, 10_000, CPU)
+             for folder in (path, reference)]
+    return float((logps[0] - logps[1]).mean())
+
+
+@pytest.mark.parametrize("learning_rate", (1e-7, 3e-7, 1e-6))
+def test_the_saved_model_has_the_last_logged_log_ratio(tmp_path, capsys, learning_rate):
+    """Of a bfloat16 checkpoint, at the paper's learning rates; rounded on request, and then the share is said."""
+    model, data = make_model(tmp_path / "model", hidden_size=64), make_rows(tmp_path / "rows.jsonl")
+    flags = (f"--model={model}", f"--data={data}", f"--eval_data={data}", "--batch_size=6", "--epochs=10", "--beta=0.03",
+             f"--learning_rate={learning_rate}")
+    script = call("train.py", *flags, f"--out={tmp_path / 'run'}")
+    logged = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["eval_log_ratio"]
+    assert log_ratio(tmp_path / "run", model, script["eval_data"]) == pytest.approx(logged, rel=0.02)
+    capsys.readouterr()
+    call("train.py", *flags, f"--out={tmp_path / 'rounded'}", "--save_dtype=bfloat16")
+    said = re.search(r"in bfloat16 the model has an eval_log_ratio of (\S+),", capsys.readouterr().out).group(1)
+    assert load_file(tmp_path / "rounded" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert log_ratio(tmp_path / "rounded", model, script["eval_data"]) == pytest.approx(float(said), rel=0.02)
+
+
+# ---- checkpoints ----
+
+def test_a_checkpoint_that_lacks_weights_is_refused_with_their_names(tmp_path, capsys):
+    make("mixtral", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    refused(capsys, ["lm_head.weight", "lacks"], "generate_refs.py", f"--model={tmp_path / 'model'}", f"--data={data}",
+            f"--out={tmp_path / 'out'}")
+    make("llama", tmp_path / "base")  # a causal LM is no reward model: its score head would be random
+    data = write_rows(tmp_path / "answers.jsonl", [{"prompt": "a", "completion": "b"}])
+    refused(capsys, ["score.weight", "lacks"], "score.py", f"--data={data}", f"--out={tmp_path / 'scored'}",
+            f"--reward=model:{tmp_path / 'base'}")
+
+
+def test_longrope_ends_at_its_border_so_that_no_batch_changes_a_log_probability(tmp_path, capsys):
+    make("phi3", tmp_path / "model")  # context 256, original length 64
+    model = model_py.load_model(tmp_path / "model", torch.float32, CPU)
+    assert model_py.context_length(model) == 64
+    policy = model_py.Policy(model)
+    tokens = torch.randint(0, 255, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = policy(tokens[:1, :40], torch.tensor([5]), torch.tensor([40]))[0]
+        beside = policy(tokens, torch.tensor([5, 5]), torch.tensor([40, 64]))[0]
+    assert abs(alone - beside) < 1e-3
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a" * 60, "chosen": "b" * 20, "rejected": "c" * 20}])
+    refused(capsys, ["81 tokens", "context holds 64"], "train.py", f"--model={tmp_path / 'model'}", f"--data={data}",
+            f"--out={tmp_path / 'run'}", "--train_on=chosen", "--loss=sft")
+
+
+def test_parameters_that_text_does_not_reach_are_frozen_and_ddp_and_resume_work(tmp_path):
+    """A multimodal checkpoint: its vision tower gets no gradient."""
+    make("gemma3", tmp_path / "model")
+    flags = (f"--model={tmp_path / 'model'}", f"--data={make_rows(tmp_path / 'rows.jsonl')}", "--batch_size=6",
+             "--save_every=2", "--learning_rate=1e-3")
+    ranks = start_ranks(2, "train.py", *flags, f"--out={tmp_path / 'two'}")
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "two"))
+    same = {name for name in before if torch.equal(before[name].float(), after[name])}
+    assert same and same == {name for name in before if "vision" in name or "multi_modal" in name}
+
+
+# ---- how rows were sampled ----
+
+def test_evaluation_at_another_temperature_prints_no_kl_and_training_says_so(tiny, rewarded, tmp_path, capsys):
+    table = read_rows(rewarded)
+    for row in table:
+        row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
+        row["made_by"] |= {"samples": row["made_by"]["ref_completions"] | {"temperature": 0.6, "top_p": 0.9}}
+    data = write_rows(tmp_path / "data.jsonl", table)
+    evaluation = f"--model={tiny}", f"--ref_model={tiny}", f"--out={tmp_path}", "--beta=0.1"
+    call("evaluate.py", *evaluation, f"--data={data}")
+    assert "temperature 0.6 and top_p 0.9" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "mean reward" in results and "KL to reference, nats" not in results and "optimality" not in results
+
+    for row in table:
+        row["made_by"]["ref_completions"]["temperature"] = 0.7
+        row["made_by"]["samples"] |= {"temperature": 1.0, "top_p": 1.0}
+    write_rows(data, table)
+    call("evaluate.py", *evaluation, f"--data={data}")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "KL to reference, nats" in results and "temperature 0.7" in capsys.readouterr().out
+    call("train.py", f"--model={tiny}", f"--data={data}", f"--out={tmp_path / 'run'}", "--dry_run")
+    assert "sampled at temperature 0.7 and top_p 1.0" in capsys.readouterr().out
+
+
+# ---- SentencePiece ----
+
+def sentencepiece():
+    """A tokenizer as Llama 2's: a mark at every word's start, dropped in decoding at the text's."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=["\n"],
+                                  show_progress=False)
+    tokenizer.train_from_iterator(["once upon a time there was a yes and a no"] * 20, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def real_sentencepiece():
+    return transformers.AutoTokenizer.from_pretrained(MATERIAL / "stories260K")
+
+
+@pytest.mark.parametrize("load", (sentencepiece, pytest.param(real_sentencepiece, marks=needs("stories260K"))))
+@pytest.mark.parametrize("prompt, completion", (("once upon a", " time"), ("there was", "time"), ("once ", "upon a"),
+                                                ("a", "\n no"), ("yes ", " no"), ("a ti", "me")))
+def test_a_sentencepiece_completion_has_its_own_text(load, prompt, completion):
+    """The text that follows the prompt, with its leading space; and a dataset's answer is tokenised to that text."""
+    tokenizer = load()
+    start = model_py.prompt_ids(tokenizer, prompt)
+    ids = model_py.completion_ids(tokenizer, prompt, start, completion, [tokenizer.eos_token_id])
+    assert ids[-1] == tokenizer.eos_token_id
+    assert model_py.decode(tokenizer, start, ids) == completion
+    assert tokenizer.decode(start + ids, skip_special_tokens=True) == prompt + completion
+
+
+# ---- chat templates ----
+
+TEMPLATES = {  # name: (the assistant's message, the generation prompt)
+    "plain": ("m.content", "''"),
+    "strips": ("m.content | trim", "''"),
+    "thinks first": ("m.content.split('</think>')[-1]", "'<think>\\n'"),  # as DeepSeek-R1
+    "empty thoughts": ("'<think>\\n\\n</think>\\n\\n' + m.content",      # as Qwen3
+                       "'<think>\\n\\n</think>\\n\\n' if enable_thinking is false else ''"),
+}
+
+
+def chat_tokenizer(name):
+    answer, prompt = TEMPLATES[name]
+    tokenizer = make_tokenizer(bos_token="<bos>", eos_token="<end>", pad_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{{ " + answer + " }}"
+        "{% else %}{{ m.content }}{% endif %}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{{ " + prompt + " }}{% endif %}")
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("template_args", ({}, {"enable_thinking": False}))
+def test_the_answer_itself_is_trained_right_after_the_generation_prompt(tmp_path, capsys, name, template_args):
+    """And so the dry run shows it; no empty thoughts are trained, and no data set is refused."""
+    make("llama", tmp_path / "model")
+    chat_tokenizer(name).save_pretrained(tmp_path / "model")
+    chat = [{"role": "user", "content": "hi"}]
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": chat, "chosen": "yes ", "rejected": "no"}])
+    call("train.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'run'}", "--dry_run",
+         "--train_on=chosen", "--loss=sft", "--template_args=" + json.dumps(template_args))
+    shown = re.search(r"hi<end>\n(.*?)>>>(.*?)<<<", capsys.readouterr().out, re.S)
+    opened = {"thinks first": "<think>\n"} | ({"empty thoughts": "<think>\n\n</think>\n\n"} if template_args else {})
+    assert shown.group(1) == "[assistant]" + opened.get(name, "")
+    assert shown.group(2) == {"strips": "yes<end>"}.get(name, "yes <end>")
+
+
+def test_template_args_reach_the_sampler_and_training_wants_the_same(tmp_path, capsys):
+    make("llama", tmp_path / "model")
+    chat_tokenizer("empty thoughts").save_pretrained(tmp_path / "model")
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}] * 2)
+    quiet = '--template_args={"enable_thinking": false}'
+    call("generate_refs.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'refs'}", quiet,
+         "--num_refs=2", "--max_new_tokens=4")
+    table = read_rows(tmp_path / "refs")
+    for row in table:
+        row["ref_rewards"] = [0.0, 1.0]
+    write_rows(tmp_path / "rewarded.jsonl", table)
+    flags = f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'rewarded.jsonl'}", f"--out={tmp_path / 'run'}"
+    refused(capsys, ["enable_thinking", "give the same"], "train.py", *flags)
+    script = call("train.py", *flags, quiet, "--dry_run")
+    start = script["tokenizer"].decode(script["train_data"].tokens[:script["train_data"].prompt_lens[0]])
+    assert start.endswith("<think>\n\n</think>\n\n")
+    refused(capsys, ["template_args"], "train.py", *flags, "--template_args=[1]")
+
+
+# ---- rewards ----
+
+def test_an_async_reward_function(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import asyncio\nasync def reward(prompts, completions, **columns):\n"
+        "    await asyncio.sleep(0)\n    return [float(len(text)) for text in completions]\n")
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "four"}])
+    call("score.py", f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={tmp_path / 'reward.py'}:reward")
+    assert read_rows(tmp_path / "out")[0]["reward"] == 4
+
+
+class Published(nn.Module):
+    """What ArmoRM's published code computes, a sequence at a time, from the checkpoint's weights alone."""
+
+    def __init__(self, weights, llama):
+        super().__init__()
+        self.weights, self.llama = weights, llama
+
+    def forward(self, ids):
+        header = [128009, 128006, 78191, 128007, 271]
+        gate = max(i for i in range(len(ids)) if ids[i:i + 5] == header)  # the first token of the last header
+        hidden = self.llama(torch.tensor([ids])).last_hidden_state[0]
+        x = hidden[gate]
+        for i in range(4):
+            x = self.weights[f"gating.layers.{i}.weight"] @ x + self.weights[f"gating.layers.{i}.bias"]
+            x = x.relu() if i < 3 else torch.softmax(x / 10, 0)
+        rewards = self.weights["regression_layer.weight"] @ hidden[-1]
+        x = x * self.weights["gating.logit_scale"][0]
+        return (x * (rewards @ self.weights["reward_transform_matrix"])).sum().item()
+
+
+def armorm(folder):
+    """A small random checkpoint of ArmoRM's architecture, with its names; the tokenizer has Llama 3's header ids."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.5, num_labels=19, architectures=["LlamaForRewardModelWithGating"], pad_token_id=128255,
+        auto_map={"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"})
+    llama = transformers.LlamaModel(config).eval()
+    weights = {f"model.{name}": tensor for name, tensor in llama.state_dict().items()}
+    sizes = (16, 1024, 1024, 1024, 19)
+    for i in range(4):
+        weights[f"gating.layers.{i}.weight"] = torch.randn(sizes[i + 1], sizes[i]) * sizes[i] ** -0.5
+        weights[f"gating.layers.{i}.bias"] = torch.randn(sizes[i + 1])
+    weights |= {"gating.logit_scale": torch.tensor([1.3]), "regression_layer.weight": torch.randn(19, 16),
+                "reward_transform_matrix": torch.eye(19) + 0.1 * torch.randn(19, 19)}
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    special = {"<|eot_id|>": 128009, "<|start_header_id|>": 128006, "assistant": 78191, "user": 882,
+               "<|end_header_id|>": 128007, "\n\n": 271, "<unk>": 0}
+    words = {f"w{i}": 1000 + i for i in range(50)}
+    tokenizer = Tokenizer(models.WordLevel(special | words, unk_token="<unk>"))
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+    tokenizer.save_pretrained(folder)
+    return weights, llama, tokenizer
+
+
+def test_armorm_gives_the_scores_of_its_published_code(tmp_path):
+    """Also where --max_length cuts: it never loses the answer's header, and of an unseen answer the reward is unknown."""
+    (tmp_path / "armo").mkdir()
+    weights, llama, tokenizer = armorm(tmp_path / "armo")
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in (1, 5, 20, 40):
+        prompt = [{"role": "user", "content": " ".join(f"w{i}" for i in rng.integers(0, 50, n))},
+                  {"role": "assistant", "content": "w1 w2"}, {"role": "user", "content": "w3"}]
+        rows.append({"prompt": prompt, "ref_completions": [
+            {"text": " ".join(f"w{i}" for i in rng.integers(0, 50, m))} for m in (2, 10, 30)]})
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    for limit in (2048, 45):
+        out = tmp_path / str(limit)
+        call("score.py", f"--data={data}", f"--out={out}", f"--reward=model:{tmp_path / 'armo'}", f"--max_length={limit}")
+        for row in read_rows(out):
+            start = model_py.prompt_ids(tokenizer, row["prompt"])
+            for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):
+                answer = [{"role": "assistant", "content": completion["text"]}]
+                text = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False)
+                ids = tokenizer(text, add_special_tokens=False).input_ids[:limit]
+                if len(start) >= limit:
+                    assert reward is None
+                else:
+                    assert reward == pytest.approx(Published(weights, llama)(ids), rel=1e-4, abs=1e-5)
+        assert any(r is None for row in read_rows(out) for r in row["ref_rewards"]) == (limit == 45)
+
+
+def test_a_roberta_classifier_reads_as_many_tokens_as_it_has_positions(tmp_path):
+    """Its positions begin after the padding id: two fewer than max_position_embeddings."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                        intermediate_size=32, max_position_embeddings=34, num_labels=1, pad_token_id=1)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    make_tokenizer().save_pretrained(tmp_path / "judge")
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b" * 100}])
+    call("score.py", f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward=model:{tmp_path / 'judge'}")
+    assert isinstance(read_rows(tmp_path / "out")[0]["reward"], float)
+
+
+# ---- the training loop ----
+
+def test_one_token_completions_in_bfloat16_pass_the_gate(tmp_path):
+    """Rounding is larger per token where nothing averages it out."""
+    make("llama", tmp_path / "model")
+    rows = []
+    for i in range(64):
+        texts = [chr(97 + (i + k) % 26) for k in range(3)]
+        rows.append({"id": i, "prompt": "p" * (1 + i % 30), "ref_rewards": [0.0, 0.5, 1.0], "ref_completions": [
+            {"text": text, "token_ids": make_tokenizer()(text, add_special_tokens=False).input_ids,
+             "finish_reason": "length"} for text in texts]})
+    call("train.py", f"--model={tmp_path / 'model'}", f"--data={write_rows(tmp_path / 'rows.jsonl', rows)}",
+         f"--out={tmp_path / 'run'}", "--dtype=bfloat16", "--batch_size=64")
+
+
+def test_all_steps_of_an_epoch_have_nearly_the_same_size(tiny, rewarded, tmp_path):
+    """120 completions in batches of at most 50: 40 a step, not 50, 50 and 20."""
+    script = call("train.py", f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'run'}", "--batch_size=50")
+    steps = [script["step_terms"](step) for step in range(script["num_steps"])]
+    assert [len(terms) for terms in steps] == [40, 40, 40]
+    assert sorted(np.concatenate(steps).reshape(-1)) == list(range(120))
+
+
+def test_the_sampler_refuses_a_cache_that_it_does_not_carry(tmp_path, capsys):
+    for kind in ("mamba", "minimax", "bart"):
+        make(kind, tmp_path / kind)
+        data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+        refused(capsys, [kind, "--engine=vllm"], "generate_refs.py", f"--model={tmp_path / kind}", f"--data={data}",
+                f"--out={tmp_path / 'out'}")

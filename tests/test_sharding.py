@@ -1,0 +1,111 @@
+"""--shard: what a rank holds shrinks as one over the ranks, and a stopped run has the time to save."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from conftest import ROOT, call, make_tokenizer, read_rows, start_ranks, write_rows
+
+
+def make_model(folder, **config):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": 256, "eos_token_id": 257} | config))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(path, n=8):
+    """Rows with three completions each, of random letters."""
+    tokenizer = make_tokenizer()
+    rows = []
+    for i in range(n):
+        texts = ["abcdefgh"[i % 4:][:length] for length in (2, 3, 4)]
+        completions = [{"text": text, "token_ids": tokenizer(text, add_special_tokens=False).input_ids,
+                        "finish_reason": "length"} for text in texts]
+        rows.append({"id": i, "prompt": f"row {i}", "ref_completions": completions, "ref_rewards": [0.1, 0.5, 0.9]})
+    return write_rows(path, rows)
+
+
+LAYERS = 12
+HELD = {"load": 1, "reference pass": 1, "training": 4, "resume state": 3, "trained model": 3}  # copies of the weights
+
+
+def test_what_a_rank_holds_shrinks_as_one_over_the_ranks(tmp_path):
+    """In every phase at most its part, and a constant: the layers in flight with their gradients, and the activations.
+
+    The last rank stands for what is on a GPU: rank 0 also has the checkpoint and the assembled model, in CPU memory.
+    """
+    model = make_model(tmp_path / "model", hidden_size=128, intermediate_size=256, num_hidden_layers=LAYERS)
+    data = make_rows(tmp_path / "rows.jsonl", n=4)
+    copy = 4 * sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(model).parameters())
+    layer = copy / LAYERS
+    table = {}
+    for world in (1, 2, 4):
+        peaks = str(tmp_path / f"{world}_{{rank}}.json")
+
+        def before():
+            os.environ["MEMORY"] = peaks
+        ranks = start_ranks(world, "tests/memory.py", f"--model={model}", f"--data={data}", "--shard", "--batch_size=12",
+                            f"--out={tmp_path / str(world)}", "--micro_batch_tokens=36", before=before)
+        assert [rank.wait() for rank in ranks] == [0] * world
+        table[world] = json.loads((tmp_path / f"{world}_{world - 1}.json").read_text())
+    print()
+    for phase, copies in HELD.items():
+        print(f"{phase:15}" + "".join(f"{table[world][phase] / copy:8.2f}" for world in table), "copies of the model")
+        for world in (2, 4):
+            assert table[world][phase] < copies * copy / world + 8 * layer, (phase, world, table[world][phase] / copy)
+
+
+def test_sharded_training_is_that_of_one_process_and_saves_tied_weights_once(tmp_path):
+    model = make_model(tmp_path / "model", tie_word_embeddings=True, initializer_range=0.2)
+    flags = f"--model={model}", f"--data={make_rows(tmp_path / 'rows.jsonl')}", "--batch_size=6", "--learning_rate=1e-3"
+    call("train.py", *flags, f"--out={tmp_path / 'one'}")
+    ranks = start_ranks(2, "train.py", *flags, f"--out={tmp_path / 'two'}", "--shard")
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    for one, two in zip(read_rows(tmp_path / "one" / "metrics.jsonl"), read_rows(tmp_path / "two" / "metrics.jsonl")):
+        for name in ("loss", "log_ratio", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5)
+    with safe_open(tmp_path / "two" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()
+    one, two = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    ids = torch.arange(3, 30)[None]
+    torch.testing.assert_close(two(ids).logits, one(ids).logits, rtol=0, atol=1e-3)
+
+
+SLOW_SAVE = """
+import time, torch.distributed.checkpoint as dcp
+save = dcp.save
+def slow(*args, **kwargs):
+    time.sleep(4)
+    save(*args, **kwargs)
+dcp.save = slow
+"""
+
+
+@pytest.mark.parametrize("seconds", (2, 60))
+def test_torchrun_waits_for_a_slow_save_as_long_as_run_sh_tells_it(tmp_path, seconds):
+    """run.sh sets TORCH_ELASTIC_SHUTDOWN_TIMEOUT: torchrun would kill the ranks 30 s after SIGTERM (here, 2 s)."""
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=" in (ROOT / "run.sh").read_text()
+    model, data, out = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_SAVE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
+               f"--model={model}", f"--data={data}", f"--out={out}", "--batch_size=1", "--epochs=1000"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(seconds)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert bool(list(out.glob("resume/step_*"))) == (seconds == 60)
