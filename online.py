@@ -224,6 +224,8 @@ bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step
 for step in bar:
     started = time.time()
     fresh = sample(step)
+    if len(fresh.row) == 0:
+        rows.fail(f"step {step}: {args.reward} gave no known reward; look at it, and start again to continue")
     count = torch.tensor(float(len(fresh.row)), device=device)  # completions of all ranks
     if world > 1:
         dist.all_reduce(count)
