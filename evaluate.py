@@ -143,6 +143,12 @@ def by_prompt(values, row):
     return np.bincount(place, values) / np.bincount(place)
 
 
+BIASED = {  # what is said of rows that were not sampled at temperature 1 and top_p 1
+    "samples": "no KL and no objective, which are expectations over what the policy itself samples",
+    "ref_completions": "the quantiles are not those among the reference model's own completions",
+}
+
+
 def mean_and_se(values):
     """The mean and its standard error; NaN (prompts without a known reward) left out."""
     values = values[~np.isnan(values)]
@@ -180,13 +186,8 @@ def main():
     ref_R, R = by_prompt(refs.R, refs.row), by_prompt(samples.R, samples.row)
     kl = by_prompt(samples.log_ratio, samples.row)
     line("quantile reward", 4, reference=mean_and_se(ref_R), policy=mean_and_se(R))
-    if "samples" in sampling:
-        print(f"no KL and no objective: the policy was sampled at {sampling['samples']}; both need 1 and 1")
-    else:
+    if "samples" not in sampling:
         line("KL to reference, nats", 4, reference=(0.0, 0.0), policy=mean_and_se(kl))
-    if "ref_completions" in sampling:
-        print(f"quantiles are among references that were sampled at {sampling['ref_completions']}, not at "
-              "1 and 1")
     if args.beta is not None:
         objective = mean_and_se(R - args.beta * kl)
         best = args.beta * qrpo.log_partition(torch.tensor([args.beta]), args.transform).item()
@@ -194,6 +195,8 @@ def main():
         results["optimality"] = {"beta": args.beta, "transform": args.transform, "objective": objective,
                                  "quantile_reward": mean_and_se(R), "best_possible": best}
         print(f"objective {objective[0]:.4f} of a possible {best:.4f} (beta log Z)")
+    for field, how in sampling.items():
+        print(f"{field} were sampled at {how}, not at 1 and 1: {BIASED[field]}")
     if sum(unknown):
         print(f"left out: unknown rewards of {unknown[0]} reference and {unknown[1]} policy samples")
     for name, field in (("reference", "ref_completions"), ("policy", "samples")):

@@ -283,8 +283,8 @@ def check_sampler(model, args):
             if not (found - own).abs().mean() < 0.05 * own.std():
                 raise ValueError("with its cache it computes other states than without")
     except Exception as error:  # whatever the code of a family raises
-        rows.fail(f"{args.model}: a {model.config.model_type} model has a cache or recurrent state that this sampler does "
-                  f"not carry ({error}); give --engine=vllm")
+        rows.fail(f"{args.model}: a {model.config.model_type} model has a cache or recurrent state that this "
+                  f"sampler does not carry ({error}); give --engine=vllm")
 
 
 def sample_vllm(model, requests, args, ends):

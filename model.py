@@ -1,6 +1,8 @@
-"""Models: load a causal LM and its tokenizer, turn prompts and completions into token ids, and compute log pi(y|x).
+"""Models: load a causal LM and its tokenizer, turn prompts and completions into token ids, and compute
+log pi(y|x).
 
-Sampling, the reference pass, training and evaluation use the same functions, so all of them see the same tokens.
+Sampling, the reference pass, training and evaluation use the same functions, so all of them see the
+same tokens.
 
     python -c 'import model; print(model.prompt_ids(model.load_tokenizer("data/minicode/model"), "hello"))'
 """
@@ -41,8 +43,9 @@ def get_dtype(name, device):
 
 
 def keep_freed_memory():
-    """On a CPU: let glibc keep what is freed. Every step needs the same large tensors, and to get them from the kernel
-    page by page again takes 12 to 18% of a step (https://man7.org/linux/man-pages/man3/mallopt.3.html).
+    """On a CPU: let glibc keep what is freed. Every step needs the same large tensors, and to get them
+    from the kernel page by page again takes 12 to 18% of a step
+    (https://man7.org/linux/man-pages/man3/mallopt.3.html).
     """
     if platform.libc_ver()[0] == "glibc":
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
@@ -83,15 +86,18 @@ def load_weights(kind, path, **kwargs):
 
 
 def load_model(path, dtype, device, trust_remote_code=False):
-    """The causal LM of a Hugging Face folder, in evaluation mode: it has no dropout here, in training either."""
-    model = load_weights(transformers.AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    """The causal LM of a Hugging Face folder, in evaluation mode: in training, too, it has no dropout."""
+    kind = transformers.AutoModelForCausalLM
+    model = load_weights(kind, path, dtype=dtype, trust_remote_code=trust_remote_code)
     model = model.to(device).eval()
     check(model)
     return model
 
 
 def load_skeleton(path, dtype, device, trust_remote_code=False):
-    """As `load_model`, without weights, for `shard` to fill: rank 0 alone reads them, as they are stored, to its CPU."""
+    """As `load_model`, without weights, for `shard` to fill: rank 0 alone reads them, as they are
+    stored, to its CPU.
+    """
     source = None
     if rows.share()[0] == 0:
         source = load_model(path, "auto", torch.device("cpu"), trust_remote_code)
@@ -102,7 +108,8 @@ def load_skeleton(path, dtype, device, trust_remote_code=False):
     dist.broadcast_object_list(facts)
     config, generation_config, logit_rule, frozen = facts[0]
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.generation_config, model.logit_rule, model.source = generation_config, logit_rule, [source]
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
@@ -117,8 +124,8 @@ def backbone(model):
 
 
 def check(model):
-    """Find the output layer of a model, and freeze the parameters that its logits do not depend on. Refuses a model
-    whose log-probabilities this code would compute wrongly.
+    """Find the output layer of a model, and freeze the parameters that its logits do not depend on.
+    Refuses a model whose log-probabilities this code would compute wrongly.
     """
     name, config = model.name_or_path, model.config
     special = {value for key, value in config.to_dict().items() if key.endswith(("token_id", "token_index"))}
@@ -164,13 +171,13 @@ def leaves(tensor):
     return found
 
 
-MODEL_FILES = ("model", "pytorch_model", "config", "generation_config", "tokenizer", "special_tokens", "added_tokens",
-               "vocab", "merges", "chat_template")  # how the names of a model's files begin
+MODEL_FILES = ("model", "pytorch_model", "config", "generation_config", "tokenizer", "special_tokens",
+               "added_tokens", "vocab", "merges", "chat_template")  # how the names of a model's files begin
 
 
 def identity(path):
-    """What tells one model and tokenizer from another, copied or not: names, sizes, and the first and last MiB of its
-    files (training changes all of the weights). A hub name stands for itself.
+    """What tells one model and tokenizer from another, copied or not: names, sizes, and the first and
+    last MiB of its files (training changes all of the weights). A hub name stands for itself.
     """
     if not os.path.isdir(path):
         return path
@@ -189,9 +196,9 @@ def identity(path):
 def context_length(model):
     """Tokens that the model can attend to, prompt and completion together.
 
-    longrope (Phi-3 with 128k) turns to other rotations for all sequences of a batch when one exceeds the original
-    length, so log-probabilities would depend on the batch: such a context ends there. Dynamic NTK does so beyond
-    max_position_embeddings, which nothing here exceeds.
+    longrope (Phi-3 with 128k) turns to other rotations for all sequences of a batch when one exceeds
+    the original length, so log-probabilities would depend on the batch: such a context ends there.
+    Dynamic NTK does so beyond max_position_embeddings, which nothing here exceeds.
     """
     config = model.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or -1
@@ -229,25 +236,30 @@ def row_prompt_ids(tokenizer, row):
 
 
 def is_chat(value):
-    return isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+    def is_message(m):
+        return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+    return isinstance(value, list) and all(map(is_message, value))
 
 
 def render(tokenizer, messages, **kwargs):
     """The text of chat messages by the tokenizer's chat template."""
     if not tokenizer.chat_template:
-        rows.fail(f"{tokenizer.name_or_path}: the prompts are chat messages but this tokenizer has no chat template; use "
-                  "string prompts")
-    return tokenizer.apply_chat_template(messages, tokenize=False, **getattr(tokenizer, "template_args", {}), **kwargs)
+        rows.fail(f"{tokenizer.name_or_path}: the prompts are chat messages but this tokenizer has no chat "
+                  "template; use string prompts")
+    kwargs |= getattr(tokenizer, "template_args", {})
+    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
 def text_ids(tokenizer, text):
-    """Ids of a text that is not a chat: with the BOS that the tokenizer gives, never two, and no EOS at its end."""
+    """Ids of a text that is not a chat: with the BOS that the tokenizer gives, never two, and no EOS at
+    its end.
+    """
     ids = tokenizer(text).input_ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:  # the text had one of its own
         ids = ids[1:]
-    if len(ids) > 1 and ids[-1] == eos and not text.endswith(tokenizer.eos_token):  # some tokenizers close every text
+    # some tokenizers close every text
+    if len(ids) > 1 and ids[-1] == eos and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]
     return ids
 
@@ -256,13 +268,16 @@ def prompt_ids(tokenizer, prompt):
     """Token ids that the completion follows. A chat template writes its own BOS, if it wants one."""
     if isinstance(prompt, str):
         return text_ids(tokenizer, prompt)
-    return tokenizer(render(tokenizer, prompt, add_generation_prompt=True), add_special_tokens=False).input_ids
+    text = render(tokenizer, prompt, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def completion_ids(tokenizer, prompt, start, completion, ends):
-    """Token ids of a dataset's own completion, which is a whole answer, so it ends in an end token (one of `ends`).
+    """Token ids of a dataset's own completion, which is a whole answer, so it ends in an end token (one
+    of `ends`).
 
-    start: the ids of its prompt (`prompt_ids`). Sampled completions never come here: they keep the ids that were sampled.
+    start: the ids of its prompt (`prompt_ids`). Sampled completions never come here: they keep the ids
+    that were sampled.
     """
     if isinstance(prompt, str):
         before, whole = prompt, prompt + completion
@@ -281,8 +296,9 @@ def completion_ids(tokenizer, prompt, start, completion, ends):
 
 
 def chat_texts(tokenizer, prompt, completion):
-    """The text of a chat's prompt, and of prompt and answer. If the template does not write the answer right after the
-    generation prompt (it adds an empty block of thoughts, or the prompt opens one), the answer is put there as it is.
+    """The text of a chat's prompt, and of prompt and answer. If the template does not write the answer
+    right after the generation prompt (it adds an empty block of thoughts, or the prompt opens one), the
+    answer is put there as it is.
     """
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     before, whole = render(tokenizer, prompt, add_generation_prompt=True), render(tokenizer, prompt + answer)
@@ -295,7 +311,9 @@ def chat_texts(tokenizer, prompt, completion):
 
 
 def ids_within(tokenizer, text):
-    """Ids of a text in the midst of another: a SentencePiece tokenizer marks only the start of a whole text as a word's."""
+    """Ids of a text in the midst of another: a SentencePiece tokenizer marks only the start of a whole
+    text as a word's.
+    """
     anchor = tokenizer("\n", add_special_tokens=False).input_ids
     ids = tokenizer("\n" + text, add_special_tokens=False).input_ids
     if ids[:len(anchor)] == anchor:
@@ -304,8 +322,8 @@ def ids_within(tokenizer, text):
 
 
 def decode(tokenizer, prompt, ids):
-    """The text of token ids sampled after those of a prompt, without special tokens. Decoded together and cut, as a
-    SentencePiece tokenizer drops the space that a text begins with.
+    """The text of token ids sampled after those of a prompt, without special tokens. Decoded together and
+    cut, as a SentencePiece tokenizer drops the space that a text begins with.
     """
     flags = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     before, whole = tokenizer.decode(prompt, **flags), tokenizer.decode([*prompt, *ids], **flags)
@@ -332,14 +350,18 @@ def capped_at(logits, value):
     return torch.tanh(logits / value) * value
 
 
-HEADS = (  # what families do to the output of their last matrix: "plain", or (name in the config, f(logits, its value))
+# What families do to the output of their last matrix: "plain", or (name in the config, f(logits, its value))
+HEADS = (
     "plain", ("logit_scale", times), ("logits_scaling", divided_by), ("logits_scaling", times),
     ("lm_head_multiplier", times), ("logits_mup_width_multiplier", divided_by),
-    ("final_logit_softcapping", capped_at), ("logits_soft_cap", capped_at), ("output_logit_soft_cap", capped_at))
+    ("final_logit_softcapping", capped_at), ("logits_soft_cap", capped_at),
+    ("output_logit_soft_cap", capped_at))
 
 
 def output_layer(model):
-    """A function from last hidden states (n, dim) to logits (n, vocab), which `check` has found to be the model's own."""
+    """A function from last hidden states (n, dim) to logits (n, vocab), which `check` has found to be
+    the model's own.
+    """
     head = model.get_output_embeddings()
     if not hasattr(model, "logit_rule"):  # not loaded by `load_model`
         check(model)
@@ -360,22 +382,25 @@ class Policy(torch.nn.Module):
     def forward(self, tokens, prompt_lens, lens, groups=1):
         """tokens (batch, time), right-padded with anything; prompt_lens, lens (batch,) -> float32 (batch,).
 
-        There is no attention mask: the padding comes after everything that a causal model can look at. The batch goes
-        through the model in `groups` groups of similar length: with 2, pairs waste less on padding (25% -> 5%).
+        There is no attention mask: the padding comes after everything that a causal model can look at.
+        The batch goes through the model in `groups` groups of similar length: with 2, pairs waste less
+        on padding (25% -> 5%).
         """
         order = lens.argsort(descending=True, stable=True)
         states = []
         for group in order.chunk(groups):
             longest = lens[group[0]]
-            hidden = backbone(self.model)(input_ids=tokens[group, :longest], use_cache=False).last_hidden_state
+            output = backbone(self.model)(input_ids=tokens[group, :longest], use_cache=False)
+            hidden = output.last_hidden_state
             states.append(torch.nn.functional.pad(hidden, (0, 0, 0, tokens.shape[1] - longest)))
         hidden = torch.cat(states)[order.argsort()]  # (batch, time, dim)
         return qrpo.completion_logps(hidden, tokens, prompt_lens, lens, output_layer(self.model))
 
 
 def shard(policy, dtype, device):
-    """The policy of a `load_skeleton` with its parameters, and so gradients and optimizer states, sharded across ranks
-    (FSDP2). No rank ever holds more on its device than its part and one parameter or layer.
+    """The policy of a `load_skeleton` with its parameters, and so gradients and optimizer states,
+    sharded across ranks (FSDP2). No rank ever holds more on its device than its part and one parameter
+    or layer.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     source = policy.model.source.pop()
@@ -406,7 +431,8 @@ def shard(policy, dtype, device):
 
 # ---- speed ----
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # bfloat16, dense, as their maker states
+# bfloat16, dense, as their maker states
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def peak_flops(device):
@@ -419,8 +445,9 @@ def peak_flops(device):
 
 
 def flops_per_token(model, length):
-    """Floating-point operations of training on one token of a sequence of that length: 6 per weight that multiplies (an
-    input embedding does not), and attention's 6 * layers * hidden_size * length (half of the square, as it is causal).
+    """Floating-point operations of training on one token of a sequence of that length: 6 per weight
+    that multiplies (an input embedding does not), and attention's 6 * layers * hidden_size * length
+    (half of the square, as it is causal).
     """
     config, embedding = model.config.get_text_config(), model.get_input_embeddings().weight
     weights = sum(p.numel() for p in model.parameters())

@@ -49,7 +49,7 @@ def arguments(argv=None):
     add("--batch_tokens", type=int, default=0,
         help="model: padded tokens in a forward pass; memory grows with it. 0: 16384 on a GPU, 1024 on a CPU")
     add("--max_length", type=int, default=2048, help="model: cut its input to N tokens")
-    add("--trust_remote_code", action="store_true", help="model: run code that comes with it (ArmoRM)")
+    add("--trust_remote_code", action="store_true", help="model: run code that comes with it")
     add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES),
         help="tests: auto is the first that works")
     add("--packages", default=sandbox.PACKAGES, help="tests: import names of installed packages that "
@@ -225,13 +225,16 @@ class RewardModel:
         self.model = model.to(self.device).eval()
         self.limit = min(args.max_length, context_length(model))
         for name, module in model.named_modules():
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):  # RoBERTa's begin after it
+            # RoBERTa's positions begin after this index
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
                 self.limit = min(self.limit, module.num_embeddings - module.padding_idx - 1)
         self.budget = args.batch_tokens or (16384 if self.device.type == "cuda" else 1024)
         self.cut = 0  # completions whose end was not seen
 
     def ids(self, prompt, completion):
-        """The token ids that the model reads, cut at the end; None if nothing of the completion is among them."""
+        """The token ids that the model reads, cut at the end; None if nothing of the completion is
+        among them.
+        """
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             answer = as_messages(completion)

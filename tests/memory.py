@@ -1,8 +1,10 @@
-"""Run train.py and write what this rank's tensors take at most in each phase, in bytes, to the file in MEMORY.
+"""Run train.py and write what this rank's tensors take at most in each phase, in bytes, to the file in
+MEMORY.
 
-    MEMORY=peaks.json python tests/memory.py --model=... --data=... --out=...      # flags of train.py; or under torchrun
+    MEMORY=peaks.json python tests/memory.py --model=... --data=... --out=...   # train.py's flags
 
-After every operation it adds up the storages that are alive, those that FSDP resizes to nothing as nothing.
+After every operation it adds up the storages that are alive, those that FSDP resizes to nothing as
+nothing.
 """
 import json
 import os

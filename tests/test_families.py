@@ -1,5 +1,5 @@
-"""Model families: every one that transformers loads as a causal LM is sampled, trained and saved right, or refused in
-one line. docs/models.md is the table of all, which SLOW=1 makes again.
+"""Model families: every one that transformers loads as a causal LM is sampled, trained and saved right,
+or refused in one line. docs/models.md is the table of all, which SLOW=1 makes again.
 
     python -m pytest -q tests/test_families.py             # a few families of every kind
     SLOW=1 python -m pytest -q tests/test_families.py      # all; writes docs/models.md
@@ -23,11 +23,13 @@ SIZES = dict(
     vocab_size=259, hidden_size=32, d_model=32, n_embd=32, emb_dim=32, embedding_size=32, dim_model=32,
     intermediate_size=64, ffn_dim=64, decoder_ffn_dim=64, encoder_ffn_dim=64, dim_ff=64, ffn_hidden_size=64,
     num_hidden_layers=2, num_layers=2, n_layer=2, n_layers=2, decoder_layers=2, encoder_layers=2,
-    num_attention_heads=2, decoder_attention_heads=2, encoder_attention_heads=2, n_head=2, n_heads=2, num_heads=2,
+    num_attention_heads=2, decoder_attention_heads=2, encoder_attention_heads=2, n_head=2, n_heads=2,
+    num_heads=2,
     num_key_value_heads=1, head_dim=16, max_position_embeddings=64, n_positions=64, n_ctx=64, max_seq_len=64,
     moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4, n_routed_experts=4,
     num_local_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1, q_lora_rank=16,
-    kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, sliding_window=8, initializer_range=0.3,
+    kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, sliding_window=8,
+    initializer_range=0.3,
     bos_token_id=256, eos_token_id=257, pad_token_id=258, is_decoder=True)
 
 
@@ -51,23 +53,31 @@ def tiny_config(kind, more):
 ROPE = {"num_key_value_heads": 2, "head_dim": 8}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
 MORE = {
-    "axk1": ROPE, "axk2": ROPE, "deepseek_v2": ROPE | {"num_experts_per_tok": 2}, "deepseek_v3": ROPE, "deepseek_v32": ROPE, "glm_moe_dsa": ROPE,
-    "glm4_moe_lite": ROPE, "minicpm3": ROPE, "youtu": ROPE, "diffllama": {"num_key_value_heads": 2}, "bamba": MAMBA,
+    "axk1": ROPE, "axk2": ROPE, "deepseek_v2": ROPE | {"num_experts_per_tok": 2}, "deepseek_v3": ROPE,
+    "deepseek_v32": ROPE, "glm_moe_dsa": ROPE,
+    "glm4_moe_lite": ROPE, "minicpm3": ROPE, "youtu": ROPE, "diffllama": {"num_key_value_heads": 2},
+    "bamba": MAMBA,
     "granitemoehybrid": MAMBA, "codegen": {"n_head": 4, "rotary_dim": 4}, "gptj": {"rotary_dim": 8},
-    "roberta": {"pad_token_id": 1}, "roberta-prelayernorm": {"pad_token_id": 1}, "camembert": {"pad_token_id": 1},
-    "data2vec-text": {"pad_token_id": 1}, "xlm-roberta": {"pad_token_id": 1}, "xlm-roberta-xl": {"pad_token_id": 1},
+    "roberta": {"pad_token_id": 1}, "roberta-prelayernorm": {"pad_token_id": 1},
+    "camembert": {"pad_token_id": 1},
+    "data2vec-text": {"pad_token_id": 1}, "xlm-roberta": {"pad_token_id": 1},
+    "xlm-roberta-xl": {"pad_token_id": 1},
     "xmod": {"pad_token_id": 1, "languages": ["en_XX"], "default_language": "en_XX"},
     "prophetnet": {"pad_token_id": 1}, "xglm": {"pad_token_id": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "hunyuan_v1_dense": {"head_dim": 16}, "hunyuan_v1_moe": {"head_dim": 16}, "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 1},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16}, "reformer": {"axial_pos_embds_dim": [16, 16]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16},
+    "reformer": {"axial_pos_embds_dim": [16, 16]},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "roc_bert": {"pronunciation_vocab_size": 30, "shape_vocab_size": 30},
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]}, "zaya": {"num_experts_per_tok": 1}, "hyperclovax": {"logits_scaling": 0.125}, "granite": {"logits_scaling": 4.0},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "zaya": {"num_experts_per_tok": 1}, "hyperclovax": {"logits_scaling": 0.125},
+    "granite": {"logits_scaling": 4.0},
     "falcon_h1": {"lm_head_multiplier": 0.5, "mamba_d_ssm": 64} | MAMBA, "cohere": {"logit_scale": 0.3},
-    "gemma2": {"final_logit_softcapping": 3.0}, "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "falcon": {"alibi": True}, "mpt": {"max_seq_len": 64},
     "phi3": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8,
                                  "long_factor": [4.0] * 8, "original_max_position_embeddings": 64},
@@ -75,17 +85,23 @@ MORE = {
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma3": {"vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
                                  "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
-               "mm_tokens_per_image": 4, "image_token_index": 255, "boi_token_index": 254, "eoi_token_index": 253},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 259, "hidden_size_per_layer_input": 8,
-                     "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0],
+               "mm_tokens_per_image": 4, "image_token_index": 255, "boi_token_index": 254,
+               "eoi_token_index": 253},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 259,
+                     "hidden_size_per_layer_input": 8,
+                     "layer_types": ["sliding_attention", "full_attention"],
+                     "activation_sparsity_pattern": [0.0, 0.0],
                      "laurel_rank": 8},
-    "gemma4_text": {"vocab_size_per_layer_input": 259, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+    "gemma4_text": {"vocab_size_per_layer_input": 259, "hidden_size_per_layer_input": 8,
+                    "num_kv_shared_layers": 0,
                     "layer_types": ["sliding_attention", "full_attention"]},
 }
 
 LARGEST = 3_000_000  # parameters: what is larger with these sizes would need a config made by hand
-SUBSET = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "cohere", "granite", "hyperclovax",
-          "phi3", "mixtral", "ernie4_5_moe", "bloom", "mamba", "bert", "modernbert-decoder", "minimax", "llama4")
+SUBSET = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "cohere", "granite",
+          "hyperclovax",
+          "phi3", "mixtral", "ernie4_5_moe", "bloom", "mamba", "bert", "modernbert-decoder", "minimax",
+          "llama4")
 TABLE = ROOT / "docs" / "models.md"
 PROMPTS = ("one", "another prompt", "x", "a b c")
 
@@ -110,7 +126,8 @@ def make(kind, folder):
     """A tiny random model of this type in a folder."""
     config = tiny_config(kind, MORE.get(kind, {}))
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+        parameters = sum(p.numel() for p in empty.parameters())
     if parameters > LARGEST:
         pytest.skip(f"{parameters:,} parameters with these sizes")
     torch.manual_seed(0)
@@ -140,7 +157,8 @@ def walk(kind, folder):
         own = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
 
     # the sampler, greedily, against the model's own generate
-    flags = f"--model={folder / 'model'}", f"--data={folder / 'prompts.jsonl'}", "--max_new_tokens=12", "--dtype=float32"
+    flags = (f"--model={folder / 'model'}", f"--data={folder / 'prompts.jsonl'}", "--max_new_tokens=12",
+             "--dtype=float32")
     try:
         must("generate_refs.py", *flags, f"--out={folder / 'greedy'}", "--num_refs=1", "--temperature=0")
         ends = model_py.end_ids(own, tokenizer)
@@ -160,7 +178,8 @@ def walk(kind, folder):
         notes.append("not sampled here (--engine=vllm)")
         rng = np.random.default_rng(0)
         refs = [{"id": i, "prompt": text, "ref_completions": [
-            {"text": "", "token_ids": rng.integers(0, 128, n).tolist(), "finish_reason": "length"} for n in (3, 5, 12)]}
+            {"text": "", "token_ids": rng.integers(0, 128, n).tolist(),
+             "finish_reason": "length"} for n in (3, 5, 12)]}
             for i, text in enumerate(PROMPTS)]
         for row in refs:
             for completion in row["ref_completions"]:
@@ -170,13 +189,16 @@ def walk(kind, folder):
     for row in refs:
         row["ref_rewards"] = [0.1, 0.5, 0.9]
     write_rows(folder / "rewarded.jsonl", refs)
-    trained = must("train.py", f"--model={folder / 'model'}", f"--data={folder / 'rewarded.jsonl'}", "--batch_size=6",
+    trained = must("train.py", f"--model={folder / 'model'}", f"--data={folder / 'rewarded.jsonl'}",
+                   "--batch_size=6",
                    f"--out={folder / 'run'}", "--learning_rate=1e-2", "--epochs=2", "--dtype=float32")
     data = trained["train_data"]
     for i in range(len(data.lens)):
         ids = torch.tensor(data.tokens[data.starts[i]:data.starts[i] + data.lens[i]].astype(np.int64))
         with torch.no_grad():
-            each = own(ids[None], use_cache=False).logits[0].float().log_softmax(-1)[:-1].gather(1, ids[1:, None])
+            each = own(ids[None], use_cache=False).logits[0].float().log_softmax(-1)[:-1].gather(1,
+                                                                                                 ids[1:,
+                                                                                                     None])
         expected = each[data.prompt_lens[i] - 1:].sum().item()
         assert abs(data.ref_logps[i] - expected) < 1e-4 * max(10, abs(expected)), kind
 
@@ -200,7 +222,8 @@ def outcome(kind, folder):
     try:
         return walk(kind, folder)
     except Refused as refusal:
-        return "refused: " + re.sub(r"\(.*", "", str(refusal).split(" model ", 1)[-1].split(": ", 1)[-1]).strip()
+        return "refused: " + re.sub(r"\(.*", "",
+                                    str(refusal).split(" model ", 1)[-1].split(": ", 1)[-1]).strip()
 
 
 @pytest.mark.parametrize("kind", SUBSET)
@@ -215,7 +238,8 @@ def test_all_families_and_their_table(tmp_path):
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
             make(kind, tmp_path / kind / "model")
-        except (Exception, pytest.skip.Exception):  # no tiny config without work by hand, or a library is missing
+        except (Exception,
+                pytest.skip.Exception):  # no tiny config without work by hand, or a library is missing
             not_tried.append(kind)
             continue
         try:

@@ -1,4 +1,4 @@
-"""What real checkpoints, tokenizers and chat templates do to the pipeline: nothing goes wrong without a word."""
+"""Real checkpoints, tokenizers, chat templates and rewards: nothing goes wrong without a word."""
 import json
 import re
 
@@ -23,23 +23,28 @@ CPU = torch.device("cpu")
 
 def log_ratio(path, reference, data):
     """The mean log-ratio of a saved model on train.py's arrays."""
-    logps = [dataset.all_logps(model_py.Policy(model_py.load_model(folder, torch.float32, CPU)), data, 10_000, CPU)
+    logps = [dataset.all_logps(model_py.Policy(model_py.load_model(folder, torch.float32, CPU)), data,
+                               10_000, CPU)
              for folder in (path, reference)]
     return float((logps[0] - logps[1]).mean())
 
 
 @pytest.mark.parametrize("learning_rate", (1e-7, 3e-7, 1e-6))
 def test_the_saved_model_has_the_last_logged_log_ratio(tmp_path, capsys, learning_rate):
-    """Of a bfloat16 checkpoint, at the paper's learning rates; rounded on request, and then the share is said."""
+    """Of a bfloat16 checkpoint, at the paper's learning rates; rounded on request, and then the share
+    is said.
+    """
     model, data = make_model(tmp_path / "model", hidden_size=64), make_rows(tmp_path / "rows.jsonl")
-    flags = (f"--model={model}", f"--data={data}", f"--eval_data={data}", "--batch_size=6", "--epochs=10", "--beta=0.03",
+    flags = (f"--model={model}", f"--data={data}", f"--eval_data={data}", "--batch_size=6", "--epochs=10",
+             "--beta=0.03",
              f"--learning_rate={learning_rate}")
     script = call("train.py", *flags, f"--out={tmp_path / 'run'}")
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["eval_log_ratio"]
     assert log_ratio(tmp_path / "run", model, script["eval_data"]) == pytest.approx(logged, rel=0.02)
     capsys.readouterr()
     call("train.py", *flags, f"--out={tmp_path / 'rounded'}", "--save_dtype=bfloat16")
-    said = re.search(r"in bfloat16 the model has an eval_log_ratio of (\S+),", capsys.readouterr().out).group(1)
+    said = re.search(r"in bfloat16 the model has an eval_log_ratio of (\S+),",
+                     capsys.readouterr().out).group(1)
     assert load_file(tmp_path / "rounded" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     assert log_ratio(tmp_path / "rounded", model, script["eval_data"]) == pytest.approx(float(said), rel=0.02)
 
@@ -52,7 +57,8 @@ def test_a_checkpoint_that_lacks_weights_is_refused_with_their_names(tmp_path, c
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
-    refused(capsys, ["lm_head.weight", "lacks"], "generate_refs.py", f"--model={tmp_path / 'model'}", f"--data={data}",
+    refused(capsys, ["lm_head.weight", "lacks"], "generate_refs.py", f"--model={tmp_path / 'model'}",
+            f"--data={data}",
             f"--out={tmp_path / 'out'}")
     make("llama", tmp_path / "base")  # a causal LM is no reward model: its score head would be random
     data = write_rows(tmp_path / "answers.jsonl", [{"prompt": "a", "completion": "b"}])
@@ -70,15 +76,18 @@ def test_longrope_ends_at_its_border_so_that_no_batch_changes_a_log_probability(
         alone = policy(tokens[:1, :40], torch.tensor([5]), torch.tensor([40]))[0]
         beside = policy(tokens, torch.tensor([5, 5]), torch.tensor([40, 64]))[0]
     assert abs(alone - beside) < 1e-3
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a" * 60, "chosen": "b" * 20, "rejected": "c" * 20}])
-    refused(capsys, ["81 tokens", "context holds 64"], "train.py", f"--model={tmp_path / 'model'}", f"--data={data}",
+    data = write_rows(tmp_path / "rows.jsonl",
+                      [{"prompt": "a" * 60, "chosen": "b" * 20, "rejected": "c" * 20}])
+    refused(capsys, ["81 tokens", "context holds 64"], "train.py", f"--model={tmp_path / 'model'}",
+            f"--data={data}",
             f"--out={tmp_path / 'run'}", "--train_on=chosen", "--loss=sft")
 
 
 def test_parameters_that_text_does_not_reach_are_frozen_and_ddp_and_resume_work(tmp_path):
     """A multimodal checkpoint: its vision tower gets no gradient."""
     make("gemma3", tmp_path / "model")
-    flags = (f"--model={tmp_path / 'model'}", f"--data={make_rows(tmp_path / 'rows.jsonl')}", "--batch_size=6",
+    flags = (f"--model={tmp_path / 'model'}", f"--data={make_rows(tmp_path / 'rows.jsonl')}",
+             "--batch_size=6",
              "--save_every=2", "--learning_rate=1e-3")
     ranks = start_ranks(2, "train.py", *flags, f"--out={tmp_path / 'two'}")
     assert [rank.wait() for rank in ranks] == [0, 0]
@@ -89,7 +98,8 @@ def test_parameters_that_text_does_not_reach_are_frozen_and_ddp_and_resume_work(
 
 # ---- how rows were sampled ----
 
-def test_evaluation_at_another_temperature_prints_no_kl_and_training_says_so(tiny, rewarded, tmp_path, capsys):
+def test_evaluation_at_another_temperature_prints_no_kl_and_training_says_so(tiny, rewarded, tmp_path,
+                                                                             capsys):
     table = read_rows(rewarded)
     for row in table:
         row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
@@ -120,7 +130,8 @@ def sentencepiece():
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=["\n"],
+    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>", "<s>", "</s>"],
+                                  initial_alphabet=["\n"],
                                   show_progress=False)
     tokenizer.train_from_iterator(["once upon a time there was a yes and a no"] * 20, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
@@ -130,11 +141,15 @@ def real_sentencepiece():
     return transformers.AutoTokenizer.from_pretrained(MATERIAL / "stories260K")
 
 
-@pytest.mark.parametrize("load", (sentencepiece, pytest.param(real_sentencepiece, marks=needs("stories260K"))))
-@pytest.mark.parametrize("prompt, completion", (("once upon a", " time"), ("there was", "time"), ("once ", "upon a"),
+@pytest.mark.parametrize("load",
+                         (sentencepiece, pytest.param(real_sentencepiece, marks=needs("stories260K"))))
+@pytest.mark.parametrize("prompt, completion",
+                         (("once upon a", " time"), ("there was", "time"), ("once ", "upon a"),
                                                 ("a", "\n no"), ("yes ", " no"), ("a ti", "me")))
 def test_a_sentencepiece_completion_has_its_own_text(load, prompt, completion):
-    """The text that follows the prompt, with its leading space; and a dataset's answer is tokenised to that text."""
+    """The text that follows the prompt, with its leading space; and a dataset's answer is tokenised to
+    that text.
+    """
     tokenizer = load()
     start = model_py.prompt_ids(tokenizer, prompt)
     ids = model_py.completion_ids(tokenizer, prompt, start, completion, [tokenizer.eos_token_id])
@@ -166,16 +181,20 @@ def chat_tokenizer(name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("template_args", ({}, {"enable_thinking": False}))
-def test_the_answer_itself_is_trained_right_after_the_generation_prompt(tmp_path, capsys, name, template_args):
+def test_the_answer_itself_is_trained_right_after_the_generation_prompt(tmp_path, capsys, name,
+                                                                        template_args):
     """And so the dry run shows it; no empty thoughts are trained, and no data set is refused."""
     make("llama", tmp_path / "model")
     chat_tokenizer(name).save_pretrained(tmp_path / "model")
     chat = [{"role": "user", "content": "hi"}]
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": chat, "chosen": "yes ", "rejected": "no"}])
-    call("train.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'run'}", "--dry_run",
+    call("train.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'run'}",
+         "--dry_run",
          "--train_on=chosen", "--loss=sft", "--template_args=" + json.dumps(template_args))
     shown = re.search(r"hi<end>\n(.*?)>>>(.*?)<<<", capsys.readouterr().out, re.S)
-    opened = {"thinks first": "<think>\n"} | ({"empty thoughts": "<think>\n\n</think>\n\n"} if template_args else {})
+    opened = {"thinks first": "<think>\n"}
+    if template_args:
+        opened["empty thoughts"] = "<think>\n\n</think>\n\n"
     assert shown.group(1) == "[assistant]" + opened.get(name, "")
     assert shown.group(2) == {"strips": "yes<end>"}.get(name, "yes <end>")
 
@@ -185,13 +204,15 @@ def test_template_args_reach_the_sampler_and_training_wants_the_same(tmp_path, c
     chat_tokenizer("empty thoughts").save_pretrained(tmp_path / "model")
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}] * 2)
     quiet = '--template_args={"enable_thinking": false}'
-    call("generate_refs.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'refs'}", quiet,
+    call("generate_refs.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'refs'}",
+         quiet,
          "--num_refs=2", "--max_new_tokens=4")
     table = read_rows(tmp_path / "refs")
     for row in table:
         row["ref_rewards"] = [0.0, 1.0]
     write_rows(tmp_path / "rewarded.jsonl", table)
-    flags = f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'rewarded.jsonl'}", f"--out={tmp_path / 'run'}"
+    flags = (f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'rewarded.jsonl'}",
+             f"--out={tmp_path / 'run'}")
     refused(capsys, ["enable_thinking", "give the same"], "train.py", *flags)
     script = call("train.py", *flags, quiet, "--dry_run")
     start = script["tokenizer"].decode(script["train_data"].tokens[:script["train_data"].prompt_lens[0]])
@@ -206,7 +227,8 @@ def test_an_async_reward_function(tmp_path):
         "import asyncio\nasync def reward(prompts, completions, **columns):\n"
         "    await asyncio.sleep(0)\n    return [float(len(text)) for text in completions]\n")
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "four"}])
-    call("score.py", f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={tmp_path / 'reward.py'}:reward")
+    call("score.py", f"--data={data}", f"--out={tmp_path / 'out'}",
+         f"--reward={tmp_path / 'reward.py'}:reward")
     assert read_rows(tmp_path / "out")[0]["reward"] == 4
 
 
@@ -231,11 +253,14 @@ class Published(nn.Module):
 
 
 def armorm(folder):
-    """A small random checkpoint of ArmoRM's architecture, with its names; the tokenizer has Llama 3's header ids."""
+    """A small random checkpoint of ArmoRM's architecture, with its names; the tokenizer has Llama 3's
+    header ids.
+    """
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=128256, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.5, num_labels=19, architectures=["LlamaForRewardModelWithGating"], pad_token_id=128255,
+        initializer_range=0.5, num_labels=19, architectures=["LlamaForRewardModelWithGating"],
+        pad_token_id=128255,
         auto_map={"AutoModelForSequenceClassification": "modeling_custom.LlamaForRewardModelWithGating"})
     llama = transformers.LlamaModel(config).eval()
     weights = {f"model.{name}": tensor for name, tensor in llama.state_dict().items()}
@@ -255,14 +280,17 @@ def armorm(folder):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
     tokenizer.chat_template = (
-        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
     tokenizer.save_pretrained(folder)
     return weights, llama, tokenizer
 
 
 def test_armorm_gives_the_scores_of_its_published_code(tmp_path):
-    """Also where --max_length cuts: it never loses the answer's header, and of an unseen answer the reward is unknown."""
+    """Also where --max_length cuts: it never loses the answer's header, and of an unseen answer the
+    reward is unknown.
+    """
     (tmp_path / "armo").mkdir()
     weights, llama, tokenizer = armorm(tmp_path / "armo")
     rng = np.random.default_rng(0)
@@ -275,7 +303,8 @@ def test_armorm_gives_the_scores_of_its_published_code(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", rows)
     for limit in (2048, 45):
         out = tmp_path / str(limit)
-        call("score.py", f"--data={data}", f"--out={out}", f"--reward=model:{tmp_path / 'armo'}", f"--max_length={limit}")
+        call("score.py", f"--data={data}", f"--out={out}", f"--reward=model:{tmp_path / 'armo'}",
+             f"--max_length={limit}")
         for row in read_rows(out):
             start = model_py.prompt_ids(tokenizer, row["prompt"])
             for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):
@@ -292,8 +321,10 @@ def test_armorm_gives_the_scores_of_its_published_code(tmp_path):
 def test_a_roberta_classifier_reads_as_many_tokens_as_it_has_positions(tmp_path):
     """Its positions begin after the padding id: two fewer than max_position_embeddings."""
     torch.manual_seed(0)
-    config = transformers.RobertaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                        intermediate_size=32, max_position_embeddings=34, num_labels=1, pad_token_id=1)
+    config = transformers.RobertaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1,
+                                        num_attention_heads=2,
+                                        intermediate_size=32, max_position_embeddings=34, num_labels=1,
+                                        pad_token_id=1)
     transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "judge")
     make_tokenizer().save_pretrained(tmp_path / "judge")
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b" * 100}])
@@ -303,22 +334,24 @@ def test_a_roberta_classifier_reads_as_many_tokens_as_it_has_positions(tmp_path)
 
 # ---- the training loop ----
 
-def test_one_token_completions_in_bfloat16_pass_the_gate(tmp_path):
-    """Rounding is larger per token where nothing averages it out."""
-    make("llama", tmp_path / "model")
-    rows = []
-    for i in range(64):
-        texts = [chr(97 + (i + k) % 26) for k in range(3)]
-        rows.append({"id": i, "prompt": "p" * (1 + i % 30), "ref_rewards": [0.0, 0.5, 1.0], "ref_completions": [
-            {"text": text, "token_ids": make_tokenizer()(text, add_special_tokens=False).input_ids,
-             "finish_reason": "length"} for text in texts]})
-    call("train.py", f"--model={tmp_path / 'model'}", f"--data={write_rows(tmp_path / 'rows.jsonl', rows)}",
-         f"--out={tmp_path / 'run'}", "--dtype=bfloat16", "--batch_size=64")
+@pytest.mark.parametrize("length", (1, 16))
+def test_the_gate_allows_the_rounding_of_one_token_and_less_per_token_of_many(tiny, tmp_path, length):
+    """0.028 nats was seen on one-token completions in bfloat16; the errors of n tokens add up to
+    sqrt(n) of one.
+    """
+    completion = {"text": "a" * length, "token_ids": [make_tokenizer()("a").input_ids[-1]] * length,
+                  "finish_reason": "length"}
+    rows = [{"id": i, "prompt": "p", "ref_rewards": [0.0, 1.0],
+             "ref_completions": [completion] * 2} for i in range(8)]
+    script = call("train.py", f"--model={tiny}", f"--data={write_rows(tmp_path / 'rows.jsonl', rows)}",
+                  f"--out={tmp_path / 'run'}", "--dtype=bfloat16", "--batch_size=8")
+    assert script["drift_limit"] == pytest.approx(0.3 / length ** 0.5)
 
 
 def test_all_steps_of_an_epoch_have_nearly_the_same_size(tiny, rewarded, tmp_path):
     """120 completions in batches of at most 50: 40 a step, not 50, 50 and 20."""
-    script = call("train.py", f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'run'}", "--batch_size=50")
+    script = call("train.py", f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'run'}",
+                  "--batch_size=50")
     steps = [script["step_terms"](step) for step in range(script["num_steps"])]
     assert [len(terms) for terms in steps] == [40, 40, 40]
     assert sorted(np.concatenate(steps).reshape(-1)) == list(range(120))
@@ -328,5 +361,6 @@ def test_the_sampler_refuses_a_cache_that_it_does_not_carry(tmp_path, capsys):
     for kind in ("mamba", "minimax", "bart"):
         make(kind, tmp_path / kind)
         data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
-        refused(capsys, [kind, "--engine=vllm"], "generate_refs.py", f"--model={tmp_path / kind}", f"--data={data}",
+        refused(capsys, [kind, "--engine=vllm"], "generate_refs.py", f"--model={tmp_path / kind}",
+                f"--data={data}",
                 f"--out={tmp_path / 'out'}")
