@@ -56,7 +56,6 @@ def start(model, data, sft):
         "REWARD": "tests" if data == "leetcode" else REWARD_MODEL,
         "SEED": 27,
         "GENERATE": "--num_refs=50 --max_new_tokens=2048",
-        "SCORE": "" if data == "leetcode" else "--trust_remote_code",
         "EVALUATE": f"--num_refs=3 --top_p=0.9 --temperature={temperature}",
     }
     return name, f"out/paper/{name}", env

@@ -6,7 +6,6 @@ or refused in one line. docs/models.md is the table of all, which SLOW=1 makes a
 """
 import contextlib
 import io
-import re
 import shutil
 
 import numpy as np
@@ -222,8 +221,12 @@ def outcome(kind, folder):
     try:
         return walk(kind, folder)
     except Refused as refusal:
-        return "refused: " + re.sub(r"\(.*", "",
-                                    str(refusal).split(" model ", 1)[-1].split(": ", 1)[-1]).strip()
+        reason = str(refusal).split(" model ", 1)[-1].split(": ", 1)[-1]
+        return "refused: " + reason.split("(")[0].strip()
+    except AssertionError as error:
+        if "make sure to use `model.train()`" not in str(error):
+            raise
+        return "fails in the backward pass: its own code trains only with dropout"
 
 
 @pytest.mark.parametrize("kind", SUBSET)
