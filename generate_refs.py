@@ -1,12 +1,11 @@
 """Sample completions from a model: the reference completions whose rewards give QRPO its quantiles, or
-an evaluation's.
+those of a trained policy, to evaluate it.
 
-Reads prompts (rows with `prompt`: a string or chat messages), writes the rows to OUT with
-`ref_completions` (or, with --field=samples, `samples`): a list of {"text", "token_ids",
-"finish_reason"}. An end token stands in token_ids only where the model sampled it ("stop"); a
-completion that ran out of tokens has finish_reason "length". A killed run continues; under torchrun or
-in a SLURM array the processes share the rows. --engine=vllm hands the sampling to vLLM, where that is
-installed.
+Reads prompts (rows with `prompt`: a string or chat messages). Writes the rows to OUT with
+`ref_completions` (with --field=samples: `samples`), a list of {"text", "token_ids", "finish_reason"}. An
+end token is in token_ids only where the model sampled it ("stop"); a completion that ran out of tokens has
+finish_reason "length". A killed run continues; under torchrun the processes share the rows. --engine=vllm
+samples with vLLM, if it is installed.
 
     python generate_refs.py --model=data/minicode/model --data=data/minicode/train.jsonl --out=out/refs
 """
@@ -39,7 +38,7 @@ def arguments():
     add("--field", default="ref_completions", choices=("ref_completions", "samples"),
         help="samples: those of a trained policy, beside the references, to evaluate it or to train on")
     add("--num_refs", type=int, default=16, help="completions per prompt")
-    add("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy")
+    add("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens")
     add("--batch_size", type=int, default=128,
@@ -120,7 +119,7 @@ class Cache(transformers.Cache):
         . . . . . c c c _ _     left, `make_room` copies all of them to the left of a wider buffer
     """
 
-    FREE_COLUMNS = 128  # in new buffers: one copy every so many steps
+    FREE_COLUMNS = 128  # in new buffers: steps until they are copied again
 
     def __init__(self, batch_size):
         super().__init__(layers=[])
