@@ -141,7 +141,7 @@ def test_a_model_with_a_recurrent_state_cannot_be_sampled(tiny, tmp_path, capsys
     config = transformers.MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, state_size=4)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
     load_tokenizer(tiny).save_pretrained(tmp_path / "mamba")
-    refused(capsys, ["mamba", "keeps a state", "--engine=vllm"], "generate_refs.py", *prompts(
+    refused(capsys, ["mamba", "recurrent state", "--engine=vllm"], "generate_refs.py", *prompts(
         tmp_path / "mamba", tmp_path))
     assert not (tmp_path / "out").exists()
 

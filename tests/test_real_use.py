@@ -1,6 +1,11 @@
 """Real checkpoints, tokenizers, chat templates and rewards: nothing goes wrong without a word."""
+import errno
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +17,9 @@ from torch import nn
 
 import dataset
 import model as model_py
-from conftest import MATERIAL, call, make_tokenizer, needs, read_rows, refused, start_ranks, write_rows
+import rows
+from conftest import (MATERIAL, ROOT, Process, call, make_tokenizer, needs, read_rows, refused, start_ranks,
+                      write_rows)
 from test_families import make
 from test_sharding import make_model, make_rows
 
@@ -294,13 +301,13 @@ def test_armorm_gives_the_scores_of_its_published_code(tmp_path):
     (tmp_path / "armo").mkdir()
     weights, llama, tokenizer = armorm(tmp_path / "armo")
     rng = np.random.default_rng(0)
-    rows = []
+    table = []
     for n in (1, 5, 20, 40):
         prompt = [{"role": "user", "content": " ".join(f"w{i}" for i in rng.integers(0, 50, n))},
                   {"role": "assistant", "content": "w1 w2"}, {"role": "user", "content": "w3"}]
-        rows.append({"prompt": prompt, "ref_completions": [
+        table.append({"prompt": prompt, "ref_completions": [
             {"text": " ".join(f"w{i}" for i in rng.integers(0, 50, m))} for m in (2, 10, 30)]})
-    data = write_rows(tmp_path / "rows.jsonl", rows)
+    data = write_rows(tmp_path / "rows.jsonl", table)
     for limit in (2048, 45):
         out = tmp_path / str(limit)
         call("score.py", f"--data={data}", f"--out={out}", f"--reward=model:{tmp_path / 'armo'}",
@@ -341,9 +348,9 @@ def test_the_gate_allows_the_rounding_of_one_token_and_less_per_token_of_many(ti
     """
     completion = {"text": "a" * length, "token_ids": [make_tokenizer()("a").input_ids[-1]] * length,
                   "finish_reason": "length"}
-    rows = [{"id": i, "prompt": "p", "ref_rewards": [0.0, 1.0],
+    table = [{"id": i, "prompt": "p", "ref_rewards": [0.0, 1.0],
              "ref_completions": [completion] * 2} for i in range(8)]
-    script = call("train.py", f"--model={tiny}", f"--data={write_rows(tmp_path / 'rows.jsonl', rows)}",
+    script = call("train.py", f"--model={tiny}", f"--data={write_rows(tmp_path / 'rows.jsonl', table)}",
                   f"--out={tmp_path / 'run'}", "--dtype=bfloat16", "--batch_size=8")
     assert script["drift_limit"] == pytest.approx(0.3 / length ** 0.5)
 
@@ -364,3 +371,91 @@ def test_the_sampler_refuses_a_cache_that_it_does_not_carry(tmp_path, capsys):
         refused(capsys, [kind, "--engine=vllm"], "generate_refs.py", f"--model={tmp_path / kind}",
                 f"--data={data}",
                 f"--out={tmp_path / 'out'}")
+
+
+# ---- files, processes, memory ----
+
+def test_ranks_wait_for_hours_while_the_main_one_reads_or_saves(tiny, rewarded, tmp_path):
+    """NCCL's default is ten minutes."""
+    def before():
+        init = torch.distributed.init_process_group
+
+        def checked(*args, timeout, **kwargs):
+            assert timeout.total_seconds() > 3600
+            init(*args, timeout=timeout, **kwargs)
+        torch.distributed.init_process_group = checked
+    ranks = start_ranks(2, "train.py", f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'run'}",
+                        before=before)
+    assert [rank.wait() for rank in ranks] == [0, 0]
+
+
+def test_what_a_killed_process_left_in_the_cache_blocks_nobody(tiny, rewarded, tmp_path):
+    flags = f"--model={tiny}", f"--data={rewarded}", f"--cache={tmp_path / 'cache'}"
+    call("train.py", *flags, f"--out={tmp_path / 'one'}")
+    for path in list((tmp_path / "cache").iterdir()):  # as if both had been killed while they were written
+        if path.suffix != ".lock":
+            path.rename(path.with_name(f".new_{path.name}"))
+    call("train.py", *flags, f"--out={tmp_path / 'two'}")
+    assert (tmp_path / "two" / "model.safetensors").read_bytes() == (
+        tmp_path / "one" / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_keeps_its_checkpoints_and_no_resume_state(tiny, rewarded, tmp_path):
+    """Also one that continued with another --save_every."""
+    flags = f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'run'}", "--batch_size=20"
+
+    def before():  # killed in the fourth step
+        step = torch.optim.AdamW.step
+        count = iter(range(100))
+
+        def stepping(self, *args, **kwargs):
+            if next(count) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, *args, **kwargs)
+        torch.optim.AdamW.step = stepping
+    assert Process("train.py", *flags, "--save_every=2", before=before).wait() == -signal.SIGKILL
+    call("train.py", *flags, "--save_every=3", "--resume")
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {"step_000002", "step_000003"}
+    assert not (tmp_path / "run" / "resume").exists()
+
+
+def test_columns_of_any_name_and_content_reach_the_end(tiny, tmp_path):
+    """NaN as pandas writes it, half a surrogate pair, and the names of the reward's own arguments."""
+    line = '{"prompt": "a", "prompts": 1, "completions": 2, "score": NaN, "broken": "\\ud83d"}\n'
+    (tmp_path / "rows.jsonl").write_text(line)
+    (tmp_path / "reward.py").write_text(
+        "def reward(prompts, completions, score, broken, **columns):\n"
+        "    assert score == [None] * 2 and broken == ['\\ud83d'] * 2\n    return [0.0, 1.0]\n")
+    call("generate_refs.py", f"--model={tiny}", f"--data={tmp_path / 'rows.jsonl'}",
+         f"--out={tmp_path / 'refs'}", "--num_refs=2", "--max_new_tokens=4")
+    call("score.py", f"--data={tmp_path / 'refs'}", f"--out={tmp_path / 'scored'}",
+         f"--reward={tmp_path / 'reward.py'}:reward")
+    row = read_rows(tmp_path / "scored")[0]
+    assert row["ref_rewards"] == [0, 1] and row["prompts"] == 1 and row["broken"] == "\ud83d"
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(rows.fcntl, "flock", no_locks)
+    rows.append(rows.open_part(tmp_path / "part.jsonl"), {"id": 1})
+    assert read_rows(tmp_path / "part.jsonl") == [{"id": 1}] and "No locks" in capsys.readouterr().out
+
+
+def test_scoring_does_not_hold_the_rows_in_memory(tmp_path):
+    """20 and 200 rows of half a megabyte: the same peak, within 30 MB."""
+    (tmp_path / "reward.py").write_text("def reward(prompts, completions, **columns):\n"
+                                        "    return [0.0] * len(completions)\n")
+    completion = {"text": "word " * 200, "token_ids": list(range(10_000, 10_500)), "finish_reason": "stop"}
+    peaks = []
+    for n in (20, 200):
+        table = [{"id": i, "prompt": "p", "ref_completions": [completion] * 100} for i in range(n)]
+        data = write_rows(tmp_path / f"{n}.jsonl", table)
+        code = ("import runpy, sys; sys.argv[0] = 'score.py'\n"
+                "runpy.run_path('score.py', run_name='__main__')\nprint(open('/proc/self/status').read())")
+        flags = (f"--data={data}", f"--out={tmp_path / f'out{n}'}",
+                 f"--reward={tmp_path / 'reward.py'}:reward")
+        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout).group(1)) / 1024)
+    assert peaks[1] - peaks[0] < 30, peaks
