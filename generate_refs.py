@@ -273,13 +273,15 @@ def check_sampler(model, args):
     try:
         for completion in prefill(model, requests, argparse.Namespace(**vars(args) | {"num_refs": 1})):
             cache.join(*completion.prefix)
+        states = []  # of each step, (2, dim)
         for i in range(steps, 0, -1):
             tokens = torch.tensor([ids[-i] for ids in sequences], device=model.device)
-            hidden = decode_step(model, cache, tokens)
-        for ids, found in zip(sequences, hidden):
+            states.append(decode_step(model, cache, tokens))
+        for ids, found in zip(sequences, torch.stack(states, 1)):  # (steps, dim)
             ids = torch.tensor([ids], device=model.device)
-            own = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
-            if not (found - own).abs().mean() < 0.05 * own.std():
+            own = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -steps:]
+            error = (found - own).abs().mean(1).median()  # in bfloat16, single tokens may go to other experts
+            if not error < (0.01 if model.dtype == torch.float32 else 0.1) * own.std():
                 raise ValueError("with its cache it computes other states than without")
     except Exception as error:  # whatever the code of a family raises
         rows.fail(f"{args.model}: a {model.config.model_type} model has a cache or recurrent state that this "

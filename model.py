@@ -149,7 +149,8 @@ def check(model):
             with torch.no_grad(), contextlib.suppress(RuntimeError):  # a head of another shape
                 errors[rule] = (output_layer(model)(hidden) - own).abs().max().item()
     model.logit_rule = min(errors, key=errors.get, default=None)
-    if model.logit_rule is None or not errors[model.logit_rule] < 0.01 * own.std():
+    tolerance = 0.01 if model.dtype == torch.float32 else 0.1  # of the largest error, in standard deviations
+    if model.logit_rule is None or not errors[model.logit_rule] < tolerance * own.std():
         rows.fail(f"{name}: the logits of a {config.model_type} model do not follow from its last hidden "
                   "states in a way that model.py knows (HEADS)")
     reached = leaves(own)

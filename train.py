@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -361,14 +362,15 @@ def save_model(folder, save_dtype="float32"):
     trained.
     """
     state, gathered = {}, {}
-    for name, tensor in model.state_dict().items():
-        local = tensor.to_local() if args.shard else tensor
-        if local.data_ptr() not in gathered:  # tied weights stay one tensor
-            full = tensor.full_tensor() if args.shard else tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:  # tied weights stay one tensor
+            full = tensor.detach()
+            if isinstance(full, DTensor):
+                full = full.full_tensor()
             if full.is_floating_point():
                 full = full.to(getattr(torch, save_dtype))
-            gathered[local.data_ptr()] = full.cpu() if main_process else None
-        state[name] = gathered[local.data_ptr()]
+            gathered[id(tensor)] = full.cpu() if main_process else None
+        state[name] = gathered[id(tensor)]
     if main_process:
         new = folder.with_name(f".new_{folder.name}")
         with saving(folder):

@@ -121,9 +121,9 @@ def must(script, *flags):
         raise Refused(errors[0].removeprefix("error: ")) from None
 
 
-def make(kind, folder):
-    """A tiny random model of this type in a folder."""
-    config = tiny_config(kind, MORE.get(kind, {}))
+def make(kind, folder, **more):
+    """A tiny random model of this type in a folder; more: of its config."""
+    config = tiny_config(kind, MORE.get(kind, {}) | more)
     with torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(config)
         parameters = sum(p.numel() for p in empty.parameters())

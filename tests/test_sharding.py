@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from conftest import ROOT, call, make_tokenizer, read_rows, start_ranks, write_rows
+from test_families import make
 
 
 def make_model(folder, **config):
@@ -93,6 +95,23 @@ def test_sharded_training_is_that_of_one_process_and_saves_tied_weights_once(tmp
     one, two = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
     ids = torch.arange(3, 30)[None]
     torch.testing.assert_close(two(ids).logits, one(ids).logits, rtol=0, atol=1e-3)
+
+
+def test_ranks_that_hold_nothing_of_a_small_tensor_do_not_wait_for_ever(tmp_path):
+    """Two experts on four ranks: two ranks have no part of the router's weights."""
+    make("mixtral", tmp_path / "model", num_local_experts=2, num_experts_per_tok=1)
+    flags = (f"--model={tmp_path / 'model'}", f"--data={make_rows(tmp_path / 'rows.jsonl')}",
+             "--batch_size=12", "--learning_rate=1e-3")
+    call("train.py", *flags, f"--out={tmp_path / 'one'}")
+    ranks = start_ranks(4, "train.py", *flags, f"--out={tmp_path / 'four'}", "--shard")
+    deadline = time.time() + 120
+    while any(rank.running() for rank in ranks) and time.time() < deadline:
+        time.sleep(0.1)
+    codes = [rank.wait() if not rank.running() else rank.kill() for rank in ranks]
+    assert codes == [0] * 4
+    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
+    for name in one:
+        torch.testing.assert_close(four[name], one[name], rtol=0, atol=1e-4)
 
 
 SLOW_SAVE = """
