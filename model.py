@@ -139,7 +139,8 @@ def check(model):
                              for part in (ids, ids[:, :8]))
     except Exception as error:  # whatever the code of a family raises
         rows.fail(f"{name}: a {config.model_type} model cannot be run on text alone ({error})")
-    if not (start - hidden[:8]).abs().median() < 0.1 * hidden.std():
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # in standard deviations
+    if not (start - hidden[:8]).abs().median() < tolerance * hidden.std():
         rows.fail(f"{name}: a {config.model_type} model also looks at later tokens (is_decoder=false?), so "
                   "it has no log pi(y|x)")
     errors = {}
@@ -149,7 +150,6 @@ def check(model):
             with torch.no_grad(), contextlib.suppress(RuntimeError):  # a head of another shape
                 errors[rule] = (output_layer(model)(hidden) - own).abs().max().item()
     model.logit_rule = min(errors, key=errors.get, default=None)
-    tolerance = 0.01 if model.dtype == torch.float32 else 0.1  # of the largest error, in standard deviations
     if model.logit_rule is None or not errors[model.logit_rule] < tolerance * own.std():
         rows.fail(f"{name}: the logits of a {config.model_type} model do not follow from its last hidden "
                   "states in a way that model.py knows (HEADS)")
