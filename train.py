@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +385,8 @@ def save_model(folder, save_dtype="float32"):
     barrier()
 
 
+# dcp says so on every save of a single process
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 start_step = 0
 checkpoints = sorted(out.glob("resume/step_*"))
 if checkpoints and not args.dry_run:
