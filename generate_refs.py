@@ -25,8 +25,8 @@ import transformers
 from tqdm import tqdm
 
 import rows
-from model import (backbone, context_length, decode, end_ids, get_device, get_dtype, identity, load_model,
-                   load_tokenizer, output_layer, pad, row_prompt_ids)
+from model import (backbone, context_length, decode, end_ids, get_device, get_dtype, identity,
+                   keep_freed_memory, load_model, load_tokenizer, output_layer, pad, row_prompt_ids)
 
 
 def arguments():
@@ -354,6 +354,7 @@ def main():
         model = describe(args.model, args.trust_remote_code)
     else:
         device = get_device()
+        keep_freed_memory(device)
         model = load_model(args.model, get_dtype(args.dtype, device), device, args.trust_remote_code)
         check_sampler(model, args)
     ends, context = end_ids(model, tokenizer), context_length(model)

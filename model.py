@@ -42,12 +42,12 @@ def get_dtype(name, device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def keep_freed_memory():
+def keep_freed_memory(device):
     """On a CPU: let glibc keep what is freed. Every step needs the same large tensors, and to get them
     from the kernel page by page again takes 12 to 18% of a step
     (https://man7.org/linux/man-pages/man3/mallopt.3.html).
     """
-    if platform.libc_ver()[0] == "glibc":
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)

@@ -85,8 +85,7 @@ rank, world = rows.share()
 if args.prompts % world:
     rows.fail(f"--prompts={args.prompts} must be a multiple of the {world} processes, which share them")
 device = get_device()
-if device.type == "cpu":
-    keep_freed_memory()
+keep_freed_memory(device)
 if "RANK" in os.environ:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 dtype = get_dtype(args.dtype, device)

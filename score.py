@@ -31,7 +31,8 @@ from tqdm import tqdm
 import formats
 import rows
 import sandbox
-from model import context_length, get_device, get_dtype, identity, load, load_tokenizer, load_weights, render
+from model import (context_length, get_device, get_dtype, identity, keep_freed_memory, load, load_tokenizer,
+                   load_weights, render)
 
 REWARD_OF = {"ref_completions": "ref_rewards", "samples": "sample_rewards", "completion": "reward",
              "chosen": "chosen_reward", "rejected": "rejected_reward"}  # column: the name of its reward
@@ -215,6 +216,7 @@ class RewardModel:
 
     def __init__(self, args):
         self.device, self.path = get_device(), args.reward.removeprefix("model:")
+        keep_freed_memory(self.device)
         self.tokenizer = load_tokenizer(self.path, args.trust_remote_code)
         config = load(transformers.AutoConfig, self.path, trust_remote_code=args.trust_remote_code)
         kind = transformers.AutoModelForSequenceClassification

@@ -167,8 +167,7 @@ for signum in (signal.SIGTERM, signal.SIGUSR1):
 rank, world = rows.share()
 main_process = rank == 0
 device = get_device()
-if device.type == "cpu":
-    keep_freed_memory()
+keep_freed_memory(device)
 if "RANK" in os.environ:
     # the others wait for the main process while it reads the data or saves: hours, not NCCL's ten minutes
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
