@@ -89,6 +89,7 @@ def sample_ours(folder):
     args = generate_refs.arguments()
     requests = [{"row": {"id": i}, "prompt": tokenizer(row["prompt"]).input_ids, "limit": LONGEST}
                 for i, row in enumerate(read(folder, "prompts"))]
+    args.batch_size = min(args.batch_size, 16 * len(requests))  # as generate_refs.main does
     began = time.perf_counter()
     done = list(generate_refs.sample(model, requests, args, set(ENDS)))
     return sum(len(ids) for _, completions in done for ids in completions), time.perf_counter() - began
