@@ -66,6 +66,8 @@ def arguments(argv=None):
         kind = "function"  # FILE.py:NAME
         if ":" not in args.reward:
             rows.fail(f"--reward={args.reward}: must be tests, FILE.py:NAME or model:PATH")
+    elif kind == "tests" and args.reward != "tests":
+        rows.fail(f"--reward={args.reward}: did you mean tests?")
     args.kind = REWARDS[kind]
     return args
 
