@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def needs(name):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long by nature; runs only with SLOW=1 in the environment")
+
+
+def pytest_runtest_logreport(report):
+    """Say at once what failed: a run that is cut off never prints its summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid}\n{report.longreprtext[-3000:]}", file=sys.stderr, flush=True)
 
 
 def pytest_collection_modifyitems(items):
@@ -103,10 +110,14 @@ class Process:
                 self.code = os.waitstatus_to_exitcode(status)
         return self.code is None
 
-    def wait(self):
-        """The exit code; negative: the signal that ended it."""
-        if self.code is None:
-            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def wait(self, seconds=400):
+        """The exit code; negative: the signal that ended it. One that hangs is aborted, and prints where it stood."""
+        deadline = time.monotonic() + seconds
+        while self.running():
+            time.sleep(0.005)
+            if time.monotonic() > deadline:
+                self.send(signal.SIGABRT)
+                deadline = float("inf")
         return self.code
 
     def send(self, signum):
