@@ -18,6 +18,7 @@
 #   ROUNDS=1           2: samples of the trained policy are rewarded and trained on, too, in $OUT/${RUN}_round2 (QRPO)
 #   ONLINE=            flags of online.py, such as "--steps=200": QRPO on fresh samples, in $OUT/${RUN}_online
 #   NPROC=             processes of every stage, on each node (default: one a GPU, or one)
+#   MASTER_ADDR=       on several nodes: the address by which they reach the first (default: its host name)
 #   GENERATE= SCORE=   more flags for generate_refs.py and score.py
 #   EVALUATE=          flags of generate_refs.py after those where it samples the policy, as --temperature=0.6
 #   PYTHON=            an interpreter with the requirements installed (default: a virtual environment made in .venv)
@@ -70,7 +71,7 @@ launch() {  # run a script in one process, or under torchrun in NPROC, or in NPR
         srun --nodes="$NODES" --ntasks="$NODES" ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
             bash -c 'trap "" USR1; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' launch \
             "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc_per_node="$NPROC" \
-            --master_addr="$(hostname)" --master_port="$((20000 + SLURM_JOB_ID % 10000))" "$@"
+            --master_addr="${MASTER_ADDR:-$(hostname)}" --master_port="$((20000 + SLURM_JOB_ID % 10000))" "$@"
     elif [ "$NPROC" -gt 1 ]; then
         "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"
     else

@@ -47,6 +47,7 @@ from sandbox_tests import ITERATION_ENDS, Tests
 
 TICK = 0.02  # s between two looks of the supervisor at its clocks
 SIGN = 0.25  # s between two signs of life
+NICE = 5  # of a program that takes longer: behind the short ones, but a busy machine must not starve it
 NOBODY = 65534
 WORDS = {"w": "wrong", "e": "exception", "m": "memory", "o": "output", "k": "killed"}
 WARM = """abc array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq
@@ -855,7 +856,7 @@ class Run:
                     pid
                 ) in self.sides:  # short programs first; and no clone can stop itself, so something else did
                     with contextlib.suppress(ProcessLookupError):
-                        os.setpriority(os.PRIO_PGRP, pid, 19)
+                        os.setpriority(os.PRIO_PGRP, pid, NICE)
                     os.kill(pid, signal.SIGCONT)
 
     def over(self, then, now, scope):

@@ -21,6 +21,7 @@ import pytest
 # One thread for each process: the models are tiny, and the tests run on all cores (pytest -n).
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads sleep
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a network, or waits for one
 ROOT = Path(__file__).resolve().parent.parent
 MATERIAL = ROOT.parent / "shared" / "data"  # real data, where they are present
 sys.path.insert(0, str(ROOT))

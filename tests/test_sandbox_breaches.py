@@ -40,7 +40,7 @@ def test_signals_reach_no_other_process(place):
     rows = [row(name, make(code), long) for name, code in SIGNALS.items()] + honest(20)
     begun = time.monotonic()
     got = verdicts(rows, **SHORT)
-    assert len(got) == len(rows) and time.monotonic() - begun < 60
+    assert len(got) == len(rows) and time.monotonic() - begun < 240
     assert [v for name, v in got.items() if isinstance(name, tuple) and v["reward"] != 1] == []
     assert [v for name, v in got.items() if isinstance(name, str) and v["reward"] != 0] == []
 
@@ -241,15 +241,20 @@ def test_every_statement_of_a_test_counts(idioms, name):
 
 @pytest.mark.parametrize("code", ["pass", "time.sleep(0.5)", "time.sleep(0.02); sum(range(50000))"])
 def test_honest_work_comes_first(code):
-    """Endless programs, sleepers, and those that sleep most of the time stand before the honest ones in the file."""
+    """Endless programs, sleepers, and those that sleep most of the time stand before the honest ones in the file.
+
+    All honest verdicts are there long before the first of the others could be.
+    """
     rows = [row(n, in_call(f"while True: {code}  # {n}")) for n in range(12)] + honest(60)
-    limits = {"test_cpu": 3.0, "cpu": 6.0, "test_wall": 3.0, "wall": 6.0}
-    order = [verdict["id"] for verdict in sandbox.judge(rows, **RUNTIME, workers=2, **limits)]
-    assert len(order) == 72 and all(isinstance(name, tuple) for name in order[:60]), order
+    limits = {"test_cpu": 120.0, "cpu": 120.0, "test_wall": 120.0, "wall": 120.0}
+    verdicts = sandbox.judge(rows, **RUNTIME, workers=2, **limits)
+    first = [next(verdicts)["id"] for _ in range(60)]
+    verdicts.close()
+    assert all(isinstance(name, tuple) for name in first), first
 
 
 def test_a_sleeper_holds_no_worker_for_long():
-    begun = time.monotonic()
     got = verdicts([row(n, in_call(f"while True: time.sleep(0.08); sum(range(50000))  # {n}")) for n in range(4)],
                    test_wall=2.0, workers=1)
-    assert {v["verdict"] for v in got.values()} == {"timeout"} and time.monotonic() - begun < 40
+    assert {v["verdict"] for v in got.values()} == {"timeout"}
+    assert max(v["seconds"] for v in got.values()) < 6

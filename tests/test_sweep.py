@@ -262,7 +262,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
                                                  **kwargs)
 
     def call(self, *command):
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.env)
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.env, timeout=120)
         return done.stdout + done.stderr
 
     def down(self):
@@ -360,7 +360,7 @@ def test_two_nodes_share_a_run(cluster, tmp_path, tiny):
                                         "    return [sum(map(str.isalpha, text)) for text in completions]\n")
     out = tmp_path / "out"
     settings = (f"OUT={out} RUN=trains MODEL={tiny} DATA={tmp_path} REWARD={tmp_path}/reward.py:letters "
-                "NPROC=1 GENERATE='--num_refs=4 --max_new_tokens=8'")
+                "MASTER_ADDR=localhost NPROC=1 GENERATE='--num_refs=4 --max_new_tokens=8'")
     grid = write_grid(tmp_path, {"refs": f"{settings} bash run.sh refs",
                                  "trains": f"{settings} bash run.sh train "
                                  "--epochs=100 --batch_size=24 --learning_rate=1e-4"})
