@@ -187,9 +187,7 @@ class Worker:
         self.write()
 
     def write(self):
-        with contextlib.suppress(
-            BlockingIOError, BrokenPipeError
-        ):  # one that has ended shows it in its answer
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # one that has ended shows it in read()
             while self.unsent:
                 self.unsent = self.unsent[os.write(self.stdin, self.unsent):]
 
@@ -202,9 +200,8 @@ class Worker:
             self.unread += more
             if not more:
                 self.log.seek(0)
-                raise OSError(
-                    (self.log.read().decode(errors="replace").strip().splitlines() or ["it ended"])[-1]
-                )
+                said = self.log.read().decode(errors="replace").strip().splitlines()
+                raise OSError(said[-1] if said else "it ended")
         *lines, self.unread = self.unread.split(b"\n")
         for line in lines:
             self.due = time.monotonic() + SILENCE
@@ -343,11 +340,9 @@ def run(jobs, line, workers, limits):
                 except OSError as error:
                     worker.kill()
                     job.tries -= 1
-                    verdict = (
-                        {"again": True}
-                        if job.tries
-                        else NO_VERDICT | {"detail": f"the sandbox failed: {error}"}
-                    )
+                    verdict = {"again": True}
+                    if not job.tries:
+                        verdict = NO_VERDICT | {"detail": f"the sandbox failed: {error}"}
                 busy.remove(worker)
                 if "reward" in verdict:
                     jobs.finish(job, verdict)
@@ -467,12 +462,8 @@ def main():
     add("--workers", type=int, default=0, help="workers; 0: one for each core given")
     add("--runtime", choices=("auto", *RUNTIMES), default="auto", help="auto: the first that works")
     add("--image", default=IMAGE, help="podman's image")
-    add(
-        "--packages",
-        default=PACKAGES,
-        help="import names of installed packages that programs and tests may use besides "
-        "the standard library, such as numpy",
-    )
+    add("--packages", default=PACKAGES, help="import names of installed packages, such as numpy, that "
+        "programs and tests may use besides the standard library")
     add("--unsafe", action="store_true", help="no isolation, only limits: not for programs of a model")
     rules = "; ".join(f"{name}: {text}" for name, text in BLOCKS.items())
     add("--block", choices=tuple(BLOCKS), default="answer", help=f"the program in an answer. {rules}")

@@ -93,11 +93,8 @@ KINDS = {  # tag: (type, its parts as a list, the value of such a list)
                     lambda parts: collections.defaultdict(parts[0], unzip(parts[1:]))),
     "dict": (dict, mapping, unzip),
     "list": (list, list, list),
-    "deque": (
-        collections.deque,
-        lambda value: [list(value), value.maxlen],
-        lambda parts: collections.deque(*parts),
-    ),
+    "deque": (collections.deque, lambda value: [list(value), value.maxlen],
+              lambda parts: collections.deque(*parts)),
     "bytes": (bytes, encode, decode),
     "bytearray": (bytearray, encode, lambda parts: bytearray(decode(parts))),
     "memoryview": (memoryview, encode, lambda parts: memoryview(decode(parts))),
@@ -144,10 +141,8 @@ class Line:
         self.depth = limits["depth"]
         self.things, self.numbers = [], {}  # what stays here: the other side knows it by number
         self.remotes = {}  # what stays there, by number
-        self.objects, self.positions = (
-            [],
-            {},
-        )  # instances of the preamble's classes that both sides know in this call
+        # Instances of the preamble's classes that both sides know in this call, and their positions by id
+        self.objects, self.positions = [], {}
         self.frozen = self.careful = False
 
     # ---- values to JSON types: scalars and lists stand for themselves, all else is a dict of one tag ----
@@ -504,11 +499,8 @@ def restore(old, new):
 
 def classes_of(space):
     """The classes that a preamble defines, by name."""
-    return {
-        kind.__name__: kind
-        for kind in space.values()
-        if isinstance(kind, type) and kind.__module__ == "solution"
-    }
+    found = [kind for kind in space.values() if isinstance(kind, type) and kind.__module__ == "solution"]
+    return {kind.__name__: kind for kind in found}
 
 
 def is_builtin(name):

@@ -30,11 +30,8 @@ class Tests:
         check = found[-1] if found else self.wrap(tree)
         arguments = check.args.posonlyargs + check.args.args
         needed = len(arguments) - len(check.args.defaults) + check.args.kw_defaults.count(None)
-        if (
-            needed > 1
-            or not arguments
-            or any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(check))
-        ):
+        generates = any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(check))
+        if needed > 1 or not arguments or generates:
             raise ValueError("check must be a plain function of one argument")
         self.candidates = {arguments[0].arg, entry_point}
         self.marked = self.candidates | {entry_point.partition("(")[0].partition(".")[0]}
@@ -90,9 +87,7 @@ class Tests:
         return groups
 
     def reaches(self, statements):
-        return any(
-            self.mentions(statement) for statement in statements if not isinstance(statement, DEFINITIONS)
-        )
+        return any(self.mentions(node) for node in statements if not isinstance(node, DEFINITIONS))
 
     def checks(self, node):
         """Whether a statement can fail for a wrong value."""
@@ -112,10 +107,8 @@ class Tests:
         name = getattr(call.func, "id", getattr(call.func, "attr", ""))
         if name in HARMLESS:
             return False
-        given = any(map(self.mentions, [*call.args, *call.keywords]))
-        return (
-            given or isinstance(call.func, ast.Name) and name in self.marked and name not in self.candidates
-        )
+        is_helper = isinstance(call.func, ast.Name) and name in self.marked - self.candidates
+        return is_helper or any(map(self.mentions, [*call.args, *call.keywords]))
 
     def reported(self, statements):
         """The statements of one test, in a `with` that reports how it went."""

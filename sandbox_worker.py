@@ -80,9 +80,8 @@ class Candidate(Line):
                                for part in ("preamble", "program")]))
             return
         try:
-            parts = [
-                compile(job[part], f"<{part}>", "exec", dont_inherit=True) for part in ("preamble", "program")
-            ]
+            parts = [compile(job[part], f"<{part}>", "exec", dont_inherit=True)
+                     for part in ("preamble", "program")]
         except SyntaxError:  # perhaps a program that goes on inside the preamble's last function
             parts = [compile(job["preamble"] + "\n" + job["program"], "<program>", "exec", dont_inherit=True)]
         exec(parts[0], self.space)
@@ -91,11 +90,8 @@ class Candidate(Line):
             exec(parts[1], self.space)
             self.classes = {name: self.space.get(name, kind) for name, kind in self.classes.items()}
         else:
-            names = {
-                node.name
-                for node in ast.parse(job["preamble"] + "\n    pass").body
-                if isinstance(node, ast.ClassDef)
-            }
+            tree = ast.parse(job["preamble"] + "\n    pass")
+            names = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
             self.classes = {name: kind for name, kind in self.classes.items() if name in names}
         function = eval(job["entry_point"], self.space)
         if not callable(function):
@@ -122,21 +118,18 @@ class Candidate(Line):
     def failure(self, error):
         """The message of an exception, with as much of it as can be sent."""
         names = [[type(error).__module__, type(error).__name__], ["builtins", "Exception"]]
-        for describe_it in (
-            lambda: [*describe(error), self.after],
-            lambda: [names, [str(error)[:200]], {}, None],
-        ):
+        ways = (lambda: [*describe(error), self.after],
+                lambda: [names, [str(error)[:200]], {}, None])
+        for way in ways:
             with contextlib.suppress(BaseException):  # an exception class may break its own parts
-                reply = self.dump("error", describe_it())
+                reply = self.dump("error", way())
                 if len(reply) < self.longest["send"] // 4:
                     return reply
         return self.dump("error", [names, [], {}, None])
 
     def received(self, head, body, table):
         self.before = None
-        if head == "call" and not (
-            SCALARS.issuperset(map(type, body[1])) and SCALARS.issuperset(map(type, body[3]))
-        ):
+        if head == "call" and not SCALARS.issuperset(map(type, body[1] + body[3])):  # args, keywords' values
             self.before = marshal.dumps([body[1], body[3], table], 2)
 
     def run_call(self, function, args, names, values, world):
@@ -390,9 +383,9 @@ class Judge(Line):
             self.done += 1
             os.write(self.report, code.encode())
             if code != "." and not self.detail:
-                self.detail = f"test {self.done}" + (
-                    f": {why}" if is_builtin(why) and code not in "ko" else ""
-                )
+                self.detail = f"test {self.done}"
+                if is_builtin(why) and code not in "ko":
+                    self.detail += f": {why}"
 
 
 def run_judge(size, channel, limits):
@@ -484,24 +477,16 @@ REFUSED = {
 # it may have).
 LIMITED = {
     "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 1030, 1032)),  # duplicates, flags, the size of a pipe
-    "ioctl": (
-        (16, 29),
-        1,
-        (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
-    ),  # terminals, FIONREAD, FIONBIO, FIOCLEX
+    "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # terminals, FIONREAD, FIONBIO
     "prctl": ((157, 167), 0, (3, 15, 16, 0x53564D41)),  # PR_GET_DUMPABLE, names of threads and of memory
     "socketpair": ((53, 199), 0, (1,)),  # AF_UNIX
     "close_range": ((436, 436), 2, (0, 4)),  # no descriptor table of one's own, which no limit would count
 }
-MACHINES = {
-    "x86_64": (0, 0xC000003E, 56),
-    "aarch64": (1, 0xC00000B7, 220),
-}  # column above, audit's name, clone()
+# Column above, audit's name, clone()
+MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}
 NO_CAPABILITIES = struct.pack("II", 0x20080522, 0)
-NEWER, NEEDED = (
-    424,
-    (439,),
-)  # numbers from 424 are the same everywhere: none except faccessat2 and those above
+# Numbers from 424 are the same everywhere: none is allowed except faccessat2 and those above
+NEWER, NEEDED = 424, (439,)
 
 
 def system(result, what):
@@ -565,7 +550,6 @@ def set_limits(limits, isolated):
     sys.setrecursionlimit(1050)  # the 1000 a program may count on, and what stands below it here
 
 
-
 def wall_off(box, is_judge):
     """Called by a fresh clone before it takes its job: a session of its own, no rights, few system
     calls."""
@@ -586,9 +570,8 @@ def wall_off(box, is_judge):
 def mount_tmp(box):
     """An empty /tmp in the place of the old one."""
     LIBC.umount2(b"/tmp", 2)  # MNT_DETACH
-    system(
-        LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", 0x406, box["disk"]), "mount of /tmp"
-    )  # nosuid, nodev, noatime
+    flags = 0x406  # nosuid, nodev, noatime
+    system(LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", flags, box["disk"]), "mount of /tmp")
 
 
 def state_of_tmp():
@@ -603,9 +586,8 @@ def build_root(paths):
     """A root of binds of `paths`, pairs of (host's, here), where the container still shows the
     host's files."""
     system(LIBC.mount(b"none", b"/", None, 0x44000, None), "private mounts")  # MS_REC | MS_PRIVATE
-    system(
-        LIBC.mount(b"tmpfs", b"/sys", b"tmpfs", 6, b"mode=755"), "mount of a new root"
-    )  # /sys: no bind needs it
+    # In /sys, which no bind needs
+    system(LIBC.mount(b"tmpfs", b"/sys", b"tmpfs", 6, b"mode=755"), "mount of a new root")
     for path, new in paths + [("/proc", "/proc")]:
         new = "/sys" + new
         if os.path.isdir(path):
@@ -613,9 +595,8 @@ def build_root(paths):
         else:
             os.makedirs(os.path.dirname(new), exist_ok=True)
             open(new, "w").close()
-        system(
-            LIBC.mount(os.path.realpath(path).encode(), new.encode(), None, 0x5000, None), f"bind of {path}"
-        )
+        source = os.path.realpath(path).encode()
+        system(LIBC.mount(source, new.encode(), None, 0x5000, None), f"bind of {path}")  # MS_BIND | MS_REC
     os.makedirs("/sys/tmp")
     os.chdir("/sys")
     system(LIBC.pivot_root(b".", b"."), "pivot_root")
@@ -629,32 +610,26 @@ def lock_down(paths):
     if paths:
         build_root(paths)
     if os.getuid() == 0:
-        with contextlib.suppress(
-            OSError
-        ):  # this root may be but the name of an ordinary user, who has no other
+        with contextlib.suppress(OSError):  # this root may be the name of an ordinary user, who has no other
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
             LIBC.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is ours again
     user, group = os.geteuid(), os.getegid()
     system(LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare")
-    for name, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{NOBODY} {user} 1"),
-        ("gid_map", f"{NOBODY} {group} 1"),
-    ):
+    maps = {"setgroups": "deny", "uid_map": f"{NOBODY} {user} 1", "gid_map": f"{NOBODY} {group} 1"}
+    for name, text in maps.items():
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     read_only = struct.pack("QQQQ", 3, 0, 0, 0)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID
-    system(
-        LIBC.syscall(442, -100, b"/", 0x8000, read_only, len(read_only)), "mount_setattr (needs Linux 5.12)"
-    )
+    recursive = 0x8000
+    system(LIBC.syscall(442, -100, b"/", recursive, read_only, len(read_only)),
+           "mount_setattr (needs Linux 5.12)")
     for path in ("/proc", "/sys"):
         if os.path.isdir(path):
             system(LIBC.mount(b"tmpfs", path.encode(), b"tmpfs", 7, b"size=4k,nr_inodes=2"), f"hiding {path}")
-    system(
-        LIBC.prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE"
-    )  # no core file of a clone, wherever the host sends those
+    # No core file of a clone, wherever the host sends those
+    system(LIBC.prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE")
 
 
 def take(size):
@@ -676,9 +651,8 @@ def supervise(options):
     if isolated:
         lock_down(options["root"])
         if platform.machine() not in MACHINES:
-            raise OSError(
-                f"no list of system calls for {platform.machine()}: add it to REFUSED, LIMITED and MACHINES"
-            )
+            raise OSError(f"no list of system calls for {platform.machine()}: "
+                          "add it to REFUSED, LIMITED and MACHINES")
     system(LIBC.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     for name in WARM + options["warm"]:
         with contextlib.suppress(ImportError):
@@ -852,20 +826,17 @@ class Run:
                 os.write(1, b"waiting\n" if self.waited - waited > SIGN / 2 else b"running\n")
                 signed, waited = now, self.waited
                 self.slow = True
-                for (
-                    pid
-                ) in self.sides:  # short programs first; and no clone can stop itself, so something else did
+                # Short programs first. And no clone can stop itself, so something else did if one is stopped.
+                for pid in self.sides:
                     with contextlib.suppress(ProcessLookupError):
                         os.setpriority(os.PRIO_PGRP, pid, NICE)
                     os.kill(pid, signal.SIGCONT)
 
     def over(self, then, now, scope):
         waited, *used = (b - a for a, b in zip(then, now))
-        return (
-            "timeout"
-            if max(used) > self.limits[scope + "cpu"] or waited > self.limits[scope + "wall"]
-            else ""
-        )
+        if max(used) > self.limits[scope + "cpu"] or waited > self.limits[scope + "wall"]:
+            return "timeout"
+        return ""
 
     def impatient(self, now):
         return "later" if self.patience and sum(now) - sum(self.begun) > self.patience else ""

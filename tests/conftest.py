@@ -112,7 +112,8 @@ class Process:
         return self.code is None
 
     def wait(self, seconds=400):
-        """The exit code; negative: the signal that ended it. One that hangs is aborted, and prints where it stood."""
+        """The exit code; negative: the signal that ended it. A process that hangs is aborted, and says where.
+        """
         deadline = time.monotonic() + seconds
         while self.running():
             time.sleep(0.005)
