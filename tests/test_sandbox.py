@@ -22,7 +22,7 @@ sys.path.insert(0, str(REPO))
 import sandbox  # noqa: E402
 
 RUNTIME = {"runtime": os.environ.get("RUNTIME", "auto"), "image": os.environ.get("IMAGE", "python:3.11-slim")}
-SHORT = {"test_cpu": 1.0, "cpu": 3.0, "test_wall": 2.0, "wall": 5.0, "memory": 512}
+SHORT = {"test_cpu": 1.0, "cpu": 3.0, "test_wall": 2.0, "wall": 5.0 + os.getpid() / 1e8, "memory": 512}  # no other's
 NODES = """
 class ListNode:
     def __init__(self, val=0, next=None):
@@ -255,10 +255,24 @@ HONEST = row("honest", "def f(x):\n    return 31 * x + 7")
 
 
 def leftovers():
-    """Workers with the limits of these tests, shared-memory segments and files that a program could leave behind."""
-    shm = Path("/proc/sysvipc/shm").read_text().count("\n") if os.path.exists("/proc/sysvipc/shm") else 0
-    boxes = [pid for pid in os.listdir("/proc") if pid.isdigit() and b'"test_cpu": 1.0, "cpu": 3.0,' in cmdline(pid)]
-    return {"shm": shm, "/dev/shm": os.listdir("/dev/shm"), "boxes": sorted(boxes)}
+    """Workers with the limits of these tests, shared-memory segments and files that a program could leave behind.
+
+    Programs run as nobody where this is root: what others do in /dev/shm meanwhile does not count.
+    """
+    users = {os.getuid() or sandbox.NOBODY, sandbox.NOBODY}
+    segments = Path("/proc/sysvipc/shm")
+    shm = segments.read_text().count("\n") if segments.exists() else 0
+    files = [name for name in os.listdir("/dev/shm") if owner(f"/dev/shm/{name}") in users]
+    mine = f'"wall": {SHORT["wall"]}'.encode()
+    boxes = [pid for pid in os.listdir("/proc") if pid.isdigit() and mine in cmdline(pid)]
+    return {"shm": shm, "/dev/shm": files, "boxes": sorted(boxes)}
+
+
+def owner(path):
+    try:
+        return os.stat(path).st_uid
+    except OSError:
+        return None
 
 
 def cmdline(pid):
