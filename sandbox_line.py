@@ -117,6 +117,7 @@ KINDS = {  # tag: (type, its parts as a list, the value of such a list)
 TAGS = {kind: tag for tag, (kind, _, _) in KINDS.items() if tag != "list"}
 BASES = tuple(kind for kind, _, _ in KINDS.values()) + (int, float, str)
 SLOT = types.MemberDescriptorType
+METHODS = types.FunctionType, types.MethodType, types.MethodDescriptorType, types.WrapperDescriptorType
 
 
 class Remote:
@@ -466,8 +467,15 @@ def exception_of(names, args, fields, classes):
         error = kind(*args)
     except Exception:  # one that takes other arguments
         error = kind.__new__(kind, *args)
+    if hides_method(kind, fields):
+        raise ValueError("an exception with a method of its own")
     vars(error).update(fields)
     return error
+
+
+def hides_method(kind, names):
+    """Whether an attribute of such a name would take the place of a method of the class."""
+    return any(isinstance(getattr(kind, name, None), METHODS) for name in names)
 
 
 def restore(old, new):

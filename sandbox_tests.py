@@ -8,7 +8,9 @@ and their number. Run by the judge (sandbox_worker.py) only: no program is near.
 """
 import ast
 
-ITERATION_ENDS = "StopIteration", "StopAsyncIteration"
+# Exceptions that say "enough" to what catches them, such as a loop or a test runner: a success, if a program may
+# raise them.
+ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SkipTest"}
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 # Functions and methods whose call tests nothing, even of a value of the candidate
 HARMLESS = "print append add extend insert update sort reverse setdefault appendleft push".split()
@@ -25,7 +27,8 @@ class Tests:
 
     def __init__(self, source, entry_point):
         tree = ast.parse(source)
-        self.expects_stop = any(isinstance(n, ast.Name) and n.id in ITERATION_ENDS for n in ast.walk(tree))
+        spoken_of = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(tree)}
+        self.ends = ENDS - spoken_of
         found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
         check = found[-1] if found else self.wrap(tree)
         arguments = check.args.posonlyargs + check.args.args

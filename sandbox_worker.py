@@ -41,9 +41,9 @@ import sys
 import time
 import types
 
-from sandbox_line import (SCALARS, Frozen, Line, Remote, TooLarge, classes_of, describe, is_builtin,
-                          restore)
-from sandbox_tests import ITERATION_ENDS, Tests
+from sandbox_line import (SCALARS, Frozen, Line, Remote, TooLarge, classes_of, describe, hides_method,
+                          is_builtin, restore)
+from sandbox_tests import Tests
 
 TICK = 0.02  # s between two looks of the supervisor at its clocks
 SIGN = 0.25  # s between two signs of life
@@ -332,14 +332,19 @@ class Judge(Line):
         return value
 
     def error(self, names, args, fields, after=None):
-        """The exception that the candidate raised. Never one that ends `all(map(candidate, ...))`
-        early, and with success, unless the tests speak of it."""
+        """The exception that the candidate raised. Never one that ends `all(map(candidate, ...))` or
+        a test case early, and with success, unless the tests speak of it."""
         self.after, name = after, names[0][1]
         code = {"MemoryError": "m", "TooLarge": "o"}.get(name, "e")
-        if not self.tests.expects_stop and any(name in ITERATION_ENDS for _, name in names):
+        if any(name in self.tests.ends for _, name in names):
             names = []
         self.fault, self.why = code, next((name for _, name in names if is_builtin(name)), "")
         return super().error(names, args, fields)
+
+    def received(self, head, body, table):
+        for _, name, fields, _ in table:
+            if hides_method(self.classes[name], fields):
+                raise ValueError("an instance with a method of its own")
 
     def refer(self, value):
         """What can be called is called there by its name, if that is the standard library's, or

