@@ -8,8 +8,8 @@ and their number. Run by the judge (sandbox_worker.py) only: no program is near.
 """
 import ast
 
-# Exceptions that say "enough" to what catches them, such as a loop or a test runner: a success, if a program may
-# raise them.
+# Exceptions that say "enough" to what catches them, a loop or a test runner: a success, if a program could
+# raise them
 ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SkipTest"}
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 # Functions and methods whose call tests nothing, even of a value of the candidate
