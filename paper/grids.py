@@ -186,7 +186,7 @@ def mini_refs():
 # ---- the frontier: reward against KL, of every method over its beta or learning rate ----
 
 FRONTIER = [  # name, flags; beside run.sh's learning rate of 3e-4, 2 epochs and batches of 64
-    ("forward_kl-beta0.1", "--loss=forward_kl --quantile=exact --beta=0.1"),  # the default run
+    ("forward_kl-beta0.1", "--loss=forward_kl --quantile=exact --beta=0.1"),
     ("qrpo-beta0.1", "--loss=qrpo --beta=0.1"),
     ("sft-lr3e-4", "--loss=sft --min_reward=1 --epochs=4"),
     ("dpo-beta0.3-lr1e-4", "--loss=dpo --beta=0.3 --learning_rate=1e-4"),
@@ -203,7 +203,7 @@ FRONTIER = [  # name, flags; beside run.sh's learning rate of 3e-4, 2 epochs and
     ("tup", "--loss=tup"),
     ("dpo_norm-beta5", "--loss=dpo_norm --beta=5 --learning_rate=1e-4"),
 ]
-ONLINE = "forward_kl-beta0.1", "forward_kl-beta0.5"  # continued on fresh samples, as the default run
+ONLINE = "forward_kl-beta0.1",  # continued on fresh samples, as the default run
 PAIRS = "dpo", "dpo_norm", "rebel", "simpo"
 
 

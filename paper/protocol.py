@@ -282,9 +282,9 @@ def measure(evaluations, half, beta=0.1):
 def select(measures, rule="paper", longest=1000):
     """The position of the best of `measures`, a list of what `measure` returns, whose rewards are all known.
 
-    rule: a metric, or the paper's rule: drop settings longer than 1000 tokens on average. Of those near the best reward (2
-    standard deviations), find the best length-controlled reward. Of those near that (0.8), take the highest
-    reward.
+    rule: a metric, of which to take the highest, or the paper's: drop settings longer than 1000 tokens on
+    average. Of those near the best reward (2 standard deviations), find the best length-controlled reward.
+    Of those near that (0.8), take the highest reward.
     """
     pool = pd.DataFrame(measures)
     if rule != "paper":
@@ -306,8 +306,8 @@ def near_best(pool, name, factor):
 # ---- the best possible ----
 
 def best_tradeoff(scores, betas):
-    """The most that any policy gains for its KL: pi = pi_ref e^{score / beta} / Z maximises E[score] - beta KL
-    for every prompt.
+    """The most that any policy gains for its KL: pi_ref e^{score / beta} / Z maximises E[score] - beta KL for
+    every prompt.
 
     scores: (prompts, references), of samples of the reference model; NaN: unknown. Returns the means over
     prompts of KL, in nats, and of the score, (betas,) each.

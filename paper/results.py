@@ -182,7 +182,8 @@ def table(args):
         paper = " / ".join(map(str, published.get(method.loss, [])))
         lines.append([name, method.selected, str(m["seeds"]), *cells, f"{m['reward_std']:.4f}", paper])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text += f"\n\n{CAPTION} objective: at beta {args.beta}. The paper: {args.published}, {' / '.join(published['columns'])}."
+    columns = " / ".join(published["columns"])
+    text += f"\n\n{CAPTION} objective: at beta {args.beta}. The paper: {args.published}, {columns}."
     (args.out / "table.md").write_text(f"{text}\n")
     print(f"\n{text}\n\n{args.out / 'table.md'}")
     save_csv(args.out / "table.csv", [method.row() for method in methods])
@@ -237,7 +238,8 @@ def frontier(args):
     curves = []
     for axis, (metric, title) in zip(axes, SHOWN.items()):
         curve = bound(scores[metric])
-        axis.plot(curve.kl, curve["mean"], "k", linewidth=1.2, label=f"best possible ({pool.shape[1]} references)")
+        label = f"best possible ({pool.shape[1]} references)"
+        axis.plot(curve.kl, curve["mean"], "k", linewidth=1.2, label=label)
         axis.fill_between(curve.kl, curve.low, curve.high, color="k", alpha=0.15)
         for method, line in points.groupby("method"):
             axis.errorbar(line.kl, line[metric], line[f"{metric}_se_seeds"].fillna(0),
@@ -251,7 +253,7 @@ def frontier(args):
 
 def bound(scores):
     """The best mean score at every KL, from the references' scores (prompts, references), with a 95% interval
-    (basic bootstrap): how much the curve changes when every prompt's references are drawn again from its pool.
+    (basic bootstrap): how the curve changes when every prompt's references are drawn again from its pool.
     """
     kl, mean = protocol.best_tradeoff(scores, BETAS)
     rng = np.random.default_rng(0)
@@ -408,8 +410,8 @@ def alpaca(args):
         print(path)
 
 
-COMMANDS = {"table": table, "frontier": frontier, "figure1": figure1, "figure3": figure3, "figure4": figure4, "figure5": figure5,
-            "figure6": figure6, "alpaca": alpaca}
+COMMANDS = {"table": table, "frontier": frontier, "figure1": figure1, "figure3": figure3, "figure4": figure4,
+            "figure5": figure5, "figure6": figure6, "alpaca": alpaca}
 
 
 def main():

@@ -7,6 +7,7 @@ import itertools
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -18,6 +19,7 @@ from conftest import ROOT, read_rows, run
 import rows
 
 sys.path.insert(0, str(ROOT / "paper"))
+import diagnose  # noqa: E402
 import protocol  # noqa: E402
 import results  # noqa: E402
 
@@ -127,6 +129,43 @@ def test_optimum_under_a_normal_reward(beta, rises):
     pi_ref = np.exp(-reward ** 2 / 2) / math.sqrt(2 * math.pi)
     rising = pi_ref[density > pi_ref].sum() * dx
     assert rising == pytest.approx(share, abs=1e-3)
+
+
+def completions(counts, log_ratio, rewards, beta=0.2):
+    """Of one prompt, each of some completions drawn so often; R is the reward."""
+    each = np.repeat(np.arange(len(counts)), counts)
+    log_ratio, rewards = np.array(log_ratio)[each], np.array(rewards)[each]
+    return SimpleNamespace(row=each * 0, log_ratio=log_ratio, rewards=rewards, R=rewards,
+                           target=rewards / beta)
+
+
+def test_the_decomposition_of_the_objective_by_hand():
+    """Under ref four completions are equally likely. One passes; pi is .5 on it, .3, .1 and .1 on the others.
+    """
+    rewards, pi = [1.0, 0, 0, 0], np.array([0.5, 0.3, 0.1, 0.1])
+    samples, refs = (completions(counts, np.log(4 * pi), rewards) for counts in ([5, 3, 1, 1], [3] * 4))
+    parts = diagnose.decompose(samples, refs, 0.2)
+    kl = (pi * np.log(4 * pi)).sum()
+    classes = (math.log(2) + math.log(2 / 3)) / 2
+    assert parts["kl"] == pytest.approx(kl) and parts["classes"] == pytest.approx(classes)
+    waste = parts["waste_passing"], parts["waste_failing"]
+    assert waste == pytest.approx((0, kl - classes))
+    assert (parts["passing"], parts["passing_ref"]) == pytest.approx((0.5, 0.25))
+    assert parts["objective"] == pytest.approx(0.5 - 0.2 * kl)
+    passing, failing = diagnose.calibration(refs)
+    assert (passing["mass"], failing["mass"]) == pytest.approx((0.5, 0.5))
+    assert passing["mass_at_optimum"] == pytest.approx(math.exp(5) / 4)
+
+
+def test_what_few_references_cost_is_nothing_where_they_are_the_whole_distribution():
+    fresh = completions([1] * 4, [0.0] * 4, np.arange(4.0))
+    R = (np.arange(4) + np.log(-np.expm1(-2.5) / 2.5) / 2.5 + 1) / 4  # of cells of width 1/4 at beta 0.1
+    fresh.R = R
+    knowing, unknowing = diagnose.cost_of_few_references(fresh, 0.1)
+    assert knowing == pytest.approx(unknowing, abs=1e-6)
+    assert knowing == pytest.approx(diagnose.best_possible(0.1), abs=1e-6)
+    fresh.R = R[::-1]  # the references that were drawn say the opposite
+    assert diagnose.cost_of_few_references(fresh, 0.1)[1] < knowing - 0.5
 
 
 # ---- runs on disk ----
