@@ -7,6 +7,7 @@ the training prompts, and the reference model afresh on all prompts; rewards the
 
     python paper/diagnose.py --data=out --runs regression qrpo qrpo_online
 """
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -36,27 +37,27 @@ def parse_arguments():
     add("--ref_model", default="data/minicode/model", help="their reference model")
     add("--reward", default="tests", help="their reward, as score.py's")
     add("--beta", type=float, default=0.1, help="of the objective")
-    add("--num_fresh", type=int, default=8, help="fresh samples of the reference model for every prompt")
     add("--max_new_tokens", type=int, default=64, help="longest completion, in tokens")
     add("--out", type=Path, default=Path("out/diagnosis"), help="folder to write to")
     return parser.parse_args()
 
 
-SAMPLES = 4  # of each policy for every training prompt
-SEED = 1000  # so these are not the references
+SAMPLES = 4                       # of each policy for every training prompt
+FRESH = {"train": 8, "test": 32}  # samples of the reference model for every prompt
+SEED = 1000                       # so these are not the references
 
 
 # ---- samples and their log-ratios ----
 
 def sample(args, model, split, folder, num):
     """Rewarded samples of a model on the prompts of a split ("train" or "test"); the folder of their rows."""
-    generate = ["generate_refs.py", f"--model={model}", f"--data={args.data / split / 'rewarded'}",
+    generate = [ROOT / "generate_refs.py", f"--model={model}", f"--data={args.data / split / 'rewarded'}",
                 f"--out={folder / 'sampled'}", "--field=samples", f"--num_refs={num}", f"--seed={SEED}",
                 f"--max_new_tokens={args.max_new_tokens}"]
-    score = ["score.py", f"--data={folder / 'sampled'}", f"--out={folder / 'rewarded'}",
+    score = [ROOT / "score.py", f"--data={folder / 'sampled'}", f"--out={folder / 'rewarded'}",
              f"--reward={args.reward}"]
     for command in (generate, score):
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, *command], check=True)
     return folder / "rewarded"
 
 
@@ -81,7 +82,8 @@ def best_possible(beta):
 # ---- the decomposition ----
 
 def decompose(samples, refs, beta):
-    """Means over prompts of the objective and its parts.
+    """Means over prompts of the objective and its parts, and how much of the gap to the best possible lies in
+    the tenth of the prompts that are worst.
 
     KL(pi, ref) = KL of the shares of every reward (classes) + the mean over these of KL(pi, ref) among the
     completions of one reward (waste): KL that buys no reward. Samples and references are put together, each
@@ -90,31 +92,35 @@ def decompose(samples, refs, beta):
     table = []
     for prompt in np.intersect1d(samples.row, refs.row):
         ours, theirs = samples.row == prompt, refs.row == prompt
-        l = np.concatenate([samples.log_ratio[ours], refs.log_ratio[theirs]])
+        log_ratio = np.concatenate([samples.log_ratio[ours], refs.log_ratio[theirs]])
         R = np.concatenate([samples.R[ours], refs.R[theirs]])
         reward = np.concatenate([samples.rewards[ours], refs.rewards[theirs]])
-        mixture = ours.sum() * np.exp(l) + theirs.sum()  # relative to ref
-        pi, ref = np.exp(l) / mixture, 1 / mixture
+        mixture = ours.sum() * np.exp(log_ratio) + theirs.sum()  # relative to ref
+        pi, ref = np.exp(log_ratio) / mixture, 1 / mixture
         pi, ref = pi / pi.sum(), ref / ref.sum()
         classes = waste_passing = waste_failing = 0
         for value in np.unique(reward):
             same = reward == value
             share = pi[same].sum()
             between = share * np.log(share / ref[same].sum())
-            within = (pi[same] * l[same]).sum() - between
+            within = (pi[same] * log_ratio[same]).sum() - between
             classes += between
             if value >= 1:
                 waste_passing += within
             else:
                 waste_failing += within
         table.append({
-            "quantile_reward": (pi * R).sum(), "kl": (pi * l).sum(), "classes": classes,
+            "quantile_reward": (pi * R).sum(), "kl": (pi * log_ratio).sum(), "classes": classes,
             "waste_passing": waste_passing, "waste_failing": waste_failing,
             "passing": pi[reward >= 1].sum(), "passing_ref": ref[reward >= 1].sum()})
     parts = pd.DataFrame(table)
     parts["objective"] = parts.quantile_reward - beta * parts.kl
     parts["without_waste"] = parts.quantile_reward - beta * parts.classes
-    return parts.mean().to_dict() | {"se": parts.objective.sem()}
+    gap = best_possible(beta) - parts.objective
+    worst = gap.nlargest(math.ceil(len(gap) / 10))
+    return parts.mean().to_dict() | {
+        "objective_se": parts.objective.sem(), "gap_of_worst_tenth": worst.sum() / gap.sum(),
+        "passing_ref_of_worst_tenth": parts.passing_ref[worst.index].mean()}
 
 
 def cost_of_few_references(fresh, beta):
@@ -136,12 +142,14 @@ def cost_of_few_references(fresh, beta):
 
 
 def calibration(data):
-    """How far completions of the reference model are from their targets, passing and failing apart."""
+    """How far completions of the reference model are from their targets, passing and failing apart. mass: of
+    the policy on them, the mean of e^log_ratio, next to the optimum's.
+    """
     for name, chosen in {"passing": data.rewards >= 1, "failing": data.rewards < 1}.items():
-        l, target = data.log_ratio[chosen], data.target[chosen]
-        yield {"completions": name, "share": chosen.mean(), "target": target.mean(), "log_ratio": l.mean(),
-               "mass_at_optimum": np.exp(target).mean() * chosen.mean(),
-               "mass": np.exp(l).mean() * chosen.mean()}
+        log_ratio, target = data.log_ratio[chosen], data.target[chosen]
+        share = chosen.mean()
+        yield {"completions": name, "share": share, "target": target.mean(), "log_ratio": log_ratio.mean(),
+               "mass_at_optimum": share * np.exp(target).mean(), "mass": share * np.exp(log_ratio).mean()}
 
 
 def main():
@@ -150,7 +158,7 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
     parts, calibrated = [], []
     for split in ("train", "test"):
-        fresh = sample(args, args.ref_model, split, args.out / f"fresh_{split}", args.num_fresh)
+        fresh = sample(args, args.ref_model, split, args.out / f"fresh_{split}", FRESH[split])
         for run in args.runs:
             policy = args.data / run
             folder = policy / "test/rewarded"  # run.sh has sampled these
