@@ -245,6 +245,25 @@ def dpo_loss(beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_
     return -F.logsigmoid(beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)))
 
 
+def dpo_norm_loss(beta, chosen_log_ratios, rejected_log_ratios, chosen_lens, rejected_lens):
+    """Length-normalised DPO (Tulu 3, arXiv 2411.15124, and Apertus, 2509.14233): beta / |y| instead of beta;
+    lens in tokens.
+    """
+    margin = chosen_log_ratios / chosen_lens - rejected_log_ratios / rejected_lens
+    return -F.logsigmoid(beta * margin)
+
+
+def tup_loss(log_ratios, ranks, truncation):
+    """After TUP ("Truncate Bad, Upweight Good", Bar and Romano, 2026): binary cross-entropy of
+    sigmoid(log_ratios) and the soft labels max(rank - truncation, 0).
+
+    ranks: the share of its pool, itself and its references, with at most its reward. The loss asks for
+    a log-ratio of logit(label): up where the label is above 1/2, down without limit where it is 0.
+    """
+    labels = (ranks - truncation).clamp(min=0)
+    return F.binary_cross_entropy_with_logits(log_ratios, labels, reduction="none")
+
+
 def simpo_loss(beta, gamma_beta_ratio, chosen_logps, rejected_logps, chosen_lens, rejected_lens):
     """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta (logp_c/|c| - logp_r/|r| - gamma/beta)); lens
     in tokens.

@@ -50,6 +50,11 @@ def pairs(values):
     return values[0::2], values[1::2]
 
 
+def ranks(b):
+    """The share of each completion's pool, itself and its references, with at most its reward; (B,)."""
+    return qrpo.quantile_cells(b.rewards, b.ref_rewards, b.among_refs)[1]
+
+
 # A new loss is a function in qrpo.py and one entry here. The completions of a term are 1, or 2: chosen
 # and rejected.
 LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
@@ -58,10 +63,14 @@ LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logp
     "forward_kl": (1, ("rewards", "targets", "refs"),
                    lambda b, logps: qrpo.forward_kl_loss(logps, b.targets)),
     "dpo": (2, (), lambda b, logps: qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))),
+    "dpo_norm": (2, (), lambda b, logps: qrpo.dpo_norm_loss(
+        args.beta, *pairs(logps - b.ref_logps), *pairs(b.lens - b.prompt_lens))),
     "rebel": (2, ("rewards",), lambda b, logps: qrpo.rebel_loss(
         args.beta, *pairs(logps - b.ref_logps), *pairs(b.rewards))),
     "simpo": (2, (), lambda b, logps: qrpo.simpo_loss(
         args.beta, args.gamma_beta_ratio, *pairs(logps), *pairs(b.lens - b.prompt_lens))),
+    "tup": (1, ("rewards", "targets"), lambda b, logps: qrpo.tup_loss(
+        logps - b.ref_logps, ranks(b), args.truncation)),
     # its mean over a step is the mean negative log-likelihood of the step's completion tokens
     "sft": (1, (), lambda b, logps: -logps / b.mean_length),
 }
@@ -100,6 +109,7 @@ add("--norm", default="mse", choices=qrpo.NORMS, help="QRPO: squared or absolute
 add("--length_normalize", action="store_true", help="QRPO: divide beta by the tokens of the completion")
 add("--max_beta", type=float, default=0.0, help="QRPO: upper limit of that beta; 0: none")
 add("--gamma_beta_ratio", type=float, default=0.5, help="SimPO: margin in nats per token")
+add("--truncation", type=float, default=0.25, help="TUP: what is subtracted from ranks")
 
 add = parser.add_argument_group("optimisation").add_argument
 add("--learning_rate", type=float, default=1e-6, help="AdamW's, at the peak of the schedule")

@@ -183,6 +183,54 @@ def mini_refs():
         yield run(f"refs-seed{seed}", f"out/mini/seed{seed}", "refs", SEED=seed)
 
 
+# ---- the frontier: reward against KL, of every method over its beta or learning rate ----
+
+FRONTIER = [  # name, flags; beside run.sh's learning rate of 3e-4, 2 epochs and batches of 64
+    ("forward_kl-beta0.1", "--loss=forward_kl --quantile=exact --beta=0.1"),
+    ("qrpo-beta0.1", "--loss=qrpo --beta=0.1"),
+    ("sft-lr3e-4", "--loss=sft --min_reward=1 --epochs=4"),
+    ("dpo-beta0.3-lr1e-4", "--loss=dpo --beta=0.3 --learning_rate=1e-4"),
+    ("forward_kl-beta0.5", "--loss=forward_kl --quantile=exact --beta=0.5"),
+    ("qrpo-beta0.5", "--loss=qrpo --beta=0.5"),
+    ("sft-lr1e-3", "--loss=sft --min_reward=1 --epochs=4 --learning_rate=1e-3"),
+    ("sft-lr1e-4", "--loss=sft --min_reward=1 --epochs=4 --learning_rate=1e-4"),
+    ("dpo-beta0.1-lr1e-4", "--loss=dpo --beta=0.1 --learning_rate=1e-4"),
+    ("dpo-beta0.3-lr3e-4", "--loss=dpo --beta=0.3"),
+    ("rebel-beta0.1", "--loss=rebel --beta=0.1"),
+    ("simpo-beta5", "--loss=simpo --beta=5 --learning_rate=1e-4"),
+    ("forward_kl-beta0.2", "--loss=forward_kl --quantile=exact --beta=0.2"),
+    ("qrpo-beta0.2", "--loss=qrpo --beta=0.2"),
+    ("tup", "--loss=tup"),
+    ("dpo_norm-beta5", "--loss=dpo_norm --beta=5 --learning_rate=1e-4"),
+]
+ONLINE = "forward_kl-beta0.1",  # continued on fresh samples, as the default run
+PAIRS = "dpo", "dpo_norm", "rebel", "simpo"
+
+
+def frontier():
+    """Pairs, the best and the worst of a prompt's references, are passed over 8 times: 80 steps of 32 pairs.
+    A quarter of the references are right, so SFT makes as many steps in 4 passes, the others 160 in 2.
+    """
+    for seed, (name, flags) in product(SEEDS, FRONTIER):
+        if name.partition("-")[0] in PAIRS:
+            flags += " --train_on=best_worst --epochs=8 --batch_size=32"
+        env = {}
+        if name in ONLINE:
+            env["ONLINE"] = "--learning_rate=3e-4 --max_new_tokens=64"
+        yield frontier_run(seed, name, f"train {flags}", **env)
+
+
+def frontier_refs():
+    for seed in SEEDS:
+        yield frontier_run(seed, "refs", "refs")
+
+
+def frontier_run(seed, name, arguments, **env):
+    """Seeds have folders of their own, not names: online.py's record names the model that it starts from."""
+    found = run(name, f"out/frontier/seed{seed}", arguments, SEED=seed, **env)
+    return found | {"name": f"{name}-seed{seed}"}
+
+
 # ---- length (figure 4): stories260K in data/stories/model; most stories end after 150 to 400 tokens ----
 
 STORIES_BETAS = {"qrpo": ("0.03", "0.1"), "dpo": ("0.1", "0.3"), "rebel": ("1", "3"), "simpo": ("2", "10")}

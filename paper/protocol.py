@@ -14,15 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
+from scipy.special import xlogy
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import qrpo  # noqa: E402
 import rows  # noqa: E402
 
-METRICS = "reward", "gain", "lc_reward", "length", "win_rate"
+METRICS = "reward", "gain", "full_marks", "kl", "objective", "lc_reward", "length", "win_rate"
 NOT_A_SETTING = "seed", "steps", "data_fingerprint"  # in run.json; they follow from the seed and its data
-UNUSED = {"dpo": ["quantile"], "rebel": ["quantile"], "simpo": ["quantile"], "sft": ["quantile", "beta"]}
+UNUSED = {"dpo": ["quantile"], "dpo_norm": ["quantile"], "rebel": ["quantile"], "simpo": ["quantile"],
+          "tup": ["quantile", "beta"], "sft": ["quantile", "beta"]}
 
 
 # ---- runs on disk ----
@@ -37,6 +41,7 @@ class Evaluation:
     length: pd.DataFrame      # (prompts, samples), in tokens
     ref_reward: pd.DataFrame  # (prompts, references)
     ref_length: pd.DataFrame  # (prompts, references)
+    log_ratio: pd.DataFrame   # (prompts, samples), log pi - log pi_ref; NaN if not sampled at temperature 1
 
 
 def read_evaluation(folder, tokenizer=None, field="samples", rewards="sample_rewards"):
@@ -68,8 +73,33 @@ def read_evaluation(folder, tokenizer=None, field="samples", rewards="sample_rew
         "difficulty": [str(row.get("difficulty")) for row in table],
         "prompt": [rows.fingerprint(row["prompt"]) for row in table],
     })
-    return Evaluation(Path(folder), field, prompts, numbers(rewards), lengths(field),
-                      numbers("ref_rewards"), lengths("ref_completions"))
+    reward = numbers(rewards)
+    made = [row.get("made_by", {}).get(field, {}) for row in table]
+    log_ratio = reward * math.nan
+    if all((how.get("temperature", 1), how.get("top_p", 1)) == (1, 1) for how in made):
+        log_ratio = read_log_ratios(Path(folder), field, prompts, reward)
+    return Evaluation(Path(folder), field, prompts, reward, lengths(field),
+                      numbers("ref_rewards"), lengths("ref_completions"), log_ratio)
+
+
+def read_log_ratios(folder, field, prompts, reward):
+    """The log-ratios of a model's samples, (prompts, samples), from evaluate.py; those of the reference model
+    are 0.
+    """
+    if field == "ref_completions":
+        return reward * 0
+    path = folder.parents[1] / "samples.npz"
+    if not path.exists():
+        return reward * math.nan
+    samples = np.load(path)
+    place = pd.Series(range(len(prompts)), prompts.id).reindex(samples["row_ids"].astype(str))
+    place = place.iloc[samples["row"]]  # (samples,) the positions of their prompts
+    known = reward.notna().to_numpy()   # evaluate.py leaves the others out
+    if place.isna().any() or len(place) != known.sum():
+        rows.fail(f"{path}: is not of the samples in {folder}; run evaluate.py again")
+    table = np.full(reward.shape, math.nan)
+    table[known] = samples["log_ratio"][np.argsort(place, kind="stable")]
+    return pd.DataFrame(table)
 
 
 def load(folders, tokenizer=None):
@@ -117,6 +147,7 @@ def run_folders(folders):
 
 def setting_of(config):
     """The flags that tell settings apart. Paths count by their last part: every seed has its own folders."""
+    config = {"loss": "online"} | config  # online.py has one loss
     ignored = [*NOT_A_SETTING, *UNUSED.get(config["loss"], [])]
     flags = {name: value for name, value in config.items() if name not in ignored}
     for name in "model", "ref_model":
@@ -191,29 +222,49 @@ def win_rate(reward, ref_reward):
     return pd.DataFrame(wins).where(reward.notna())
 
 
-def metrics(evaluation, half):
-    """Every metric of every sample to the prompts at positions `half`: name -> (prompts, samples)."""
+def quantile_rewards(evaluation, beta):
+    """QRPO's R of every sample, for the identity and exact quantiles; (prompts, samples)."""
+    among_refs = torch.tensor(evaluation.field == "ref_completions")
+    ref_rewards = torch.tensor(evaluation.ref_reward.to_numpy())
+    out = {}
+    for k in evaluation.reward:
+        rewards = torch.tensor(evaluation.reward[k].to_numpy())
+        cells = qrpo.quantile_cells(rewards, ref_rewards, among_refs.expand(rewards.shape))
+        b = torch.full_like(rewards, beta)
+        out[k] = (b * qrpo.log_mean_exp(b, "identity", *cells)).numpy()
+    return pd.DataFrame(out).where(evaluation.reward.notna())
+
+
+def metrics(evaluation, half, beta):
+    """Every metric of every sample to the prompts at positions `half`: name -> (prompts, samples).
+
+    full_marks: a reward of 1 or more. objective: QRPO's, quantile reward - beta KL.
+    """
     reward = evaluation.reward.iloc[half]
     length = evaluation.length.iloc[half]
     ref_reward = evaluation.ref_reward.iloc[half]
     ref_length = evaluation.ref_length.iloc[half]
+    log_ratio = evaluation.log_ratio.iloc[half]
     return {
         "reward": reward,
         "gain": reward.sub(ref_reward.mean(axis=1), axis=0),  # paired by prompt, so its errors are smaller
+        "full_marks": (reward >= 1).where(reward.notna()).astype(float),
+        "kl": log_ratio,
+        "objective": quantile_rewards(evaluation, beta).iloc[half] - beta * log_ratio,
         "lc_reward": length_controlled(reward, length, ref_reward, ref_length),
         "length": length,
         "win_rate": win_rate(reward, ref_reward),
     }
 
 
-def measure(evaluations, half):
+def measure(evaluations, half, beta=0.1):
     """The metrics of a setting, evaluated once for each training seed, on half of the prompts:
 
     NAME: mean over prompts, generation seeds and training seeds
     NAME_std: standard deviation over generation seeds, as in the paper (root mean square over training seeds)
     NAME_se_prompts, NAME_se_seeds: standard errors over prompts, and over training seeds
     """
-    values = [metrics(evaluation, half) for evaluation in evaluations]
+    values = [metrics(evaluation, half, beta) for evaluation in evaluations]
     out = {"seeds": len(values)}
     for name in METRICS:
         frames = [of_seed[name] for of_seed in values]
@@ -231,16 +282,17 @@ def measure(evaluations, half):
 def select(measures, rule="paper", longest=1000):
     """The position of the best of `measures`, a list of what `measure` returns, whose rewards are all known.
 
-    The paper's rule: drop settings longer than 1000 tokens on average. Of those near the best reward (2
-    standard deviations), find the best length-controlled reward. Of those near that (0.8), take the highest
-    reward.
+    rule: a metric, of which to take the highest, or the paper's: drop settings longer than 1000 tokens on
+    average. Of those near the best reward (2 standard deviations), find the best length-controlled reward.
+    Of those near that (0.8), take the highest reward.
     """
     pool = pd.DataFrame(measures)
-    if rule == "paper":
-        short = pool[pool.length <= longest]
-        pool = pool if short.empty else short
-        pool = near_best(pool, "reward", 2)
-        pool = near_best(pool, "lc_reward", 0.8)
+    if rule != "paper":
+        return pool[rule].idxmax()
+    short = pool[pool.length <= longest]
+    pool = pool if short.empty else short
+    pool = near_best(pool, "reward", 2)
+    pool = near_best(pool, "lc_reward", 0.8)
     return pool.reward.idxmax()
 
 
@@ -249,3 +301,21 @@ def near_best(pool, name, factor):
     best = pool[name].idxmax()
     std = pool[f"{name}_std"].fillna(0)  # one generation seed has none
     return pool[pool.loc[best, name] - pool[name] <= factor * np.hypot(std, std[best])]
+
+
+# ---- the best possible ----
+
+def best_tradeoff(scores, betas):
+    """The most that any policy gains for its KL: pi_ref e^{score / beta} / Z maximises E[score] - beta KL for
+    every prompt.
+
+    scores: (prompts, references), of samples of the reference model; NaN: unknown. Returns the means over
+    prompts of KL, in nats, and of the score, (betas,) each.
+    """
+    kl, mean = [], []
+    for beta in betas:
+        weight = np.exp((scores - np.nanmax(scores, 1, keepdims=True)) / beta)
+        weight /= np.nanmean(weight, 1, keepdims=True)  # pi / pi_ref
+        kl.append(np.nanmean(xlogy(weight, weight), 1).mean())
+        mean.append(np.nanmean(weight * scores, 1).mean())
+    return np.array(kl), np.array(mean)

@@ -4,6 +4,7 @@ Reads every evaluated run in --runs (see protocol.py). Half of the test prompts 
 checkpoint, the other half is reported. Prints what it finds, and writes to --out:
 
     table      one row a method: table.md, table.csv (tables 2 and 3)
+    frontier   reward against KL, one point a setting, below the curve that no policy can pass
     figure1    the methods' rewards as bars
     figure3    reward against the number of reference rewards, for each beta
     figure4    log-ratio against normalised completion length, over all test prompts
@@ -48,8 +49,9 @@ def parse_arguments():
     add("--out", type=Path, default=Path("out/results"), help="folder to write to")
     add("--by", help="flags of train.py that define a method; by default loss,quantile,train_on for the "
         "table, and loss for the others")
-    add("--select", default="paper", choices=("paper", "reward"),
-        help="choose a method's setting by the paper's rule, or by mean reward alone")
+    add("--select", default="paper", choices=("paper", "reward", "objective"),
+        help="choose a method's setting by the paper's rule, by mean reward alone, or by QRPO's objective")
+    add("--beta", type=float, default=0.1, help="beta of the objective in the table")
     add("--published", default="leetcode", choices=[name for name in PUBLISHED if name != "figure4"],
         help="the paper's results to show beside these")
     add("--tokenizer", help="count lengths in tokens of this tokenizer, as the paper does with the reward "
@@ -102,11 +104,11 @@ def choose_methods(args, models, by):
     found = []
     for _, group in models.groupby(["loss", *by], dropna=False, sort=False):
         if group.loss.iloc[0] != "base":
-            found.append(choose_setting(group, method_name(group.iloc[0], by), prompts, args.select))
+            found.append(choose_setting(group, method_name(group.iloc[0], by), prompts, args))
     reference_models = models[models.loss == "base"].groupby("model")
     for model, group in reference_models:
         name = f"reference model {model}" if len(reference_models) > 1 else "reference model"
-        found.append(choose_setting(group, name, prompts, args.select))
+        found.append(choose_setting(group, name, prompts, args))
     print(f"selected on {len(prompts[0])} prompts, reported on the other {len(prompts[1])}")
     found = [method for method in found if method]
     return sorted(found, key=lambda method: (ORDER.get(method.loss, len(ORDER)), method.name))
@@ -123,26 +125,26 @@ def method_name(model, by):
     return " ".join(words)
 
 
-def choose_setting(group, name, prompts, rule):
+def choose_setting(group, name, prompts, args):
     """Select a setting of a method on half of the prompts, report it on the others. None: no known reward."""
     selection, report = prompts
     settings = [setting for _, setting in group.groupby("setting", sort=False)]
     seeds = set.intersection(*[set(setting.seed) for setting in settings])  # those that all settings have
     candidates, measures = [], []
     for setting in settings:
-        m = protocol.measure(setting[setting.seed.isin(seeds)].evaluation, selection)
+        m = protocol.measure(setting[setting.seed.isin(seeds)].evaluation, selection, args.beta)
         if not np.isnan(m["reward"]):
             candidates.append(setting)
             measures.append(m)
     if not candidates:
         print(f"{name}: left out, no reward is known")
         return None
-    best = protocol.select(measures, rule)
+    best = protocol.select(measures, args.select)
     chosen = candidates[best]
     flags = group.drop(columns=["seed", "run", "setting", "evaluation"])
     differ = [flag for flag in flags if flags[flag].map(str).nunique() > 1]  # str: --template_args is a dict
     selected = ", ".join(f"{flag} {chosen[flag].iloc[0]}" for flag in differ)
-    reported = protocol.measure(chosen.evaluation, report)
+    reported = protocol.measure(chosen.evaluation, report, args.beta)
     return Method(name, chosen.loss.iloc[0], selected, chosen, measures[best], reported)
 
 
@@ -170,7 +172,7 @@ def table(args):
     published = PUBLISHED[args.published]
     winner = methods[protocol.select([method.on_selection for method in methods], args.select)]
     best = {name: max(method.reported[name] for method in methods) for name in protocol.METRICS}
-    best["length"] = None  # more is not better
+    best["length"] = best["kl"] = None  # more is not better
     head = ["method", "selected", "seeds", *protocol.METRICS, "std of reward", "the paper"]
     lines = [head, ["---"] * len(head)]
     for method in methods:
@@ -180,7 +182,8 @@ def table(args):
         paper = " / ".join(map(str, published.get(method.loss, [])))
         lines.append([name, method.selected, str(m["seeds"]), *cells, f"{m['reward_std']:.4f}", paper])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text += f"\n\n{CAPTION} The paper: {args.published}, {' / '.join(published['columns'])}."
+    columns = " / ".join(published["columns"])
+    text += f"\n\n{CAPTION} objective: at beta {args.beta}. The paper: {args.published}, {columns}."
     (args.out / "table.md").write_text(f"{text}\n")
     print(f"\n{text}\n\n{args.out / 'table.md'}")
     save_csv(args.out / "table.csv", [method.row() for method in methods])
@@ -198,10 +201,69 @@ def cell(m, metric, is_best):
     numbers = [m[metric], m[f"{metric}_se_prompts"]]
     if m["seeds"] > 1:
         numbers.append(m[f"{metric}_se_seeds"])
+    if np.isnan(numbers[0]):
+        return ""  # no KL where samples were not drawn at temperature 1
     texts = [f"{round(number, digits) + 0:.{digits}f}" for number in numbers]  # + 0: no "-0.0000"
     if is_best:
         texts[0] = f"**{texts[0]}**"
     return " ± ".join(texts)
+
+
+# ---- reward against KL ----
+
+BETAS = np.geomspace(0.01, 30, 60)  # of the curve
+RESAMPLES = 200
+SHOWN = {"reward": "mean reward", "full_marks": "full marks (share of rewards of 1)"}
+
+
+def frontier(args):
+    """Every setting on the reported half: means over training seeds, with standard errors over these. The
+    bound is that of the pooled references of all seeds.
+    """
+    models = load(args)
+    base = models[models.loss == "base"]
+    if base.model.nunique() > 1:
+        rows.fail("--runs: have several reference models, and KL is to one; name the runs of one")
+    report = protocol.halves(models.evaluation.iloc[0].prompts.difficulty)[1]
+    points = []
+    for _, setting in trained(models).groupby("setting", sort=False):
+        first = setting.iloc[0]
+        m = protocol.measure(setting.evaluation, report, args.beta)
+        points.append({"method": method_name(first, args.by), "beta": first["beta"],
+                       "learning_rate": first["learning_rate"], **m})
+    points = pd.DataFrame(points).sort_values(["method", "kl"])
+    pool = np.concatenate([evaluation.ref_reward.iloc[report] for evaluation in base.evaluation], axis=1)
+    scores = {"reward": pool, "full_marks": np.where(np.isnan(pool), np.nan, pool >= 1)}
+    figure, axes = panels(len(SHOWN))
+    curves = []
+    for axis, (metric, title) in zip(axes, SHOWN.items()):
+        curve = bound(scores[metric])
+        label = f"best possible ({pool.shape[1]} references)"
+        axis.plot(curve.kl, curve["mean"], "k", linewidth=1.2, label=label)
+        axis.fill_between(curve.kl, curve.low, curve.high, color="k", alpha=0.15)
+        for method, line in points.groupby("method"):
+            axis.errorbar(line.kl, line[metric], line[f"{metric}_se_seeds"].fillna(0),
+                          line.kl_se_seeds.fillna(0), fmt="o-", markersize=4, linewidth=0.8, label=method)
+        axis.set(xlabel="KL to the reference model, nats", ylabel=title, xlim=(0, 1.1 * points.kl.max()))
+        curves.append(curve.assign(metric=metric))
+    axes[-1].legend(fontsize=8, loc="lower right")
+    save_csv(args.out / "frontier_bound.csv", pd.concat(curves))
+    save(figure, args.out, "frontier", points)
+
+
+def bound(scores):
+    """The best mean score at every KL, from the references' scores (prompts, references), with a 95% interval
+    (basic bootstrap): how the curve changes when every prompt's references are drawn again from its pool.
+    """
+    kl, mean = protocol.best_tradeoff(scores, BETAS)
+    rng = np.random.default_rng(0)
+    changes = []
+    for _ in range(RESAMPLES):
+        again = np.take_along_axis(scores, rng.integers(scores.shape[1], size=scores.shape), axis=1)
+        its_kl, its_mean = protocol.best_tradeoff(again, BETAS)
+        changes.append(np.interp(kl, its_kl[::-1], its_mean[::-1]) - mean)  # KL falls with beta
+    low, high = np.quantile(changes, (0.025, 0.975), axis=0)
+    return pd.DataFrame({"kl": kl, "mean": mean, "low": mean - high, "high": mean - low})
 
 
 def figure1(args):
@@ -348,8 +410,8 @@ def alpaca(args):
         print(path)
 
 
-COMMANDS = {"table": table, "figure1": figure1, "figure3": figure3, "figure4": figure4, "figure5": figure5,
-            "figure6": figure6, "alpaca": alpaca}
+COMMANDS = {"table": table, "frontier": frontier, "figure1": figure1, "figure3": figure3, "figure4": figure4,
+            "figure5": figure5, "figure6": figure6, "alpaca": alpaca}
 
 
 def main():

@@ -1,9 +1,10 @@
 """Run a sweep on this machine or as a SLURM job array, report the state of its runs, and repeat what failed.
 
-A grid is a name in paper/grids.py (chat, scaling, code, sft, refs; mini, mini_refs; stories, stories_refs),
-or FILE.py:NAME, a function of your own that yields runs in the same way. Input: the grid. Output, in the
-folder of each run: log.txt, what it printed; and job.json, where it runs or ran, and its exit code. `status`
-needs only these and squeue. A run that reaches SLURM's time limit saves, is queued again, and continues.
+A grid is a name in paper/grids.py (chat, scaling, code, sft, refs; mini, mini_refs; frontier, frontier_refs;
+stories, stories_refs), or FILE.py:NAME, a function of your own that yields runs in the same way. Input: the
+grid. Output, in the folder of each run: log.txt, what it printed; and job.json, where it runs or ran, and its
+exit code. `status` needs only these and squeue. A run that reaches SLURM's time limit saves, is queued again,
+and continues.
 
     python paper/sweep.py list mini --only='qrpo*seed0'
     python paper/sweep.py run mini --jobs=2

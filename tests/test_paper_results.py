@@ -7,6 +7,7 @@ import itertools
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -18,6 +19,7 @@ from conftest import ROOT, read_rows, run
 import rows
 
 sys.path.insert(0, str(ROOT / "paper"))
+import diagnose  # noqa: E402
 import protocol  # noqa: E402
 import results  # noqa: E402
 
@@ -66,7 +68,8 @@ def test_measure_by_hand():
     def evaluation(reward):
         reward = pd.DataFrame(reward, dtype=float)
         references = pd.DataFrame(np.zeros((len(reward), 2)))
-        return protocol.Evaluation(None, "samples", None, reward, reward * 0 + 7, references, references + 1)
+        return protocol.Evaluation(None, "samples", None, reward, reward * 0 + 7, references, references + 1,
+                                   reward * 0 + 2)
     two = [evaluation([[0, 1], [1, 1], [5, 5]]), evaluation([[0, 0], [1, 0], [5, 5]])]
     m = protocol.measure(two, np.array([0, 1]))  # the first two prompts
     # seed 0: generations (.5, 1), seed 1: (.5, 0); prompts over everything: (.25, .75)
@@ -74,8 +77,22 @@ def test_measure_by_hand():
     assert m["reward_std"] == pytest.approx(math.sqrt((0.125 + 0.125) / 2))
     assert m["reward_se_prompts"] == pytest.approx(0.25) and m["reward_se_seeds"] == pytest.approx(0.25)
     assert m["win_rate"] == pytest.approx(0.75)  # of eight samples four win, four tie
+    assert (m["full_marks"], m["kl"]) == (0.5, 2)
+    # two references of reward 0: a sample of 1 has the cell (2/3, 1], and one of 0 the whole (0, 1]
+    win, tie = 1 / 5 * math.log(math.exp(5) * -math.expm1(-5 / 3) * 3 / 5), math.log(math.expm1(5) / 5) / 5
+    assert protocol.measure(two, np.array([0, 1]), 0.2)["objective"] == pytest.approx((win + tie) / 2 - 0.4)
     single = protocol.measure([evaluation([[0, 1], [1, 1]])], np.array([0, 1]))
     assert single["reward_std"] == pytest.approx(math.sqrt(0.125)) and math.isnan(single["reward_se_seeds"])
+
+
+def test_best_tradeoff_by_hand():
+    """One of four references passes: at beta b, odds of e^{1/b} to 3."""
+    b = 1 / math.log(3)  # odds of 3 to 3, so half of the mass on one reference in four
+    kl, mean = protocol.best_tradeoff(np.array([[1.0, 0, 0, 0], [0, 0, 0, 0]]), [1e-3, b, 1e9])
+    assert mean == pytest.approx([0.5, 0.25, 0.125])  # nothing can be gained where no reference passes
+    assert kl == pytest.approx([math.log(4) / 2, (math.log(2) + math.log(2 / 3)) / 4, 0], abs=1e-8)
+    unknown = protocol.best_tradeoff(np.array([[1.0, 0, 0, 0, np.nan]]), [b])
+    assert (unknown[1].item(), unknown[0].item()) == pytest.approx((0.5, (math.log(2) + math.log(2 / 3)) / 2))
 
 
 def test_halves_split_each_difficulty():
@@ -114,6 +131,43 @@ def test_optimum_under_a_normal_reward(beta, rises):
     assert rising == pytest.approx(share, abs=1e-3)
 
 
+def completions(counts, log_ratio, rewards, beta=0.2):
+    """Of one prompt, each of some completions drawn so often; R is the reward."""
+    each = np.repeat(np.arange(len(counts)), counts)
+    log_ratio, rewards = np.array(log_ratio)[each], np.array(rewards)[each]
+    return SimpleNamespace(row=each * 0, log_ratio=log_ratio, rewards=rewards, R=rewards,
+                           target=rewards / beta)
+
+
+def test_the_decomposition_of_the_objective_by_hand():
+    """Under ref four completions are equally likely. One passes; pi is .5 on it, .3, .1 and .1 on the others.
+    """
+    rewards, pi = [1.0, 0, 0, 0], np.array([0.5, 0.3, 0.1, 0.1])
+    samples, refs = (completions(counts, np.log(4 * pi), rewards) for counts in ([5, 3, 1, 1], [3] * 4))
+    parts = diagnose.decompose(samples, refs, 0.2)
+    kl = (pi * np.log(4 * pi)).sum()
+    classes = (math.log(2) + math.log(2 / 3)) / 2
+    assert parts["kl"] == pytest.approx(kl) and parts["classes"] == pytest.approx(classes)
+    waste = parts["waste_passing"], parts["waste_failing"]
+    assert waste == pytest.approx((0, kl - classes))
+    assert (parts["passing"], parts["passing_ref"]) == pytest.approx((0.5, 0.25))
+    assert parts["objective"] == pytest.approx(0.5 - 0.2 * kl)
+    passing, failing = diagnose.calibration(refs)
+    assert (passing["mass"], failing["mass"]) == pytest.approx((0.5, 0.5))
+    assert passing["mass_at_optimum"] == pytest.approx(math.exp(5) / 4)
+
+
+def test_what_few_references_cost_is_nothing_where_they_are_the_whole_distribution():
+    fresh = completions([1] * 4, [0.0] * 4, np.arange(4.0))
+    R = (np.arange(4) + np.log(-np.expm1(-2.5) / 2.5) / 2.5 + 1) / 4  # of cells of width 1/4 at beta 0.1
+    fresh.R = R
+    knowing, unknowing = diagnose.cost_of_few_references(fresh, 0.1)
+    assert knowing == pytest.approx(unknowing, abs=1e-6)
+    assert knowing == pytest.approx(diagnose.best_possible(0.1), abs=1e-6)
+    fresh.R = R[::-1]  # the references that were drawn say the opposite
+    assert diagnose.cost_of_few_references(fresh, 0.1)[1] < knowing - 0.5
+
+
 # ---- runs on disk ----
 
 def write_run(folder, seed, reward, steps=10, finished=True, evaluated=True, metrics=None, **config):
@@ -138,7 +192,7 @@ def write_run(folder, seed, reward, steps=10, finished=True, evaluated=True, met
     with open(folder / "metrics.jsonl", "wb") as f:
         for line in metrics or []:
             rows.append(f, line)
-    n = np.arange(16)
+    n = np.array([2 * i + k for i in range(8) for k in range(2) if reward(i, k) is not None])
     np.savez(folder / "samples.npz", log_ratio=2.0 * (n % 5) + 3, length=5 + n % 5, row=n // 2,
              reward=n * 0.0, lo=n * 0.0, hi=n * 0.0, row_ids=np.array([f"p{i}" for i in range(8)]))
     if evaluated:
@@ -227,6 +281,31 @@ def test_figures_and_the_numbers_behind_them(sweep):
     last = [p for p in read_csv(sweep / "out/figure6.csv") if p["method"] == "dpo" and p["step"] == "9"]
     assert [(p["side"], float(p["log_ratio"]), float(p["se_seeds"])) for p in last] == [
         ("chosen", 1.5, 0.5), ("rejected", -2.0, 0.0)]
+
+
+def test_frontier(sweep):
+    """log_ratio is 3 to 11 in turn, so of a prompt's two samples: a mean of 4, 8, 7, 6, 5 or 9 in turn."""
+    command(sweep, "frontier")
+    points = read_csv(sweep / "out/frontier.csv")
+    assert [p["method"] for p in points] == ["dpo", "qrpo", "qrpo", "qrpo", "qrpo"]
+    report = protocol.halves(["easy", "hard"] * 4)[1]
+    kl = np.mean([(2.0 * (n % 5) + 3) for i in report for n in (2 * i, 2 * i + 1)])
+    assert float(points[0]["kl"]) == pytest.approx(kl) and float(points[0]["kl_se_seeds"]) == 0
+    assert (float(points[0]["reward"]), float(points[0]["full_marks"])) == (0.25, 0)
+    for point in read_csv(sweep / "out/frontier_bound.csv"):  # half of the references have reward 1
+        p = float(point["mean"])
+        kl = p * math.log(2 * p) + (p < 1) * (1 - p) * math.log(max(2 - 2 * p, 1e-99))
+        assert float(point["kl"]) == pytest.approx(kl, abs=1e-6)
+        assert float(point["low"]) <= p <= float(point["high"])
+
+
+def test_the_samples_of_another_evaluation_are_refused(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.6)
+    write_run(tmp_path / "other", 0, lambda i, k: 0.6 if i else None)
+    shutil.copy(tmp_path / "other/samples.npz", tmp_path / "runs/a/samples.npz")
+    with pytest.raises(SystemExit, match="2"):
+        command(tmp_path, "table")
+    assert "run evaluate.py again" in capsys.readouterr().err
 
 
 def test_figure_4_omits_prompts_whose_references_all_have_one_length(tmp_path):
@@ -319,7 +398,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, change, mess
     write_run(tmp_path / "runs/b", 0, lambda i, k: 0.5, **change)
     if change:
         part = tmp_path / "runs/b/test/rewarded/part-00000.jsonl"
-        part.write_text("".join(itertools.islice(open(part), 7)))
+        part.write_text(part.read_text().replace("do 7", "do it"))
     with pytest.raises(SystemExit, match="2"):
         command(tmp_path, "table")
     assert message in capsys.readouterr().err

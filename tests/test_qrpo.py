@@ -96,6 +96,26 @@ def test_dpo_simpo_and_rebel_match_the_published_code():
         assert_near(ours, theirs, 1e-5, loss)
 
 
+def test_length_normalised_dpo_by_hand():
+    log_ratios = torch.tensor([3.0]).requires_grad_(), torch.tensor([-2.0]).requires_grad_()
+    loss = qrpo.dpo_norm_loss(0.5, *log_ratios, torch.tensor([6]), torch.tensor([4]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.5)))  # 0.5 (3/6 + 2/4) = 0.5
+    chosen, rejected = torch.autograd.grad(loss, log_ratios)
+    slope = 0.5 / (1 + math.exp(0.5))
+    assert (chosen.item(), rejected.item()) == pytest.approx((-slope / 6, slope / 4))
+
+
+def test_tup_by_hand():
+    """Labels 0 (truncated), 1/2 and 3/4 at the reference model: down, nowhere, up."""
+    log_ratios = torch.zeros(3, requires_grad=True)
+    loss = qrpo.tup_loss(log_ratios, torch.tensor([0.125, 0.75, 1.0]), 0.25)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 3)
+    gradient, = torch.autograd.grad(loss.sum(), log_ratios)
+    assert gradient.tolist() == pytest.approx([0.5, 0, -0.25])
+    at_the_best = qrpo.tup_loss(torch.tensor([math.log(3)]), torch.tensor([1.0]), 0.25)  # logit(3/4) = log 3
+    assert at_the_best.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+
+
 def test_each_completion_may_have_its_own_beta_and_nothing_overflows():
     n = 6
     logps, ref_logps = torch.randn(n) * 100 - 1e4, torch.randn(n) * 100 - 1e4

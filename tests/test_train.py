@@ -130,8 +130,8 @@ def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path, cap
 # ---- what a step computes ----
 
 LOSSES = {  # each loss and the data it is tried on
-    "qrpo": "refs", "forward_kl": "refs", "sft": "refs",
-    "dpo": "best_worst", "rebel": "random_pairs", "simpo": "best_worst"}
+    "qrpo": "refs", "forward_kl": "refs", "tup": "refs", "sft": "refs",
+    "dpo": "best_worst", "dpo_norm": "best_worst", "rebel": "random_pairs", "simpo": "best_worst"}
 
 
 LOG_Z = math.log(0.1 * (math.exp(10) - 1))  # at beta 0.1
@@ -148,12 +148,19 @@ def exact_target(c, ref_rewards):
     return math.log(0.1 * (math.exp(10 * hi) - math.exp(10 * lo)) / (hi - lo)) - LOG_Z
 
 
+def tup_label(c, ref_rewards):
+    return max(sum(reward <= c["reward"] for reward in ref_rewards) / 4 - 0.25, 0)
+
+
 SINGLE_LOSSES = {  # of a completion c
     "qrpo": lambda c, ref_rewards: (0.1 * (paper_target(c, ref_rewards) - c["log_ratio"])) ** 2,
     "forward_kl": lambda c, ref_rewards: -math.exp(exact_target(c, ref_rewards)) * c["logp"],
+    "tup": lambda c, ref_rewards: F.binary_cross_entropy(
+        torch.sigmoid(c["log_ratio"]), torch.tensor(tup_label(c, ref_rewards))),
     "sft": lambda c, ref_rewards: -c["logp"]}
 PAIR_LOSSES = {  # of a better completion c and a worse one r
     "dpo": lambda c, r: -F.logsigmoid(0.1 * (c["log_ratio"] - r["log_ratio"])),
+    "dpo_norm": lambda c, r: -F.logsigmoid(0.1 * (c["log_ratio"] / c["n"] - r["log_ratio"] / r["n"])),
     "simpo": lambda c, r: -F.logsigmoid(0.1 * (c["logp"] / c["n"] - r["logp"] / r["n"] - 0.5)),
     "rebel": lambda c, r: ((c["reward"] - r["reward"]) / 0.1 - (c["log_ratio"] - r["log_ratio"])) ** 2}
 

@@ -1,0 +1,200 @@
+"""Where a run's objective is lost, and at what: a diagnosis of a trained policy, on training and on held-out
+prompts (docs/optimum.md explains the numbers).
+
+Reads a folder of run.sh (--data: train/rewarded and test/rewarded) and runs in it. Samples each policy on
+the training prompts, and the reference model afresh on all prompts; rewards these with the tests. Writes to
+--out diagnosis.csv, calibration.csv and diagnosis.png. What was sampled is reused.
+
+    python paper/diagnose.py --data=out --runs regression qrpo qrpo_online
+"""
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+import qrpo  # noqa: E402
+import rows  # noqa: E402
+from model import get_device  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def parse_arguments():
+    parser = rows.Parser(__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("out"), help="folder of train/rewarded, test/rewarded and the runs")
+    add("--runs", nargs="+", required=True, help="names of runs in it")
+    add("--ref_model", default="data/minicode/model", help="their reference model")
+    add("--reward", default="tests", help="their reward, as score.py's")
+    add("--beta", type=float, default=0.1, help="of the objective")
+    add("--max_new_tokens", type=int, default=64, help="longest completion, in tokens")
+    add("--out", type=Path, default=Path("out/diagnosis"), help="folder to write to")
+    return parser.parse_args()
+
+
+SAMPLES = 4                       # of each policy for every training prompt
+FRESH = {"train": 8, "test": 32}  # samples of the reference model for every prompt
+SEED = 1000                       # so these are not the references
+
+
+# ---- samples and their log-ratios ----
+
+def sample(args, model, split, folder, num):
+    """Rewarded samples of a model on the prompts of a split ("train" or "test"); the folder of their rows."""
+    generate = [ROOT / "generate_refs.py", f"--model={model}", f"--data={args.data / split / 'rewarded'}",
+                f"--out={folder / 'sampled'}", "--field=samples", f"--num_refs={num}", f"--seed={SEED}",
+                f"--max_new_tokens={args.max_new_tokens}"]
+    score = [ROOT / "score.py", f"--data={folder / 'sampled'}", f"--out={folder / 'rewarded'}",
+             f"--reward={args.reward}"]
+    for command in (generate, score):
+        subprocess.run([sys.executable, *command], check=True)
+    return folder / "rewarded"
+
+
+def log_ratios(args, policy, folder):
+    """The samples and the references in a folder of rows, with log_ratio (of this policy to the reference
+    model), the quantile reward R, and the target; all (n,).
+    """
+    settings = SimpleNamespace(model=str(policy), ref_model=args.ref_model, data=folder, beta=args.beta,
+                               transform="identity", template_args={}, dtype="auto", trust_remote_code=False)
+    found = evaluate.log_ratios(settings, get_device())
+    for data in found:
+        evaluate.quantile_rewards(settings, data)
+        data.target = (data.R - best_possible(args.beta)) / args.beta
+    return found
+
+
+def best_possible(beta):
+    """beta log Z."""
+    return beta * qrpo.log_partition(torch.tensor([beta])).item()
+
+
+# ---- the decomposition ----
+
+def decompose(samples, refs, beta):
+    """Means over prompts of the objective and its parts, and how much of the gap to the best possible lies in
+    the tenth of the prompts that are worst.
+
+    KL(pi, ref) = KL of the shares of every reward (classes) + the mean over these of KL(pi, ref) among the
+    completions of one reward (waste): KL that buys no reward. Samples and references are put together, each
+    weighted to stand for pi, or for ref, as if drawn from the mixture of both.
+    """
+    table = []
+    for prompt in np.intersect1d(samples.row, refs.row):
+        ours, theirs = samples.row == prompt, refs.row == prompt
+        log_ratio = np.concatenate([samples.log_ratio[ours], refs.log_ratio[theirs]])
+        R = np.concatenate([samples.R[ours], refs.R[theirs]])
+        reward = np.concatenate([samples.rewards[ours], refs.rewards[theirs]])
+        mixture = ours.sum() * np.exp(log_ratio) + theirs.sum()  # relative to ref
+        pi, ref = np.exp(log_ratio) / mixture, 1 / mixture
+        pi, ref = pi / pi.sum(), ref / ref.sum()
+        classes = waste_passing = waste_failing = 0
+        for value in np.unique(reward):
+            same = reward == value
+            share = pi[same].sum()
+            between = share * np.log(share / ref[same].sum())
+            within = (pi[same] * log_ratio[same]).sum() - between
+            classes += between
+            if value >= 1:
+                waste_passing += within
+            else:
+                waste_failing += within
+        table.append({
+            "quantile_reward": (pi * R).sum(), "kl": (pi * log_ratio).sum(), "classes": classes,
+            "waste_passing": waste_passing, "waste_failing": waste_failing,
+            "passing": pi[reward >= 1].sum(), "passing_ref": ref[reward >= 1].sum()})
+    parts = pd.DataFrame(table)
+    parts["objective"] = parts.quantile_reward - beta * parts.kl
+    parts["without_waste"] = parts.quantile_reward - beta * parts.classes
+    gap = best_possible(beta) - parts.objective
+    worst = gap.nlargest(math.ceil(len(gap) / 10))
+    return parts.mean().to_dict() | {
+        "objective_se": parts.objective.sem(), "gap_of_worst_tenth": worst.sum() / gap.sum(),
+        "passing_ref_of_worst_tenth": parts.passing_ref[worst.index].mean()}
+
+
+def cost_of_few_references(fresh, beta):
+    """The objective of the optimum that knows which references were drawn, and of the one that knows only
+    the reference model's distribution, here as the many fresh samples in `fresh`; means over prompts.
+    """
+    knowing, unknowing = [], []
+    for prompt in np.unique(fresh.row):
+        R = fresh.R[fresh.row == prompt]  # among the references that were drawn
+        reward = torch.tensor(fresh.rewards[fresh.row == prompt])
+        itself = torch.ones(len(reward), dtype=torch.bool)
+        cells = qrpo.quantile_cells(reward, reward.expand(len(reward), -1), itself)
+        true_R = beta * qrpo.log_mean_exp(torch.full_like(reward, beta), "identity", *cells).numpy()
+        for rewards, objectives in ((R, knowing), (true_R, unknowing)):
+            weight = np.exp(rewards / beta)
+            weight /= weight.mean()  # pi / ref
+            objectives.append((weight * R).mean() - beta * (weight * np.log(weight)).mean())
+    return np.mean(knowing), np.mean(unknowing)
+
+
+def calibration(data):
+    """How far completions of the reference model are from their targets, passing and failing apart. mass: of
+    the policy on them, the mean of e^log_ratio, next to the optimum's.
+    """
+    for name, chosen in {"passing": data.rewards >= 1, "failing": data.rewards < 1}.items():
+        log_ratio, target = data.log_ratio[chosen], data.target[chosen]
+        share = chosen.mean()
+        yield {"completions": name, "share": share, "target": target.mean(), "log_ratio": log_ratio.mean(),
+               "mass_at_optimum": share * np.exp(target).mean(), "mass": share * np.exp(log_ratio).mean()}
+
+
+def main():
+    args = parse_arguments()
+    with rows.writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+    parts, calibrated = [], []
+    for split in ("train", "test"):
+        fresh = sample(args, args.ref_model, split, args.out / f"fresh_{split}", FRESH[split])
+        for run in args.runs:
+            policy = args.data / run
+            folder = policy / "test/rewarded"  # run.sh has sampled these
+            if split == "train":
+                folder = sample(args, policy, split, args.out / run, SAMPLES)
+            samples, refs = log_ratios(args, policy, folder)
+            fresh_refs, _ = log_ratios(args, policy, fresh)
+            parts.append({"prompts": split, "run": run, **decompose(samples, refs, args.beta)})
+            for kind, data in {"references": refs, "fresh": fresh_refs}.items():
+                for line in calibration(data):
+                    calibrated.append({"prompts": split, "run": run, "of": kind, **line})
+        knowing, unknowing = cost_of_few_references(fresh_refs, args.beta)
+        print(f"{split}: the optimum has {knowing:.4f} if it knows the references, {unknowing:.4f} if not")
+    for name, table in {"diagnosis": parts, "calibration": calibrated}.items():
+        table = pd.DataFrame(table)
+        table.to_csv(args.out / f"{name}.csv", index=False)
+        print(table.round(4).to_string(index=False))
+    draw(pd.DataFrame(parts), pd.DataFrame(calibrated), args)
+
+
+def draw(parts, calibrated, args):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    place = np.arange(len(parts))
+    rest = best_possible(args.beta) - parts.without_waste
+    left.bar(place, rest, label="too little mass on good rewards")
+    left.bar(place, parts.without_waste - parts.objective, bottom=rest, label="waste")
+    left.set_xticks(place, parts.run + "\n" + parts.prompts, fontsize=7)
+    left.set(ylabel="objective, below the best possible")
+    left.legend(fontsize=8)
+    for name, line in calibrated.groupby(["prompts", "of"]):
+        right.plot(line.mass_at_optimum, line.mass, "o", label=", ".join(name))
+    right.axline((0, 0), slope=1, color="k", linestyle=":")
+    right.set(xlabel="mass at the optimum", ylabel="mass under the policy")
+    right.legend(fontsize=8)
+    figure.savefig(args.out / "diagnosis.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
