@@ -211,42 +211,64 @@ class Reader:
             table["ids"].append(row.get("id", position))
             table["at"].append(at)
             table["ref_rewards"].append(ref_rewards)
+            kept = []
             for group in REGIMES[self.choices.train_on].groups(row, self):
                 reason = self.why_not(row, group, known)
                 if reason:
                     table["dropped"][reason] += len(group)
-                    continue
-                for place, c in enumerate(group):
-                    same = np.count_nonzero(known == np.float32(c.reward)) - c.among_refs
-                    table["tokens"] += [row["prompt_ids"], c.ids]
-                    table["prompt_lens"].append(len(row["prompt_ids"]))
-                    table["lens"].append(len(row["prompt_ids"]) + len(c.ids))
-                    table["rewards"].append(c.reward)
-                    table["row"].append(position)
-                    table["side"].append(side_of(c, place, len(group), known))
-                    table["among_refs"].append(c.among_refs)
-                    table["truncated"].append(c.truncated)
-                    table["tied"].append(same / max(len(known) - c.among_refs, 1))
+                else:
+                    kept.append(group)
+            if kept:
+                table["row"].append(np.full(sum(map(len, kept)), position))
+                for name, values in columns(row["prompt_ids"], kept, known).items():
+                    table[name].append(values)
         if table["tokens"]:
-            table["tokens"] = np.concatenate([np.asarray(ids, np.int32) for ids in table["tokens"]])
+            for name, kind in KINDS.items():
+                table[name] = np.concatenate(table[name], dtype=kind)
+            table["tokens"] = np.concatenate(table["tokens"], dtype=np.int32)
         return table
 
 
-def side_of(completion, place, size, known_refs):
-    """+1 for the better and -1 for the worse: of its pair, or than its row's mean reference reward."""
+def columns(prompt, groups, known_refs):
+    """The arrays of `build` for the groups of one row, except `row`. prompt: its token ids; known_refs:
+    its known reference rewards.
+    """
+    every = [completion for group in groups for completion in group]
+    n = len(every)
+    rewards = np.array([c.reward for c in every], np.float32)
+    among_refs = np.array([c.among_refs for c in every])
+    same = np.count_nonzero(rewards[:, None] == known_refs, 1) - among_refs
+    return {
+        "tokens": np.concatenate([ids for c in every for ids in (prompt, c.ids)]),
+        "prompt_lens": np.full(n, len(prompt)),
+        "lens": np.array([len(prompt) + len(c.ids) for c in every]),
+        "rewards": rewards,
+        "side": sides(rewards, len(groups[0]), known_refs),
+        "among_refs": among_refs,
+        "truncated": np.array([c.truncated for c in every]),
+        "tied": same / np.maximum(len(known_refs) - among_refs, 1),
+    }
+
+
+def sides(rewards, size, known_refs):
+    """+1 for the better and -1 for the worse: of its pair, or than its row's mean reference reward; 0 if
+    unknown. (n,).
+    """
     if size == 2:
-        return 1 - 2 * place
-    if len(known_refs) == 0 or math.isnan(completion.reward):
-        return 0
-    return int(np.sign(np.float32(completion.reward) - np.float32(known_refs.mean(dtype=float))))
+        return np.tile([1, -1], len(rewards) // 2)
+    if len(known_refs) == 0:
+        return np.zeros(len(rewards), int)
+    return np.nan_to_num(np.sign(rewards - known_refs.mean(dtype=float).astype(np.float32))).astype(int)
+
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def number(value, at, field):
     """A reward as a float; null is NaN."""
     if value is None:
         return math.nan
-    largest = float(np.finfo(np.float32).max)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -largest <= value <= largest:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST <= value <= LARGEST:
         rows.fail(f"{at}: {field} must be finite numbers or null, not {value!r}; score the row again")
     return float(value)
 
@@ -284,18 +306,19 @@ def build(folder, path, tokenizer, model, choices):
             if len(tokens):
                 file.write(tokens.tobytes())
                 digest.update(tokens.tobytes())
-                tables.append({name: np.array(table[name], kind) for name, kind in KINDS.items()})
+                tables.append({name: table[name] for name in KINDS})
     for reason, count in dropped.items():
         print(f"{path}: {count} completions dropped, {reason}", flush=True)
     if not tables:
         rows.fail(f"{path}: nothing is left to train on")
 
-    data = {name: np.concatenate([table[name] for table in tables]) for name in KINDS}
+    data = {name: np.concatenate([table.pop(name) for table in tables]) for name in KINDS}
     data["starts"] = np.cumsum(data["lens"]) - data["lens"]
     order = rows.order(path, ids)  # rows, and with them completions, as if one process had written the folder
     place = np.argsort(order)
     by_row = np.argsort(place[data["row"]], kind="stable")
-    data = {name: values[by_row] for name, values in data.items()}
+    for name in data:
+        data[name] = data[name][by_row]
     data["row"] = place[data["row"]]
     data["ids"] = np.array([str(ids[i]) for i in order])
     data["ref_rewards"] = np.full((len(ids), max(map(len, ref_rewards))), np.nan, np.float32)

@@ -327,7 +327,9 @@ def decode(tokenizer, prompt, ids):
     cut, as a SentencePiece tokenizer drops the space that a text begins with.
     """
     flags = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before, whole = tokenizer.decode(prompt, **flags), tokenizer.decode([*prompt, *ids], **flags)
+    # as arrays: of a list, transformers looks at every id first, in Python
+    prompt, ids = np.array(prompt, np.int64), np.array(ids, np.int64)
+    before, whole = tokenizer.decode(prompt, **flags), tokenizer.decode(np.append(prompt, ids), **flags)
     return whole[len(before):] if whole.startswith(before) else tokenizer.decode(ids, **flags)
 
 

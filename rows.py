@@ -22,6 +22,7 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
 from tqdm import tqdm
 
 
@@ -103,7 +104,7 @@ def parse(at, line, require=()):
     None.
     """
     try:
-        row = json.loads(line, parse_constant=constant)
+        row = loads(line)
     except (ValueError, RecursionError) as error:
         fail(f"{at}: not JSON in UTF-8 ({error}); fix or delete the line")
     if not isinstance(row, dict):
@@ -115,6 +116,16 @@ def parse(at, line, require=()):
         fail(f"{at}: id must be a string or a whole number, not {row['id']!r}")
     row["__at__"] = at
     return row
+
+
+def loads(line):
+    """The JSON value of a line. Python's own parser, half as fast, reads what strict JSON lacks, and
+    says what is wrong.
+    """
+    try:
+        return msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return json.loads(line, parse_constant=constant)
 
 
 def constant(name):
@@ -212,7 +223,7 @@ def keep_while(file, wanted):
     file.seek(0)
     end = 0
     for line in file:
-        if not wanted(json.loads(line)):
+        if not wanted(loads(line)):
             break
         end += len(line)
     file.truncate(end)
@@ -237,7 +248,7 @@ def complete_lines(path):
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield loads(line)
 
 
 def fingerprint(value):

@@ -1,4 +1,5 @@
 """dataset.py: which completions a regime takes from a row, and the arrays in the cache."""
+import json
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 import dataset
+import rows
 from conftest import ROOT, call, read_rows, write_rows
 
 
@@ -22,6 +24,21 @@ def texts(data, tokenizer):
     for start, n, end in zip(data.starts, data.prompt_lens, data.lens):
         found.append(tokenizer.decode(data.tokens[start + n:start + end]))
     return found
+
+
+# ---- rows ----
+
+def test_the_fast_parser_reads_what_pythons_own_does():
+    """Every float to the last bit, whole numbers of any size, and what strict JSON lacks."""
+    bits = np.random.default_rng(0).integers(0, 2 ** 64, 100_000, np.uint64)
+    floats = bits.view(np.float64)
+    values = [*floats[np.isfinite(floats)].tolist(), 5e-324, -0.0, 10 ** 18, -10 ** 30, 2 ** 64, "é"]
+    line = json.dumps(values).encode()
+    assert [repr(value) for value in rows.loads(line)] == [repr(value) for value in values]
+    assert rows.loads(b'["\\ud800"]') == ["\ud800"]  # half a surrogate pair
+    assert rows.loads(b'{"reward": NaN}') == {"reward": None}
+    with pytest.raises(ValueError, match="Infinity is not a JSON number"):
+        rows.loads(b"[Infinity]")
 
 
 # ---- regimes ----
