@@ -14,7 +14,6 @@ objective are left out if these were not sampled at temperature 1 and top_p 1, a
 QRPO maximises the objective E[R] - beta KL, where R is the transformed quantile of the reward (its
 `exact` cell among the reference rewards). No policy can exceed beta log Z.
 """
-import collections
 import json
 import math
 import tempfile
@@ -154,14 +153,6 @@ def by_prompt(values, row):
     return np.bincount(place, values) / np.bincount(place)
 
 
-def by_row(data):
-    """{row id: log-ratios of its completions}, in their order."""
-    found = collections.defaultdict(list)
-    for row, log_ratio in zip(data.row, data.log_ratio):
-        found[data.ids[row]].append(log_ratio)
-    return found
-
-
 BIASED = {  # what is said of rows that were not sampled at temperature 1 and top_p 1
     "samples": "no KL and no objective, which are expectations over what the policy itself samples",
     "ref_completions": "the quantiles are not those among the reference model's own completions",
@@ -251,8 +242,7 @@ def main():
     pictures = [draw_results(args.out, held_out, table)]
     pictures += draw_run(args, config, results, samples, refs)
     numbers = [[name, *cells(name, columns)] for name, columns in table.items()]
-    log_ratios_of = {"reference": by_row(refs), "policy": by_row(samples)}
-    page = report.write(args, numbers, pictures, held_out.means, log_ratios_of)
+    page = report.write(args, numbers, pictures, held_out.means, {"reference": refs, "policy": samples})
     print(f"\n{page}, results.json, {', '.join(pictures)} in {args.out}")
 
 

@@ -65,11 +65,11 @@ def label(opinion):
     return opinion.replace("_", " by ", 1)
 
 
-def write(args, numbers, pictures, means, log_ratios):
+def write(args, numbers, pictures, means, completions):
     """Write OUT/report.html and return its name.
 
     numbers: the lines of a table, lists of text. pictures: names of PNG files in OUT. means: as of
-    evaluate.read_means. log_ratios: {model: {row id: those of its completions of known reward}}.
+    evaluate.read_means. completions: {model: those of known reward, as of evaluate.log_ratios}.
     """
     opinions = [opinion for model, opinion in means if model == "policy"]
     headings = ["row"]
@@ -81,13 +81,16 @@ def write(args, numbers, pictures, means, log_ratios):
         data = base64.b64encode((args.out / name).read_bytes()).decode()
         images.append(f'<p><img alt="{escape(name)}" src="data:image/png;base64,{data}">')
     lines = []
+    place = {name: i for i, name in enumerate(completions["policy"].ids)}  # of the rows in those arrays
     for position, row in enumerate(islice(rows.stream(args.data), PROMPTS)):
-        ratios = {model: log_ratios[model].get(str(row["id"]), []) for model in MODELS}
+        at = place[str(row["id"])]
+        ratios = {model: data.log_ratio[data.row == at] for model, data in completions.items()}
         values = []
         for opinion in opinions:
             reference, policy = (means[model, opinion][position, 0] for model in MODELS)
             values += [reference, policy, policy - reference]
-        values += [np.mean(ratios[model]) if ratios[model] else np.nan for model in ("policy", "reference")]
+        for model in ("policy", "reference"):
+            values.append(ratios[model].sum() / (len(ratios[model]) or np.nan))  # NaN: unknown
         cells = "".join(f'<td data-value="{value}">{value:.4g}' for value in values)
         lines.append(f'<tbody><tr><td data-value="{position}">{escape(str(row["id"]))}{cells}'
                      f'<tr><td colspan="{len(headings)}">{details(row, opinions, ratios)}')

@@ -19,27 +19,14 @@ import source  # noqa: E402
 HUB = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 
 
-def arguments():
+def main():
     parser = rows.Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder or hub name of a chat model")
     add("--out", required=True, type=Path, help="folder for the answers")
     add("--source", help="local file with AlpacaEval's prompts, instead of a download")
-    add("--name", help="of the model, in the results (default: --model)")
     add("--generate", default="--max_new_tokens=2048", help="flags of generate_refs.py")
-    return parser.parse_args()
-
-
-def download():
-    import huggingface_hub
-    try:
-        return huggingface_hub.hf_hub_download(*HUB, repo_type="dataset")
-    except OSError as error:
-        rows.fail(f"cannot download AlpacaEval's prompts ({error}); give --source")
-
-
-def main():
-    args = arguments()
+    args = parser.parse_args()
     prompts = []
     for at, row in source.read_file(Path(args.source or download())):
         source.check_columns(at, row, ("instruction",))
@@ -54,9 +41,17 @@ def main():
     answers = []
     for row in rows.read(args.out / "sampled"):
         answers.append({"instruction": row["prompt"][0]["content"], "output": row["samples"][0]["text"],
-                        "generator": args.name or args.model, "dataset": row["dataset"]})
+                        "generator": args.model, "dataset": row["dataset"]})
     rows.write_json(args.out / "alpaca_eval.json", answers)
     print(f"{args.out / 'alpaca_eval.json'}: {len(answers)} answers")
+
+
+def download():
+    import huggingface_hub
+    try:
+        return huggingface_hub.hf_hub_download(*HUB, repo_type="dataset")
+    except OSError as error:
+        rows.fail(f"cannot download AlpacaEval's prompts ({error}); give --source")
 
 
 if __name__ == "__main__":

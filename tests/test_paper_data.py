@@ -184,14 +184,14 @@ def test_alpaca_eval_from_its_prompts_to_what_its_judge_takes(chat_model, tmp_pa
              for i in range(5)]
     file = tmp_path / "alpaca_eval.json"
     file.write_text(json.dumps(table))
-    flags = [f"--model={chat_model}", f"--source={file}", f"--out={tmp_path / 'out'}", "--name=mine",
+    flags = [f"--model={chat_model}", f"--source={file}", f"--out={tmp_path / 'out'}",
              "--generate=--max_new_tokens=9 --temperature=0.6"]
     done = run("paper/alpaca_eval.py", *flags)
     answers = json.loads((tmp_path / "out" / "alpaca_eval.json").read_text())
     texts = {row["prompt"][0]["content"]: row["samples"][0]["text"]
              for row in read_rows(tmp_path / "out" / "sampled")}
-    assert answers == [{"instruction": f"Say {i}", "output": texts[f"Say {i}"], "generator": "mine",
-                        "dataset": "koala"} for i in range(5)]
+    assert answers == [{"instruction": f"Say {i}", "output": texts[f"Say {i}"], "dataset": "koala",
+                        "generator": str(chat_model)} for i in range(5)]
     assert "5 answers" in done.stdout
     made = (tmp_path / "out" / "alpaca_eval.json").stat().st_mtime_ns
     again = run("paper/alpaca_eval.py", *flags)  # nothing is sampled again
