@@ -4,7 +4,8 @@ beta allows.
 Reads rewarded rows that hold completions of the reference model (`ref_completions`, `ref_rewards`) and
 of the policy (`samples`, `sample_rewards`), and both models. Prints a table, and writes to OUT
 results.json, samples.npz (log-ratio, quantile, reward and length of every sample) and pictures:
-results.png, optimum.png, calibration.png, and the training curves of the run, curves.png.
+results.png, optimum.png, calibration.png, and the training curves of the run, curves.png. report.html
+holds all of it, with the completions. Rewards that `score.py --name` added are shown, too.
 
     python evaluate.py --model=out/qrpo --ref_model=MODEL --data=out/qrpo/test/rewarded --out=out/qrpo
 
@@ -17,6 +18,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -24,14 +26,16 @@ import torch
 
 import dataset
 import qrpo
+import report
 import rows
 from model import Policy, get_device, get_dtype, load_model, load_tokenizer
+from report import MODELS, label
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 FORWARD_TOKENS = 8192  # padded tokens in a forward pass
-MEANS = {"mean reward": 4, "full marks (reward 1)": 4, "length, tokens": 1}  # and digits to print
+DIGITS = {"length, tokens": 1}  # to print; 4 of all others
 
 
 def arguments():
@@ -83,22 +87,28 @@ def prompt_means(completions, rewards):
 
 
 def read_means(path):
-    """`prompt_means` of every prompt for the reference model and for the policy, (prompts, 3) each; how
-    many rewards of each are unknown; how each was sampled, if not at temperature 1 and top_p 1; and the
-    first row, to show.
+    """What the rows say, as a namespace: first, a row; opinions, its rewards ("" is the one trained on, and
+    "_judge" what `score.py --name=judge` added); means {(model, opinion): (prompts, 3)}, see `prompt_means`;
+    unknown {model: how many rewards are}; sampling {field: how, if not at temperature 1 and top_p 1}.
     """
-    reference, policy, unknown, sampling, first = [], [], [0, 0], {}, None
+    found = SimpleNamespace(means={}, unknown={model: 0 for model in MODELS}, sampling={}, first=None)
     for row in rows.stream(path, require=("ref_completions", "ref_rewards", "samples", "sample_rewards")):
-        first = first or row
-        for field in ("ref_completions", "samples"):
+        if found.first is None:
+            found.first = row
+            columns = [name for name in row if name.startswith("sample_rewards")]
+            found.opinions = sorted(name.removeprefix("sample_rewards") for name in columns)
+        for model, (field, column) in MODELS.items():
             made = row.get("made_by", {}).get(field)
             if made and (made["temperature"], made["top_p"]) != (1, 1):
-                sampling[field] = f"temperature {made['temperature']} and top_p {made['top_p']}"
-        reference.append(prompt_means(row["ref_completions"], row["ref_rewards"]))
-        policy.append(prompt_means(row["samples"], row["sample_rewards"]))
-        unknown[0] += row["ref_rewards"].count(None)
-        unknown[1] += row["sample_rewards"].count(None)
-    return np.array(reference), np.array(policy), unknown, sampling, first
+                found.sampling[field] = f"temperature {made['temperature']} and top_p {made['top_p']}"
+            for opinion in found.opinions:
+                rewards = row.get(column + opinion)
+                if not isinstance(rewards, list) or len(rewards) != len(row[field]):
+                    rows.fail(f"{row['__at__']}: needs as many {column}{opinion} as {field}; run score.py")
+                found.means.setdefault((model, opinion), []).append(prompt_means(row[field], rewards))
+                found.unknown[model] += rewards.count(None)
+    found.means = {key: np.array(means) for key, means in found.means.items()}
+    return found
 
 
 def log_ratios(args, device):
@@ -156,57 +166,84 @@ def mean_and_se(values):
     return float(values.mean()), float(se)
 
 
+def compare(held_out, column, opinion=""):
+    """Means and standard errors of a column of `prompt_means`, and of its difference."""
+    before, after = (held_out.means[model, opinion][:, column] for model in MODELS)
+    return {"reference": mean_and_se(before), "policy": mean_and_se(after),
+            "difference": mean_and_se(after - before)}
+
+
+def measure(args, held_out, samples, refs):
+    """The table {name: {column: (mean, standard error)}}, and what is known of the optimum ({} without a
+    beta).
+    """
+    table = {f"mean reward{label(opinion)}": compare(held_out, 0, opinion) for opinion in held_out.opinions}
+    if max(np.nanmax(refs.rewards), np.nanmax(samples.rewards)) <= 1:  # otherwise there are no full marks
+        table["full marks (reward 1)"] = compare(held_out, 1)
+    table["length, tokens"] = compare(held_out, 2)
+    ref_R, R = by_prompt(refs.R, refs.row), by_prompt(samples.R, samples.row)
+    kl = by_prompt(samples.log_ratio, samples.row)
+    table["quantile reward"] = {"reference": mean_and_se(ref_R), "policy": mean_and_se(R)}
+    if "samples" not in held_out.sampling:
+        table["KL to reference, nats"] = {"reference": (0.0, 0.0), "policy": mean_and_se(kl)}
+    if args.beta is None:
+        return table, {}
+    objective = mean_and_se(R - args.beta * kl)
+    table[f"- {args.beta:g} KL: objective"] = {"reference": mean_and_se(ref_R), "policy": objective}
+    best = args.beta * qrpo.log_partition(torch.tensor([args.beta]), args.transform).item()
+    return table, {"beta": args.beta, "transform": args.transform, "objective": objective,
+                   "quantile_reward": mean_and_se(R), "best_possible": best}
+
+
+def cells(name, columns):
+    """A line of the table as text, one cell for each of reference, policy and difference."""
+    digits = DIGITS.get(name, 4)
+    return [f"{mean:.{digits}f} +- {se:.{digits}f}" for mean, se in columns.values()]
+
+
+def show(table, optimality, held_out):
+    """Print the table, and what a reader of it should know."""
+    print(f"\n{len(held_out.means['policy', ''])} held-out prompts; mean +- standard error over prompts\n")
+    print(f"{'':24}{'reference':>18}{'policy':>18}{'difference':>18}")
+    for name, columns in table.items():
+        print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells(name, columns)))
+    if optimality:
+        print(f"objective {optimality['objective'][0]:.4f} of a possible {optimality['best_possible']:.4f} "
+              "(beta log Z)")
+    for field, how in held_out.sampling.items():
+        print(f"{field} were sampled at {how}, not at 1 and 1: {BIASED[field]}")
+    if any(held_out.unknown.values()):
+        reference, policy = held_out.unknown.values()
+        print(f"omitted: unknown rewards of {reference} reference and {policy} policy samples")
+    first = held_out.first
+    for model, (field, _) in MODELS.items():
+        print(f"{model}'s first sample for row {first['id']}: {first[field][0]['text'][:200]!r}")
+
+
 def main():
     args = arguments()
     config = load_run(args)
-    reference, policy, unknown, sampling, first = read_means(args.data)
+    held_out = read_means(args.data)
     samples, refs = log_ratios(args, get_device())
     for data in (samples, refs):
         quantile_rewards(args, data)
-
-    if "samples" in sampling:
+    if "samples" in held_out.sampling:
         args.beta = None  # no objective: its KL is an expectation over what the policy itself samples
-    results = {"step": config.get("steps"), "prompts": len(policy), "unknown_rewards": unknown,
-               "sampled_at": sampling}
-    print(f"\n{len(policy)} held-out prompts; mean +- standard error over prompts\n")
-    print(f"{'':24}{'reference':>18}{'policy':>18}{'difference':>18}")
 
-    def line(name, digits, **columns):
-        """Print and record a line of the table; columns: (mean, standard error)."""
-        results[name] = columns
-        cells = [f"{mean:.{digits}f} +- {se:.{digits}f}" for mean, se in columns.values()]
-        print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells))
-
-    for column, (name, digits) in enumerate(MEANS.items()):
-        before, after = reference[:, column], policy[:, column]
-        if column == 1 and max(np.nanmax(refs.rewards), np.nanmax(samples.rewards)) > 1:
-            continue  # these rewards have no full marks
-        line(name, digits, reference=mean_and_se(before), policy=mean_and_se(after),
-             difference=mean_and_se(after - before))
-    ref_R, R = by_prompt(refs.R, refs.row), by_prompt(samples.R, samples.row)
-    kl = by_prompt(samples.log_ratio, samples.row)
-    line("quantile reward", 4, reference=mean_and_se(ref_R), policy=mean_and_se(R))
-    if "samples" not in sampling:
-        line("KL to reference, nats", 4, reference=(0.0, 0.0), policy=mean_and_se(kl))
-    if args.beta is not None:
-        objective = mean_and_se(R - args.beta * kl)
-        best = args.beta * qrpo.log_partition(torch.tensor([args.beta]), args.transform).item()
-        line(f"- {args.beta:g} KL: objective", 4, reference=mean_and_se(ref_R), policy=objective)
-        results["optimality"] = {"beta": args.beta, "transform": args.transform, "objective": objective,
-                                 "quantile_reward": mean_and_se(R), "best_possible": best}
-        print(f"objective {objective[0]:.4f} of a possible {best:.4f} (beta log Z)")
-    for field, how in sampling.items():
-        print(f"{field} were sampled at {how}, not at 1 and 1: {BIASED[field]}")
-    if sum(unknown):
-        print(f"left out: unknown rewards of {unknown[0]} reference and {unknown[1]} policy samples")
-    for name, field in (("reference", "ref_completions"), ("policy", "samples")):
-        print(f"{name}'s first sample for row {first['id']}: {first[field][0]['text'][:200]!r}")
+    table, optimality = measure(args, held_out, samples, refs)
+    show(table, optimality, held_out)
+    results = {"step": config.get("steps"), "prompts": len(held_out.means["policy", ""]),
+               "unknown_rewards": list(held_out.unknown.values()), "sampled_at": held_out.sampling} | table
+    if optimality:
+        results["optimality"] = optimality
 
     args.out.mkdir(parents=True, exist_ok=True)
     write(args, results, samples)
-    pictures = [draw_results(args.out, reference[:, 0], policy[:, 0], results["mean reward"])]
+    pictures = [draw_results(args.out, held_out, table)]
     pictures += draw_run(args, config, results, samples, refs)
-    print(f"\nresults.json, {', '.join(pictures)} in {args.out}")
+    numbers = [[name, *cells(name, columns)] for name, columns in table.items()]
+    page = report.write(args, numbers, pictures, held_out.means, {"reference": refs, "policy": samples})
+    print(f"\n{page}, results.json, {', '.join(pictures)} in {args.out}")
 
 
 def write(args, results, samples):
@@ -264,17 +301,20 @@ def draw_curves(out):
     return save(figure, out / "curves.png")
 
 
-def draw_results(out, reference, policy, means):
-    """Left: mean rewards with three standard errors. Right: each prompt's mean reward, before and after."""
-    figure, (bars, points) = panels(2)
-    for name in ("reference", "policy"):
-        mean, se = means[name]
-        bars.bar(name, mean, yerr=3 * se, capsize=6)
-    bars.set(ylabel="mean reward", title="held-out prompts (bars: 3 standard errors)")
-    points.scatter(reference, policy, s=12, alpha=0.6)
-    ends = [np.nanmin([reference, policy]), np.nanmax([reference, policy])]
-    points.plot(ends, ends, "k:", linewidth=1)
-    points.set(xlabel="reference model's mean reward", ylabel="policy's", title="one point per prompt")
+def draw_results(out, held_out, table):
+    """For each reward, left: means with three standard errors. Right: each prompt's, before and after."""
+    figure, axes = panels(2 * len(held_out.opinions))
+    for opinion, bars, points in zip(held_out.opinions, axes[0::2], axes[1::2]):
+        reference, policy = (held_out.means[model, opinion][:, 0] for model in MODELS)
+        name = f"mean reward{label(opinion)}"
+        for model in MODELS:
+            mean, se = table[name][model]
+            bars.bar(model, mean, yerr=3 * se, capsize=6)
+        bars.set(ylabel=name, title="held-out prompts (bars: 3 standard errors)")
+        points.scatter(reference, policy, s=12, alpha=0.6)
+        ends = [np.nanmin([reference, policy]), np.nanmax([reference, policy])]
+        points.plot(ends, ends, "k:", linewidth=1)
+        points.set(xlabel=f"reference model's {name}", ylabel="policy's", title="one point per prompt")
     return save(figure, out / "results.png")
 
 

@@ -8,9 +8,12 @@ finish_reason "length". A killed run continues; under torchrun the processes sha
 samples with vLLM, if it is installed.
 
     python generate_refs.py --model=data/minicode/model --data=data/minicode/train.jsonl --out=out/refs
+    python generate_refs.py ... --engine=vllm --batch_size=512 --engine_options='{"tensor_parallel_size": 4}'
 """
 import argparse
 import collections
+import dataclasses
+import difflib
 import hashlib
 import importlib.util
 import itertools
@@ -44,7 +47,10 @@ def arguments():
     add("--batch_size", type=int, default=128,
         help="completions sampled at a time; memory grows with it")
     add("--engine", default="torch", choices=ENGINES, help="what samples")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU")
+    add("--engine_options", type=rows.json_object, default={}, metavar="JSON",
+        help="""vllm: more arguments of vllm.LLM, such as '{"gpu_memory_utilization": 0.5}'""")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="auto: bfloat16 on a GPU and by vLLM")
     add("--template_args", type=rows.json_object, default={}, metavar="JSON",
         help="""what the chat template gets besides the messages, such as '{"enable_thinking": false}'""")
     add("--seed", type=int, default=0, help="of the random numbers")
@@ -57,6 +63,8 @@ def arguments():
         rows.fail("--temperature must be at least 0, and --top_p in (0, 1]")
     if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         rows.fail("--engine=vllm: vLLM is not installed here; pip install vllm, or omit --engine")
+    if args.engine_options and args.engine != "vllm":
+        rows.fail("--engine_options are for --engine=vllm; add it")
     return args
 
 
@@ -292,35 +300,56 @@ def sample_vllm(model, requests, args, ends):
     """As `sample`, by vLLM, with a seed for every completion. Its random numbers are others."""
     if "LOCAL_RANK" in os.environ:
         leave_torchrun()
-    import vllm
     requests = list(requests)
     if not requests:
         return
-    longest = max(len(request["prompt"]) + request["limit"] for request in requests)
-    dtype = "bfloat16" if args.dtype == "auto" else args.dtype
-    engine = vllm.LLM(model=args.model, dtype=dtype, seed=args.seed, trust_remote_code=args.trust_remote_code,
-                      max_num_seqs=args.batch_size, max_model_len=longest)
-    for start in range(0, len(requests), VLLM_PROMPTS):
-        chunk = requests[start:start + VLLM_PROMPTS]
-        prompts, params = [], []
-        for request in chunk:
-            for k in range(args.num_refs):
-                prompts.append({"prompt_token_ids": request["prompt"]})
-                seed = random_key(args, request["row"]["id"], k) % 2 ** 63
-                params.append(vllm.SamplingParams(
-                    temperature=args.temperature, top_p=args.top_p, max_tokens=request["limit"], seed=seed,
-                    stop_token_ids=ends, detokenize=False))
-        completions = []
-        for output in engine.generate(prompts, params, use_tqdm=False):
-            ids = list(output.outputs[0].token_ids)
-            if (output.outputs[0].finish_reason == "stop") != (ids[-1] in ends):
-                rows.fail("--engine=vllm: this version of vLLM omits end tokens from token_ids; use another")
-            completions.append(ids)
-        for i, request in enumerate(chunk):
-            yield request["row"], completions[i * args.num_refs:(i + 1) * args.num_refs]
+    import vllm
+    llm = start_vllm(args, max(len(request["prompt"]) + request["limit"] for request in requests))
+    engine = llm.llm_engine
+    waiting = collections.deque(itertools.product(range(len(requests)), range(args.num_refs)))
+    found = collections.defaultdict(dict)  # number of the request: {k: token ids}
+    while waiting or engine.has_unfinished_requests():
+        while waiting and engine.get_num_unfinished_requests() < 2 * args.batch_size:  # so it never runs dry
+            i, k = waiting.popleft()
+            request = requests[i]
+            seed = random_key(args, request["row"]["id"], k) % 2 ** 63
+            params = vllm.SamplingParams(
+                temperature=args.temperature, top_p=args.top_p, max_tokens=request["limit"], seed=seed,
+                stop_token_ids=ends, detokenize=False,
+                output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY)
+            prompt = engine.renderer.render_cmpl([{"prompt_token_ids": request["prompt"]}])[0]
+            engine.add_request(f"{i}/{k}", prompt, params)
+        for output in engine.step():  # completions that have ended
+            i, k = map(int, output.request_id.split("/"))
+            ids, reason = list(output.outputs[0].token_ids), output.outputs[0].finish_reason
+            if reason != ("stop" if ids and ids[-1] in ends else "length"):
+                rows.fail(f"--engine=vllm: a completion ended by {reason!r} with the tokens {ids[-3:]}; this "
+                          "version of vLLM omits end tokens, or failed")
+            found[i][k] = ids
+            if len(found[i]) == args.num_refs:
+                completions = found.pop(i)
+                yield requests[i]["row"], [completions[k] for k in range(args.num_refs)]
 
 
-VLLM_PROMPTS = 128  # prompts that vLLM gets at a time: a kill loses their completions
+def start_vllm(args, longest):
+    """A vllm.LLM for sequences of up to `longest` tokens."""
+    import vllm
+    known = [field.name for field in dataclasses.fields(vllm.EngineArgs)]
+    for name in args.engine_options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            rows.fail(f"--engine_options: vLLM {vllm.__version__} has no option {name!r}{hint}")
+    options = {"model": args.model, "seed": args.seed, "trust_remote_code": args.trust_remote_code,
+               "dtype": "bfloat16" if args.dtype == "auto" else args.dtype,
+               "max_num_seqs": args.batch_size, "max_model_len": longest}
+    if vllm.platforms.current_platform.is_cpu():
+        # a prompt that is read in pieces wants its random numbers back, which a CPU's generator cannot give
+        options["enable_chunked_prefill"] = False
+    try:
+        return vllm.LLM(**options | args.engine_options)
+    except (ValueError, RuntimeError) as error:  # options that do not fit, or too little memory
+        rows.fail(f"--engine=vllm does not start: {' '.join(str(error).split())[:300]}; see --engine_options")
 
 
 def leave_torchrun():
@@ -335,6 +364,7 @@ def leave_torchrun():
 
 
 ENGINES = {"torch": sample, "vllm": sample_vllm}
+HOW_VLLM_RUNS = "tensor_parallel_size", "gpu_memory_utilization", "enforce_eager"  # not what it samples
 
 
 def describe(path, trust_remote_code):
@@ -362,6 +392,8 @@ def main():
     settings = vars(args).copy()
     for name in ("data", "out", "batch_size"):  # the completions do not depend on these
         del settings[name]
+    settings["engine_options"] = {name: value for name, value in args.engine_options.items()
+                                  if name not in HOW_VLLM_RUNS}
     settings["files"] = rows.fingerprint(identity(args.model))
 
     def request(row):

@@ -20,6 +20,7 @@
 #   NPROC=             processes of every stage, on each node (default: one a GPU, or one)
 #   MASTER_ADDR=       on several nodes: the address by which they reach the first (default: its host name)
 #   GENERATE= SCORE=   more flags for generate_refs.py and score.py
+#   SECOND=            a reward to evaluate by, besides the one trained on; as REWARD
 #   EVALUATE=          flags of generate_refs.py after those where it samples the policy, as --temperature=0.6
 #   PYTHON=            an interpreter with the requirements installed (default: a virtual environment made in .venv)
 set -euo pipefail
@@ -89,7 +90,12 @@ generate_and_score() {  # model, data, folder, flags: samples in folder/sampled,
 evaluate() {  # model, folder: samples of the model to the test prompts against those of the reference model
     # shellcheck disable=SC2086
     generate_and_score "$1" "$OUT/test/rewarded" "$2/test" --field=samples ${EVALUATE:-}
-    "$PYTHON" evaluate.py --model="$1" --ref_model="$MODEL" --data="$2/test/rewarded" --out="$2"
+    local data=$2/test/rewarded
+    if [ -n "${SECOND:-}" ]; then
+        launch score.py --data="$data" --out="$2/test/second" --reward="$SECOND" --name=second
+        data=$2/test/second
+    fi
+    "$PYTHON" evaluate.py --model="$1" --ref_model="$MODEL" --data="$data" --out="$2"
 }
 
 if [ "$STAGE" != train ]; then

@@ -13,6 +13,11 @@ are kept, except that those made by another reward are refused. A killed run con
 processes share the rows.
 
     python score.py --data=out/refs --out=out/rewarded --reward=tests
+
+A second opinion, on completions that are rewarded already, goes to columns of its own: with --name=judge to
+`ref_rewards_judge`, `sample_rewards_judge` and so on. Training ignores them, and evaluate.py shows both:
+
+    python score.py --data=out/rewarded --out=out/judged --reward=judge.py:score --name=judge
 """
 import asyncio
 import importlib.util
@@ -45,6 +50,7 @@ def arguments(argv=None):
     add("--data", required=True, help="JSONL file or folder of rows with completions")
     add("--out", required=True, help="folder for the rewarded rows")
     add("--reward", required=True, help="tests, FILE.py:NAME or model:PATH (see above)")
+    add("--name", default="", help="of a second opinion, see above (default: the reward to train on)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="model: auto is bfloat16 on a GPU")
     add("--batch_tokens", type=int, default=0,
@@ -61,6 +67,8 @@ def arguments(argv=None):
     for name, (default, text) in sandbox.FLAGS.items():
         add(f"--{name}", type=type(default), default=default, help=f"tests: {text}")
     args = parser.parse_args(argv)
+    if args.name and not args.name.isidentifier():
+        rows.fail(f"--name={args.name}: must be one word of letters, digits and _, as in --name=judge")
     kind = args.reward.split(":")[0]
     if kind not in REWARDS or kind == "function":
         kind = "function"  # FILE.py:NAME
@@ -74,20 +82,27 @@ def arguments(argv=None):
 
 # ---- rows and their completions ----
 
-def unrewarded(row, made_by):
+def reward_columns(name):
+    """REWARD_OF, or with a name its columns of a second opinion."""
+    return {column: f"{reward}_{name}" if name else reward for column, reward in REWARD_OF.items()}
+
+
+def unrewarded(row, made_by, reward_of):
     """(column, completion) of everything in the row that has no reward yet; a completion is text or messages.
 
-    made_by: what stands for the present reward; refuses rewards that another one made.
+    made_by: what stands for the present reward; refuses rewards that another one made. reward_of: where
+    the rewards go, see `reward_columns`.
     """
     if not any(row.get(column) for column in REWARD_OF):
         rows.fail(f"{row['__at__']}: no completions to reward; run generate_refs.py first, or add "
                   "completion, or chosen and rejected")
     found = []
-    for column, reward in REWARD_OF.items():
+    for column, reward in reward_of.items():
         before = row.get("made_by", {}).get(reward, made_by)
         if row.get(reward) is not None and before != made_by:
             rows.fail(f"{row['__at__']}: its {reward} were made by another reward or version of it "
-                      f"({before['reward']}); score the rows as they were before, or delete their {reward}")
+                      f"({before['reward']}); score the rows as they were before, delete their {reward}, or "
+                      "give --name for a second opinion")
         if row.get(column) is None or row.get(reward) is not None:
             continue
         if column not in SAMPLED:
@@ -321,8 +336,11 @@ def main():
     args = arguments()
     settings = args.kind.settings(args)
     made_by = {"reward": args.reward, "fingerprint": rows.fingerprint(settings)}
+    reward_of = reward_columns(args.name)
+    if args.name:
+        settings["reward"] += f" as {args.name}"
     left, part = rows.continue_stage(
-        args.data, args.out, settings, check=lambda row: unrewarded(row, made_by))
+        args.data, args.out, settings, check=lambda row: unrewarded(row, made_by, reward_of))
     bar = tqdm(total=len(left), unit="row", desc="score", disable=rows.share()[0] != 0, smoothing=0)
     kept = known = unknown = 0
     total = 0.0
@@ -331,7 +349,7 @@ def main():
         """The rows with something to reward; the others are complete."""
         nonlocal kept
         for row in rows.select(args.data, left):
-            found = unrewarded(row, made_by)
+            found = unrewarded(row, made_by, reward_of)
             if found:
                 yield row, [completion for _, completion in found]
             else:
@@ -340,11 +358,11 @@ def main():
                 bar.update()
 
     for row, rewards in args.kind.load(args)(todo()):
-        for (column, _), reward in zip(unrewarded(row, made_by), rewards):
+        for (column, _), reward in zip(unrewarded(row, made_by, reward_of), rewards):
             if reward is not None and not math.isfinite(reward):
                 rows.fail(f"{row['__at__']}: {args.reward} gave the reward {reward}; return a finite "
                           "number, or None for unknown")
-            name = REWARD_OF[column]
+            name = reward_of[column]
             row[name] = (row.get(name) or []) + [reward] if column in SAMPLED else reward
             row["made_by"] = row.get("made_by", {}) | {name: made_by}
         rows.append(part, row)

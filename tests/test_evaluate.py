@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from conftest import call, read_rows, write_rows
+from conftest import call, read_rows, refused, write_rows
 
 
 def soft_quantile(reward, others, beta):
@@ -84,3 +84,31 @@ def test_a_trained_run_gains_and_all_its_pictures_are_drawn(tiny, trained, capsy
     for picture in ("curves", "calibration", "results", "optimum"):
         assert (run / f"{picture}.png").stat().st_size > 10_000 and f"{picture}.png" in printed
     assert json.loads((checkpoint / "results.json").read_text())["step"] == 40
+
+
+def test_a_second_opinion_is_shown_beside_the_reward(tiny, trained, rewarded, tmp_path, capsys):
+    """The reward liked letters; a judge that dislikes them sees the policy lose what it gained."""
+    judge = tmp_path / "judge.py"
+    judge.write_text((rewarded.parent / "reward.py").read_text().replace("[sum(", "[5 - sum("))
+    call("score.py", f"--data={trained / 'scored'}", f"--out={tmp_path / 'judged'}",
+         f"--reward={judge}:letters", "--name=judge")
+    evaluation = [f"--model={trained / 'run'}", f"--ref_model={tiny}", f"--out={tmp_path / 'out'}"]
+    call("evaluate.py", *evaluation, f"--data={tmp_path / 'judged'}")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    first, second = results["mean reward"], results["mean reward by judge"]
+    assert first["difference"][0] > 0
+    assert second["difference"] == pytest.approx([-first["difference"][0], first["difference"][1]])
+    assert second["policy"][0] == pytest.approx(5 - first["policy"][0])
+    assert "mean reward by judge" in capsys.readouterr().out
+    from matplotlib import image
+    assert image.imread(tmp_path / "out" / "results.png").shape[1] == 4 * 4 * 120  # two panels a reward
+
+    table = read_rows(tmp_path / "judged")
+    assert [row["sample_rewards"] for row in table] == [
+        row["sample_rewards"] for row in read_rows(trained / "scored")]
+    table[0]["ref_rewards_judge"][0] = None
+    del table[3]["sample_rewards_judge"]
+    data = write_rows(tmp_path / "gap.jsonl", table)
+    refused(capsys, ["gap.jsonl:4", "sample_rewards_judge"], "evaluate.py", *evaluation, f"--data={data}")
+    call("evaluate.py", *evaluation, f"--data={write_rows(data, [table[0], *table[4:]])}")
+    assert "unknown rewards of 1 reference and 0 policy samples" in capsys.readouterr().out

@@ -4,10 +4,11 @@ stages.
 import gzip
 import importlib.util
 import json
+import shutil
 
 import pytest
 
-from conftest import MATERIAL, ROOT, needs, read_rows, run, write_rows
+from conftest import MATERIAL, ROOT, make_tokenizer, needs, read_rows, run, write_rows
 
 
 def chat(question, answer):
@@ -164,3 +165,41 @@ def test_gsm8k_questions(tmp_path):
     rows = read_rows(tmp_path / "test.jsonl")
     assert len(rows) == 1319 and rows[0]["answer"] == 18 and rows[0]["completion"].endswith("#### 18")
     assert all(isinstance(row["answer"], float) for row in rows)
+
+
+# ---- AlpacaEval ----
+
+@pytest.fixture
+def chat_model(tiny, tmp_path):
+    """The tiny model with a chat template."""
+    folder = shutil.copytree(tiny, tmp_path / "chat")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_alpaca_eval_from_its_prompts_to_what_its_judge_takes(chat_model, tmp_path):
+    table = [{"instruction": f"Say {i}", "output": "x", "generator": "gpt", "dataset": "koala"}
+             for i in range(5)]
+    file = tmp_path / "alpaca_eval.json"
+    file.write_text(json.dumps(table))
+    flags = [f"--model={chat_model}", f"--source={file}", f"--out={tmp_path / 'out'}",
+             "--generate=--max_new_tokens=9 --temperature=0.6"]
+    done = run("paper/alpaca_eval.py", *flags)
+    answers = json.loads((tmp_path / "out" / "alpaca_eval.json").read_text())
+    texts = {row["prompt"][0]["content"]: row["samples"][0]["text"]
+             for row in read_rows(tmp_path / "out" / "sampled")}
+    assert answers == [{"instruction": f"Say {i}", "output": texts[f"Say {i}"], "dataset": "koala",
+                        "generator": str(chat_model)} for i in range(5)]
+    assert "5 answers" in done.stdout
+    made = (tmp_path / "out" / "alpaca_eval.json").stat().st_mtime_ns
+    again = run("paper/alpaca_eval.py", *flags)  # nothing is sampled again
+    assert "5 of 5 rows" in again.stdout and (tmp_path / "out" / "alpaca_eval.json").stat().st_mtime_ns > made
+
+
+def test_prompts_of_another_schema_are_refused(tmp_path):
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps([{"instruction": "a"}, {"prompt": "b"}]))
+    done = run("paper/alpaca_eval.py", "--model=m", f"--source={file}", f"--out={tmp_path}", check=False)
+    assert done.returncode == 2 and "row 1: has no 'instruction'" in done.stderr

@@ -263,24 +263,47 @@ def test_told_to_stop_it_exits_with_75_and_continues(whole, tmp_path, monkeypatc
 # ---- vLLM ----
 
 VLLM = """
-import types, torch, transformers, generate_refs
+import dataclasses, types, torch, transformers, generate_refs
+
+platforms = types.SimpleNamespace(current_platform=types.SimpleNamespace(is_cpu=lambda: False))
+sampling_params = types.SimpleNamespace(RequestOutputKind=types.SimpleNamespace(FINAL_ONLY=2))
+__version__ = "0"
 
 class SamplingParams:
-    def __init__(self, *, temperature, top_p, max_tokens, seed, stop_token_ids, detokenize):
+    def __init__(self, *, temperature, top_p, max_tokens, seed, stop_token_ids, detokenize, output_kind):
         assert 0 <= seed < 2 ** 63
         self.__dict__.update(locals())
 
+@dataclasses.dataclass
+class EngineArgs:
+    gpu_memory_utilization: float = 0.9
+
 class LLM:
-    def __init__(self, model, *, dtype, seed, trust_remote_code, max_num_seqs, max_model_len):
+    def __init__(self, model, *, dtype, seed, trust_remote_code, max_num_seqs, max_model_len,
+                 gpu_memory_utilization=0.9):
+        if not gpu_memory_utilization < 1:
+            raise ValueError("more than\\nthere is")
         assert dtype in ("float32", "bfloat16")
         self.model, self.most = transformers.AutoModelForCausalLM.from_pretrained(model), max_model_len
+        self.llm_engine, self.renderer, self.waiting = self, self, []
 
-    def generate(self, prompts, sampling_params, *, use_tqdm):
-        assert len(prompts) == len(sampling_params) and self.most
-        return [self.one(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params)]
+    def render_cmpl(self, prompts):
+        return prompts
+
+    def add_request(self, name, prompt, params):
+        self.waiting.append((name, prompt["prompt_token_ids"], params))
+
+    def get_num_unfinished_requests(self):
+        return len(self.waiting)
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting)
+
+    def step(self):  # two end, the newest first
+        return [self.one(*self.waiting.pop()) for _ in self.waiting[:2]]
 
     @torch.no_grad()
-    def one(self, prompt, s):
+    def one(self, name, prompt, s):
         ids, random = [], torch.Generator().manual_seed(s.seed)
         while len(ids) < s.max_tokens and not (ids and ids[-1] in s.stop_token_ids):
             assert len(prompt) + len(ids) < self.most
@@ -288,7 +311,7 @@ class LLM:
             ids.append(generate_refs.sample_tokens(logits, torch.rand(1, generator=random), s).item())
         reason = "stop" if ids[-1] in s.stop_token_ids else "length"
         output = types.SimpleNamespace(token_ids=tuple(ids), finish_reason=reason)
-        return types.SimpleNamespace(outputs=[output])
+        return types.SimpleNamespace(request_id=name, outputs=[output])
 """
 
 
@@ -312,16 +335,43 @@ def test_vllm_that_is_not_installed(tiny, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_vllm_gets_some_prompts_at_a_time(vllm, tiny, monkeypatch):
-    requests = [{"row": {"id": i}, "prompt": [66 + i], "limit": 4} for i in range(5)]
-    args = arguments(model=tiny, num_refs=2, dtype="float32", trust_remote_code=False)
-    together = list(generate_refs.sample_vllm(None, requests, args, [0]))
-    monkeypatch.setattr(generate_refs, "VLLM_PROMPTS", 2)
-    assert list(generate_refs.sample_vllm(None, requests, args, [0])) == together and len(together) == 5
+@pytest.mark.parametrize("options, says", (
+    ({"gpu_memory_utilisation": 0.5}, "no option 'gpu_memory_utilisation'"),
+    ({"gpu_memory_utilization": 1}, "does not start: more than there is")))
+def test_vllm_options_that_it_does_not_take(vllm, tmp_path, capsys, options, says):
+    refused(capsys, [says], "generate_refs.py", *vllm, f"--out={tmp_path / 'out'}",
+            f"--engine_options={json.dumps(options)}")
+    assert not read_rows(tmp_path / "out")
+
+
+def test_vllm_options_without_vllm(vllm, tmp_path, capsys):
+    refused(capsys, ["--engine_options"], "generate_refs.py", *vllm[:-1], f"--out={tmp_path / 'out'}",
+            """--engine_options={"gpu_memory_utilization": 0.5}""")
+
+
+def test_vllm_rows_are_kept_when_the_engine_dies(vllm, tmp_path, monkeypatch):
+    call("generate_refs.py", *vllm, f"--out={tmp_path / 'whole'}")
+    import vllm as engine
+    step, steps = engine.LLM.step, []
+
+    def dies(self):
+        steps.append(1)
+        if len(steps) == 14:  # 28 of 48 completions
+            raise RuntimeError("dead")
+        return step(self)
+    monkeypatch.setattr(engine.LLM, "step", dies)
+    with pytest.raises(RuntimeError, match="dead"):
+        call("generate_refs.py", *vllm, f"--out={tmp_path / 'out'}", "--batch_size=4")
+    assert len(read_rows(tmp_path / "out")) >= 2
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    call("generate_refs.py", *vllm, f"--out={tmp_path / 'out'}",  # with less memory, it may go on
+         """--engine_options={"gpu_memory_utilization": 0.5}""")
+    assert by_id(tmp_path / "out") == by_id(tmp_path / "whole")
 
 
 def test_vllm_writes_rows_as_the_sampler_does_alone_or_shared_and_after_a_kill(vllm, loaded, tmp_path):
-    """With a stand-in for the part of vLLM's interface that is used: vLLM itself is not a requirement."""
+    """With a stand-in for the part of vLLM's interface that is used; test_vllm.py has the real one."""
     call("generate_refs.py", *vllm, f"--out={tmp_path / 'out'}")
     part = tmp_path / "out" / "part-00000.jsonl"
     whole = by_id(part.parent)

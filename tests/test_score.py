@@ -191,6 +191,23 @@ def test_rewards_of_another_version_of_the_reward_are_refused_not_kept(tmp_path,
             *flags(tmp_path, rows, f"{file}:reward"))
 
 
+def test_a_second_opinion_goes_to_columns_of_its_own(tmp_path, capsys):
+    file = reward_file(tmp_path, LENGTH + LENGTH.replace("length", "half").replace("(text)", "(text) / 2"))
+    table = [{**row, "chosen": "xxxx", "rejected": "x"} for row in ROWS]
+    first = score(tmp_path, table, f"{file}:length")
+    again = f"--data={tmp_path / 'out'}", f"--out={tmp_path / 'two'}", f"--reward={file}:half"
+    call("score.py", *again, "--name=judge")
+    for before, after in zip(first, sorted(read_rows(tmp_path / "two"), key=lambda row: row["id"])):
+        assert after.pop("ref_rewards_judge") == [reward / 2 for reward in before["ref_rewards"]]
+        assert (after.pop("chosen_reward_judge"), after.pop("rejected_reward_judge")) == (2, 0.5)
+        made_by = after.pop("made_by")
+        assert made_by["ref_rewards_judge"]["reward"] == f"{file}:half"
+        assert after | {"made_by": {name: made_by[name] for name in before["made_by"]}} == before
+    refused(capsys, ["ref_rewards were made by another reward", "--name"], "score.py", *again)
+    refused(capsys, ["made with another reward", "half as judge"], "score.py", *again, "--name=other")
+    refused(capsys, ["--name=a b", "one word"], "score.py", *again, "--name=a b")
+
+
 def test_rewards_that_a_data_set_came_with_are_kept(tmp_path):
     file = reward_file(tmp_path, LENGTH)
     row = {**ROWS[1], "chosen": "xxxx", "chosen_reward": 17}
