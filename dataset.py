@@ -128,11 +128,14 @@ class Reader:
             completions = completions[:self.choices.num_candidates]
         pool = []
         for k, (completion, reward) in enumerate(zip(completions, rewards)):
-            ids = self.checked_ids(f"{at}: {field} {k}", completion)
-            text = decode(self.tokenizer, row["prompt_ids"], completion["token_ids"]) if k == 0 else None
-            if k == 0 and completion.get("text") != text:
-                rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's "
-                          "tokenizer; train the model that sampled them, or sample again")
+            if made_by.get("from_text"):  # of others, who kept no token ids
+                ids = self.text_ids(row, f"{field} {k}", completion["text"])
+            else:
+                ids = self.checked_ids(f"{at}: {field} {k}", completion)
+                text = decode(self.tokenizer, row["prompt_ids"], completion["token_ids"]) if k == 0 else None
+                if k == 0 and completion.get("text") != text:
+                    rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's "
+                              "tokenizer; train the model that sampled them, or sample again")
             among_refs = field == "ref_completions" and k < (self.choices.num_ref_rewards or len(rewards))
             truncated = completion.get("finish_reason") == "length"
             pool.append(Completion(ids, number(reward, at, rewards_field), among_refs, truncated))
@@ -153,11 +156,15 @@ class Reader:
         at = row["__at__"]
         if not row.get(field) or not isinstance(row[field], (str, list)):
             rows.fail(f"{at}: has no {field!r}; add it, or train on something else (--train_on)")
-        try:
-            ids = completion_ids(self.tokenizer, row["prompt"], row["prompt_ids"], row[field], self.ends)
-        except Exception as error:  # whatever a template raises
-            rows.fail(f"{at}: {field} cannot be turned into tokens ({error})")
+        ids = self.text_ids(row, field, row[field])
         return Completion(ids, number(row.get(reward_field), at, reward_field))
+
+    def text_ids(self, row, field, text):
+        """The token ids of a whole answer to the row's prompt, with an end token."""
+        try:
+            return completion_ids(self.tokenizer, row["prompt"], row["prompt_ids"], text, self.ends)
+        except Exception as error:  # whatever a template raises
+            rows.fail(f"{row['__at__']}: {field} cannot be turned into tokens ({error})")
 
     def ref_rewards(self, row):
         """The reference rewards that quantiles are taken among, float32, NaN where unknown."""

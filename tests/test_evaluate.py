@@ -84,3 +84,18 @@ def test_a_trained_run_gains_and_all_its_pictures_are_drawn(tiny, trained, capsy
     for picture in ("curves", "calibration", "results", "optimum"):
         assert (run / f"{picture}.png").stat().st_size > 10_000 and f"{picture}.png" in printed
     assert json.loads((checkpoint / "results.json").read_text())["step"] == 40
+
+
+def test_references_that_are_texts_have_no_length_and_all_else_is_there(tiny, rewarded, tmp_path, capsys):
+    table = read_rows(rewarded)
+    for row in table:
+        row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
+        row["made_by"] |= {"samples": row["made_by"]["ref_completions"]}
+        row["made_by"]["ref_completions"] = row["made_by"]["ref_completions"] | {"from_text": True}
+        row["ref_completions"] = [{"text": completion["text"]} for completion in row["ref_completions"]]
+    data = write_rows(tmp_path / "data.jsonl", table)
+    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}",
+         "--beta=0.1")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["length, tokens"]["policy"][0] > 0 and results["mean reward"]["difference"] == [0, 0]
+    assert results["length, tokens"]["reference"][0] is None and "nan" in capsys.readouterr().out
