@@ -38,8 +38,9 @@ from model import (context_length, get_device, get_dtype, identity, keep_freed_m
                    load_weights, render)
 
 REWARD_OF = {"ref_completions": "ref_rewards", "samples": "sample_rewards", "completion": "reward",
-             "chosen": "chosen_reward", "rejected": "rejected_reward"}  # column: the name of its reward
-SAMPLED = "ref_completions", "samples"  # these hold lists of {"text", ...}
+             "chosen": "chosen_reward", "rejected": "rejected_reward",
+             "other_completions": "other_rewards"}  # column: the name of its reward
+SAMPLED = "ref_completions", "samples", "other_completions"  # these hold lists of {"text", ...}
 
 
 def arguments(argv=None):
