@@ -1,7 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint as a reward: it grades a completion from 0 to 10.
 
 The endpoint is a provider's, or that of `vllm serve NAME` on your own machine. Edit MODEL and PROMPT in a
-copy of this file; with another MODEL or PROMPT it is another reward, and is not mixed with the first.
+copy of this file: with another MODEL or PROMPT it is another reward, and is not mixed with the first.
 
     export OPENAI_BASE_URL=http://localhost:8000/v1 OPENAI_API_KEY=...
     python score.py --data=out/refs --out=out/rewarded --reward=examples/judge.py:grade --concurrency=16
@@ -12,39 +12,33 @@ import re
 import urllib.request
 
 MODEL = "Qwen/Qwen3-8B"
-PROMPT = """Grade the answer to the request, from 0 (useless) to 10 (could not be better).
-
+PROMPT = """Grade the answer to the request from 0 (useless) to 10 (perfect). Reply with the number only.
 <request>
-{prompt}
+{}
 </request>
 <answer>
-{answer}
-</answer>
-
-Reply with one whole number from 0 to 10 and nothing else."""
+{}
+</answer>"""
 TIMEOUT = 60  # seconds; without one, a call can hang for ever
+
+
+def ask(question):
+    """The judge's reply. What goes wrong (time-outs, 429) is raised: score.py asks again."""
+    url = os.environ.get("OPENAI_BASE_URL", "http://localhost:8000/v1") + "/chat/completions"
+    body = {"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": question}]}
+    headers = {"Content-Type": "application/json",
+               "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+        return json.load(reply)["choices"][0]["message"]["content"]
 
 
 def text_of(chat):
     return chat if isinstance(chat, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in chat)
 
 
-def ask(question):
-    """The judge's reply. Errors, such as time-outs and 429, are raised: score.py asks again."""
-    body = {"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": question}]}
-    request = urllib.request.Request(
-        os.environ.get("OPENAI_BASE_URL", "http://localhost:8000/v1") + "/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-        return json.load(reply)["choices"][0]["message"]["content"]
-
-
 def grade(prompts, completions, **columns):
     """A grade for each completion; None where the judge names none."""
-    grades = []
-    for prompt, completion in zip(prompts, completions):
-        reply = ask(PROMPT.format(prompt=text_of(prompt), answer=text_of(completion)))
-        found = re.fullmatch(r"\D*(10|\d)\D*", reply)
-        grades.append(float(found[1]) if found else None)
-    return grades
+    replies = [ask(PROMPT.format(text_of(p), text_of(c))) for p, c in zip(prompts, completions)]
+    found = [re.fullmatch(r"\D*(10|\d)\D*", reply) for reply in replies]
+    return [float(match[1]) if match else None for match in found]

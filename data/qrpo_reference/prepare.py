@@ -2,9 +2,8 @@
 completions of the reference model, and the rewards of all. With them the paper's runs need no sampling.
 
 Reads a dataset of huggingface.co/collections/skandermoalla/qrpo-reference-datasets by its name, or local
-files with its columns. Writes train.jsonl and test.jsonl to --out, which train.py takes as they are. There
-are texts, but no token ids: rows say `from_text`, and train.py tokenises what it trains on. A row is dropped
-if its references answer another prompt than chosen does.
+files with its columns. Writes train.jsonl and test.jsonl to --out, which train.py takes as they are. They
+have no token ids: rows say `from_text`, and train.py tokenises what it trains on.
 
     python data/qrpo_reference/prepare.py --source=NAME --out=out/reference
 """
@@ -19,19 +18,6 @@ from source import rows  # noqa: E402
 COLUMNS = "chosen", "rejected", "chosen_rewards", "rejected_rewards", "ref_completions", "ref_rewards"
 
 
-def reference_texts(at, raw):
-    """The completions in the last message of ref_completions, a JSON list of as many texts as ref_rewards."""
-    try:
-        texts = json.loads(raw["ref_completions"][-1]["content"])
-    except ValueError as error:
-        rows.fail(f"{at}: the last message of ref_completions is not JSON ({error}); fix or delete the row")
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        rows.fail(f"{at}: the last message of ref_completions must be a JSON list of texts; fix the row")
-    if not isinstance(raw["ref_rewards"], list) or len(texts) != len(raw["ref_rewards"]):
-        rows.fail(f"{at}: has {len(texts)} ref_completions, and needs as many ref_rewards; fix the row")
-    return texts
-
-
 def convert(table, name):
     """The project's rows, or why one is dropped. name: of the dataset."""
     made_by = {"model": name, "temperature": 1.0, "top_p": 1.0, "from_text": True}
@@ -40,17 +26,21 @@ def convert(table, name):
         for column in "chosen", "rejected", "ref_completions":
             if not source.is_conversation(raw[column]):
                 rows.fail(f"{at}: {column} must be a list of {{role, content}} messages; fix the row")
-        for column in "chosen_rewards", "rejected_rewards":
-            if isinstance(raw[column], bool) or not isinstance(raw[column], (int, float)):
-                rows.fail(f"{at}: {column} must be a number, not {raw[column]!r}; fix the row")
-        texts = reference_texts(at, raw)
-        prompt = raw["chosen"][:-1]
-        prompts = [[m["content"] for m in raw[column][:-1]] for column in ("chosen", "ref_completions")]
-        if prompts[0] != prompts[1]:
+        *prompt, chosen = raw["chosen"]
+        *asked, answers = raw["ref_completions"]
+        try:
+            texts = json.loads(answers["content"])
+        except ValueError as error:
+            rows.fail(f"{at}: the last message of ref_completions is not JSON ({error}); fix the row")
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            rows.fail(f"{at}: the last message of ref_completions must be a list of texts; fix the row")
+        if not isinstance(raw["ref_rewards"], list) or len(raw["ref_rewards"]) != len(texts):
+            rows.fail(f"{at}: has {len(texts)} ref_completions, and needs as many ref_rewards; fix the row")
+        if [m["content"] for m in asked] != [m["content"] for m in prompt]:
             yield "references to another prompt"
             continue
         yield {
-            "id": i, "prompt": prompt, "chosen": raw["chosen"][-1:], "rejected": raw["rejected"][-1:],
+            "id": i, "prompt": prompt, "chosen": [chosen], "rejected": raw["rejected"][-1:],
             "chosen_reward": raw["chosen_rewards"], "rejected_reward": raw["rejected_rewards"],
             "ref_completions": [{"text": text} for text in texts], "ref_rewards": raw["ref_rewards"],
             "made_by": {"ref_completions": made_by},
