@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,23 @@ def random_pairs(row, reader):
     return [sorted(pair, key=lambda c: -c.reward) for pair in zip(pool[0::2], pool[1::2])]
 
 
+def mixed(row, reader):
+    """As Apertus was aligned (arXiv 2509.14233): of references and other models' completions, one at
+    quantile 1, and one at the highest quantile that is at most 0.2 (or the lowest reference's).
+    """
+    pool = reader.sampled(row, "ref_completions", "ref_rewards")
+    pool += reader.sampled(row, "other_completions", "other_rewards")
+    random.Random(repr(row["prompt"])).shuffle(pool)  # among equals, not always a reference
+    ref_rewards = reader.ref_rewards(row)
+    known = ref_rewards[~np.isnan(ref_rewards)]
+    if len(known) == 0:
+        return []
+    pool = [((known <= np.float32(c.reward)).mean(), c) for c in pool if not math.isnan(c.reward)]
+    best = [c for q, c in pool if q == 1]
+    worst = [(q, c) for q, c in pool if q <= max(0.2, 1 / len(known)) and q < 1]
+    return [[best[0], max(worst, key=lambda pair: pair[0])[1]]] if best and worst else []
+
+
 def chosen_rejected(row, reader):
     return [[reader.text(row, "chosen", "chosen_reward"), reader.text(row, "rejected", "rejected_reward")]]
 
@@ -83,6 +101,7 @@ REGIMES = {  # a new regime is one function and one entry
     "refs": Regime(1, True, refs, "all reference completions"),
     "best_worst": Regime(2, True, best_worst, "the best and the worst of them"),
     "random_pairs": Regime(2, True, random_pairs, "references 0 and 1, 2 and 3, ... (not an odd one)"),
+    "mixed": Regime(2, True, mixed, "one at quantile 1 and one at 0.2 or less, also of other_completions"),
     "samples": Regime(1, True, samples, "what generate_refs.py --field=samples sampled"),
     "chosen_rejected": Regime(2, False, chosen_rejected, "the dataset's pairs"),
     "chosen": Regime(1, False, chosen, "the chosen completions of these pairs"),
@@ -128,11 +147,16 @@ class Reader:
             completions = completions[:self.choices.num_candidates]
         pool = []
         for k, (completion, reward) in enumerate(zip(completions, rewards)):
-            ids = self.checked_ids(f"{at}: {field} {k}", completion)
-            text = decode(self.tokenizer, row["prompt_ids"], completion["token_ids"]) if k == 0 else None
-            if k == 0 and completion.get("text") != text:
-                rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's "
-                          "tokenizer; train the model that sampled them, or sample again")
+            if made_by.get("from_text") or field == "other_completions":  # without this model's token ids
+                if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
+                    rows.fail(f"{at}: {field} {k} must be an object with a `text`; fix the row")
+                ids = self.text_ids(row, f"{field} {k}", completion["text"])
+            else:
+                ids = self.checked_ids(f"{at}: {field} {k}", completion)
+                text = decode(self.tokenizer, row["prompt_ids"], completion["token_ids"]) if k == 0 else None
+                if k == 0 and completion.get("text") != text:
+                    rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's "
+                              "tokenizer; train the model that sampled them, or sample again")
             among_refs = field == "ref_completions" and k < (self.choices.num_ref_rewards or len(rewards))
             truncated = completion.get("finish_reason") == "length"
             pool.append(Completion(ids, number(reward, at, rewards_field), among_refs, truncated))
@@ -153,11 +177,15 @@ class Reader:
         at = row["__at__"]
         if not row.get(field) or not isinstance(row[field], (str, list)):
             rows.fail(f"{at}: has no {field!r}; add it, or train on something else (--train_on)")
-        try:
-            ids = completion_ids(self.tokenizer, row["prompt"], row["prompt_ids"], row[field], self.ends)
-        except Exception as error:  # whatever a template raises
-            rows.fail(f"{at}: {field} cannot be turned into tokens ({error})")
+        ids = self.text_ids(row, field, row[field])
         return Completion(ids, number(row.get(reward_field), at, reward_field))
+
+    def text_ids(self, row, field, text):
+        """The token ids of a whole answer to the row's prompt, with an end token."""
+        try:
+            return completion_ids(self.tokenizer, row["prompt"], row["prompt_ids"], text, self.ends)
+        except Exception as error:  # whatever a template raises
+            rows.fail(f"{row['__at__']}: {field} cannot be turned into tokens ({error})")
 
     def ref_rewards(self, row):
         """The reference rewards that quantiles are taken among, float32, NaN where unknown."""

@@ -80,7 +80,7 @@ def prompt_means(completions, rewards):
     rewards left out.
     """
     known = np.array([reward for reward in rewards if reward is not None], float)
-    length = np.mean([len(completion["token_ids"]) for completion in completions])
+    length = np.mean([len(c["token_ids"]) if "token_ids" in c else math.nan for c in completions])
     if len(known) == 0:
         return [math.nan, math.nan, length]
     return [known.mean(), (known >= 1).mean(), length]

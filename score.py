@@ -10,7 +10,7 @@ Reads rows with completions, and writes them to OUT with the rewards added: `ref
 
 A reward that could not be computed is null; nulls are counted at the end. Rewards that a row already has
 are kept, except that those made by another reward are refused. A killed run continues; under torchrun the
-processes share the rows.
+processes share the rows. For a judge over a network, see --concurrency and examples/judge.py.
 
     python score.py --data=out/refs --out=out/rewarded --reward=tests
 
@@ -24,7 +24,10 @@ import importlib.util
 import inspect
 import itertools
 import math
+import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -40,8 +43,9 @@ from model import (context_length, get_device, get_dtype, identity, keep_freed_m
                    load_weights, render)
 
 REWARD_OF = {"ref_completions": "ref_rewards", "samples": "sample_rewards", "completion": "reward",
-             "chosen": "chosen_reward", "rejected": "rejected_reward"}  # column: the name of its reward
-SAMPLED = "ref_completions", "samples"  # these hold lists of {"text", ...}
+             "chosen": "chosen_reward", "rejected": "rejected_reward",
+             "other_completions": "other_rewards"}  # column: the name of its reward
+SAMPLED = "ref_completions", "samples", "other_completions"  # these hold lists of {"text", ...}
 
 
 def arguments(argv=None):
@@ -51,6 +55,11 @@ def arguments(argv=None):
     add("--out", required=True, help="folder for the rewarded rows")
     add("--reward", required=True, help="tests, FILE.py:NAME or model:PATH (see above)")
     add("--name", default="", help="of a second opinion, see above (default: the reward to train on)")
+    add("--concurrency", type=int, default=0,
+        help="function: make N calls at a time, each for one completion; a call that raises an error is "
+             "made again. For judges over a network. 0: one call for each row, and an error ends the run")
+    add("--retries", type=int, default=5,
+        help="with --concurrency: calls after the first, 1, 2, 4, ... seconds apart; then the reward is null")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="model: auto is bfloat16 on a GPU")
     add("--batch_tokens", type=int, default=0,
@@ -76,6 +85,8 @@ def arguments(argv=None):
             rows.fail(f"--reward={args.reward}: must be tests, FILE.py:NAME or model:PATH")
     elif kind == "tests" and args.reward != "tests":
         rows.fail(f"--reward={args.reward}: did you mean tests?")
+    if args.concurrency < 0 or args.retries < 0:
+        rows.fail("--concurrency and --retries must not be negative")
     args.kind = REWARDS[kind]
     return args
 
@@ -199,22 +210,88 @@ def function_settings(args):
     return {"reward": args.reward.rpartition(":")[2], "code": rows.fingerprint(code)}
 
 
+def call_arguments(row, completions):
+    """What a function is called with: prompts and every column as lists, one entry per completion."""
+    n, prompt = len(completions), row["prompt"]
+    if not isinstance(prompt, str):  # chat prompts have chat completions, as in TRL
+        completions = [as_messages(completion) for completion in completions]
+    columns = {name: [value] * n for name, value in row.items()
+               if name not in ("prompt", "prompts", "completions", "made_by", "__at__", *REWARD_OF)}
+    return {"prompts": [prompt] * n, "completions": completions} | columns
+
+
 def function_rewards(args, todo):
-    """A user's function, called once per row: prompts and every column come as lists, one entry per
-    completion.
-    """
+    """A user's function, plain or async, called once per row."""
     for row, completions in todo:
-        n, prompt = len(completions), row["prompt"]
-        if not isinstance(prompt, str):  # chat prompts have chat completions, as in TRL
-            completions = [as_messages(completion) for completion in completions]
-        columns = {name: [value] * n for name, value in row.items()
-                   if name not in ("prompt", "prompts", "completions", "made_by", "__at__", *REWARD_OF)}
-        rewards = args.function(prompts=[prompt] * n, completions=completions, **columns)
+        rewards = args.function(**call_arguments(row, completions))
         rewards = list(asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards)
-        if len(rewards) != n:
-            rows.fail(f"{args.reward}: returned {len(rewards)} rewards for the {n} completions of "
-                      f"{row['__at__']}")
+        if len(rewards) != len(completions):
+            rows.fail(f"{args.reward}: returned {len(rewards)} rewards for the {len(completions)} "
+                      f"completions of {row['__at__']}")
         yield row, [None if reward is None else float(reward) for reward in rewards]
+
+
+async def judge(args, limit, row, completion):
+    """(reward or None, None or why all calls failed) of one completion."""
+    async with limit:
+        for retry in range(args.retries + 1):
+            if retry:
+                await asyncio.sleep(2 ** (retry - 1) * random.uniform(0.5, 1))  # not all at the same moment
+            try:
+                rewards = await asyncio.to_thread(args.function, **call_arguments(row, [completion]))
+                reward, = await rewards if inspect.iscoroutine(rewards) else rewards
+                return None if reward is None else float(reward), None
+            except Exception as error:  # whatever a judge raises
+                reason = f"{type(error).__name__}: {error}"
+    return None, reason
+
+
+async def judge_row(args, limit, row, completions):
+    return row, await asyncio.gather(*[judge(args, limit, row, completion) for completion in completions])
+
+
+async def cancel(tasks):
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+OUTAGE = 10  # rows one after another of which every call failed: the judge is down
+
+
+def judged_rewards(args, todo):
+    """As function_rewards, for --concurrency calls at a time, each for one completion; calls that fail are
+    made again. Rows come as they get done. Those of which every call failed are kept back until another
+    succeeds: an outage ends the run, which begins with these rows when it continues.
+    """
+    loop, limit = asyncio.new_event_loop(), asyncio.Semaphore(args.concurrency)
+    loop.set_default_executor(ThreadPoolExecutor(args.concurrency))  # for functions that are not async
+    todo, running, kept_back, failed, reason = iter(todo), set(), [], 0, ""
+    try:
+        while True:
+            for row, completions in itertools.islice(todo, args.concurrency - len(running)):
+                running.add(loop.create_task(judge_row(args, limit, row, completions)))
+            if not running:
+                break
+            done, running = loop.run_until_complete(
+                asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
+            for row, found in [task.result() for task in done]:
+                rewards, reasons = zip(*found)
+                kept_back.append((row, list(rewards)))
+                reason = next(filter(None, reasons), reason)
+                failed += len(reasons) - reasons.count(None)
+                if None in reasons:  # a call succeeded
+                    yield from kept_back
+                    kept_back = []
+            if len(kept_back) >= OUTAGE:
+                rows.fail(f"{args.reward}: every call for the last {len(kept_back)} rows failed ({reason}); "
+                          "see to the judge and start again: the rows before are done")
+        yield from kept_back
+    finally:
+        loop.run_until_complete(cancel(running))
+    if failed:
+        print(f"{args.reward}: {failed} completions got no reward in {args.retries + 1} calls each, the last "
+              f"because of {reason}")
 
 
 # ---- a reward model ----
@@ -327,7 +404,8 @@ class Kind(NamedTuple):
 
 REWARDS = {  # --reward=KIND or KIND:...; a new kind of reward is one entry
     "tests": Kind(tests_settings, lambda args: partial(tests_rewards, args)),
-    "function": Kind(function_settings, lambda args: partial(function_rewards, args)),  # FILE.py:NAME
+    "function": Kind(function_settings, lambda args: partial(  # FILE.py:NAME
+        judged_rewards if args.concurrency else function_rewards, args)),
     "model": Kind(model_settings, RewardModel),
 }
 
@@ -343,7 +421,7 @@ def main():
         args.data, args.out, settings, check=lambda row: unrewarded(row, made_by, reward_of))
     bar = tqdm(total=len(left), unit="row", desc="score", disable=rows.share()[0] != 0, smoothing=0)
     kept = known = unknown = 0
-    total = 0.0
+    total, started = 0.0, time.time()
 
     def todo():
         """The rows with something to reward; the others are complete."""
@@ -369,6 +447,8 @@ def main():
         unknown += rewards.count(None)
         known += len(rewards) - rewards.count(None)
         total += sum(reward for reward in rewards if reward is not None)
+        speed = (known + unknown) / (time.time() - started)
+        bar.set_postfix_str(f"{speed:,.1f} rewards/s, {unknown} unknown", refresh=False)
         bar.update()
     bar.close()
     if left and rows.share()[0] == 0:

@@ -39,14 +39,14 @@ def parse_arguments(doc, out, tokenizer=None, hub=True):
 # ---- reading ----
 
 def load(source, columns, hub, split):
-    """Yield the rows of a split as dictionaries that all have these columns.
+    """Yield the rows of a split as dictionaries that all have these columns, and `__at__`, where it is.
 
     source: local file or folder, or None for the hub. hub: (path, configuration or None). split: as there.
     """
     table = read_files(source, split) if source else read_hub(*hub, split)
     for at, row in table:
         check_columns(at, row, columns)
-        yield row
+        yield row | {"__at__": at}
 
 
 def check_columns(at, row, columns):
@@ -62,8 +62,15 @@ def read_hub(path, configuration, split):
         import datasets
     except ImportError:
         rows.fail("reading from the hub needs the datasets package; pip install datasets, or give --source")
-    for i, row in enumerate(datasets.load_dataset(path, configuration, split=split)):
-        yield f"{path}, {split}, row {i}", row
+    try:
+        splits = datasets.load_dataset(path, configuration)
+    except (OSError, ValueError) as error:
+        rows.fail(f"{path}: cannot be had from the hub ({error}); give --source=FILES, or another name")
+    name = split if split in splits else next((n for n in splits if n.startswith(f"{split}_")), None)
+    if name is None:
+        rows.fail(f"{path}: has no split {split}, but {', '.join(splits)}")
+    for i, row in enumerate(splits[name]):
+        yield f"{path}, {name}, row {i}", row
 
 
 def read_files(source, split):
@@ -117,8 +124,14 @@ def read_parquet(file):
         import pyarrow.parquet
     except ImportError:
         rows.fail(f"{file}: needs pyarrow; pip install datasets")
-    for i, row in enumerate(pyarrow.parquet.read_table(file).to_pylist()):
-        yield f"{file}, row {i}", row
+    i = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(100):  # rows of 50 completions are large
+            for row in batch.to_pylist():
+                yield f"{file}, row {i}", row
+                i += 1
+    except (ValueError, OSError) as error:
+        rows.fail(f"{file}, row {i}: not Parquet ({error}); download the file again")
 
 
 # ---- rows ----
@@ -140,7 +153,7 @@ def pairs(table, count_tokens, limit=2048):
     for i, row in enumerate(table):
         for name in "chosen", "rejected":
             if not is_conversation(row[name]):
-                rows.fail(f"row {i} of the dataset: {name} must be a list of {{role, content}} messages")
+                rows.fail(f"{row['__at__']}: {name} must be a list of {{role, content}} messages")
         *prompt, chosen = row["chosen"]
         rejected = row["rejected"][-1]
         if max(count_tokens(chosen["content"]), count_tokens(rejected["content"])) > limit:

@@ -52,6 +52,7 @@ def row(loaded):
     return {"prompt": "p", "completion": "c", "reward": 2,
             "chosen": "yes", "rejected": "no", "chosen_reward": 3, "rejected_reward": 4,
             "ref_completions": completions, "ref_rewards": [0.1, 0.9, 0.5, 0.5, None],
+            "other_completions": [{"text": "xx"}, {"text": "yy"}], "other_rewards": [0.95, 0.05],
             "samples": completions[:2], "sample_rewards": [7, 8]}
 
 
@@ -60,6 +61,7 @@ REGIMES = {  # regime: what is trained on, and its rewards; an end token only wh
     "best_worst": ("b a", [0.9, 0.1]),
     "random_pairs": ("b a c d", [0.9, 0.1, 0.5, 0.5]),
     "samples": ("a b", [7, 8]),
+    "mixed": ("xx<eos> a", [0.95, 0.1]),  # quantiles 1 and 1/3, of 3 references
     "chosen_rejected": ("yes<eos> no<eos>", [3, 4]),
     "chosen": ("yes<eos>", [3]),
     "completion": ("c<eos>", [2])}
@@ -87,6 +89,37 @@ def test_a_completion_is_among_its_references_where_its_reward_is_used(loaded, r
     assert data.side.tolist() == [-1, 1, 0, 0]  # against the mean reference reward
     for regime in ("samples", "chosen_rejected", "completion"):
         assert not build(tmp_path, tmp_path / "d.jsonl", loaded, regime).among_refs.any()
+
+
+def test_mixed_pools_take_one_at_quantile_1_and_one_at_most_at_a_fifth(loaded, row, tmp_path):
+    """By hand: ten references of rewards 1 to 10, so reward r of another completion is at quantile r / 10."""
+    ids = row["ref_completions"][0]
+    row |= {"ref_completions": [ids | {"text": "a"} for _ in range(10)], "ref_rewards": [*range(1, 11)]}
+    cases = [  # rewards of other completions: those of the pair
+        ([], [10, 1.5]), ([11, 0], [11, 1.5]), ([9, 5], [10, 1.5]), ([2.5], [10, 2.5]), ([3], [10, 1.5])]
+    row["ref_rewards"][1] = 1.5  # at quantile 0.2, with what is below 3
+    for others, expected in cases:
+        row |= {"other_completions": [{"text": f"t{r}"} for r in others], "other_rewards": others}
+        found = set()
+        for i in range(12):  # among equals, chance decides: by the prompt
+            path = write_rows(tmp_path / "d.jsonl", [row | {"prompt": f"p{i}"}])
+            data = build(tmp_path / f"{len(others)}{others}{i}", path, loaded, "mixed")
+            found.add(tuple(data.rewards.tolist()))
+            assert data.side.tolist() == [1, -1]
+        equals = {tuple(expected)}
+        if others == [11, 0]:  # 10 is at quantile 1, too
+            equals.add((10, 1.5))
+        if others == [2.5]:
+            equals.add((10, 1.5))
+        assert found == equals, others
+
+
+def test_mixed_pools_without_a_low_completion_or_with_all_rewards_equal_have_no_pair(loaded, row, tmp_path):
+    other = {"prompt": "q", "other_completions": [], "other_rewards": []}
+    for i, ref_rewards in enumerate(([1, 1, 1, 1, 1], [1, 1, 1, 2, 2], [None] * 5)):
+        bad = row | other | {"ref_rewards": ref_rewards}
+        path = write_rows(tmp_path / "d.jsonl", [row, bad])
+        assert build(tmp_path / str(i), path, loaded, "mixed").row.tolist() == [0, 0]
 
 
 def test_losses_of_pairs_drop_pairs_of_equal_reward(loaded, row, tmp_path):

@@ -26,7 +26,7 @@ def test_the_derivation_prints_the_numbers_that_it_states():
 def scripts():
     """The programs of the project: what reads a command line."""
     found = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
-    return [path for path in found if path.name == "prepare.py" or "parse_args()" in path.read_text()]
+    return [path for path in found if path.name == "prepare.py" or "parser.parse_args(" in path.read_text()]
 
 
 def help_page(path, monkeypatch):

@@ -112,3 +112,18 @@ def test_a_second_opinion_is_shown_beside_the_reward(tiny, trained, rewarded, tm
     refused(capsys, ["gap.jsonl:4", "sample_rewards_judge"], "evaluate.py", *evaluation, f"--data={data}")
     call("evaluate.py", *evaluation, f"--data={write_rows(data, [table[0], *table[4:]])}")
     assert "unknown rewards of 1 reference and 0 policy samples" in capsys.readouterr().out
+
+
+def test_references_that_are_texts_have_no_length_and_all_else_is_there(tiny, rewarded, tmp_path, capsys):
+    table = read_rows(rewarded)
+    for row in table:
+        row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
+        row["made_by"] |= {"samples": row["made_by"]["ref_completions"]}
+        row["made_by"]["ref_completions"] = row["made_by"]["ref_completions"] | {"from_text": True}
+        row["ref_completions"] = [{"text": completion["text"]} for completion in row["ref_completions"]]
+    data = write_rows(tmp_path / "data.jsonl", table)
+    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}",
+         "--beta=0.1")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["length, tokens"]["policy"][0] > 0 and results["mean reward"]["difference"] == [0, 0]
+    assert results["length, tokens"]["reference"][0] is None and "nan" in capsys.readouterr().out

@@ -5,10 +5,11 @@ import gzip
 import importlib.util
 import json
 import shutil
+import sys
 
 import pytest
 
-from conftest import MATERIAL, ROOT, make_tokenizer, needs, read_rows, run, write_rows
+from conftest import MATERIAL, ROOT, call, make_tokenizer, needs, read_rows, run, write_rows
 
 
 def chat(question, answer):
@@ -65,6 +66,103 @@ def test_a_broken_source_is_refused_with_file_and_line(tmp_path, name, content, 
     done = run("data/magpie_air/prepare.py", f"--source={tmp_path}", f"--out={tmp_path}", "--tokenizer=",
                check=False)
     assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
+# ---- the authors' reference data ----
+
+TEXTS = ["a", "bb", "", "dddd"]
+
+
+def reference_row(i, **columns):
+    prompt = {"role": "user", "content": f"q{i}"}
+    return {"chosen": chat(f"q{i}", "yes"), "rejected": chat(f"q{i}", "no"),
+            "chosen_rewards": 0.5, "rejected_rewards": -0.5,
+            "ref_completions": [prompt, {"role": "assistant", "content": json.dumps(TEXTS)}],
+            "ref_rewards": [0.1, 0.2, 0.3, 0.4], "ref_completions_reward_tokens_len": [1, 2, 0, 4]} | columns
+
+
+def prepare_reference(tmp_path, source, check=True):
+    flags = f"--source={source}", f"--out={tmp_path / 'out'}"
+    return run("data/qrpo_reference/prepare.py", *flags, check=check)
+
+
+def test_reference_data_becomes_rows_that_train_in_every_regime(tiny, tmp_path):
+    """Also what is trained on: the text after the prompt, closed by the template, and an end token."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": (
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}")}))
+    other = reference_row(9, ref_completions=reference_row(8)["ref_completions"])
+    write_rows(tmp_path / "train-0.jsonl", [reference_row(0), other, reference_row(1)])
+    (tmp_path / "test.json").write_text(json.dumps([reference_row(2)]))
+    done = prepare_reference(tmp_path, tmp_path)
+    assert "3 rows; 1 dropped, references to another prompt; 2 kept" in done.stdout
+    rows = read_rows(tmp_path / "out/train.jsonl")
+    assert [row["id"] for row in rows] == [0, 2] and len(read_rows(tmp_path / "out/test.jsonl")) == 1
+    assert rows[0] == {
+        "id": 0, "prompt": [{"role": "user", "content": "q0"}],
+        "chosen": [{"role": "assistant", "content": "yes"}], "chosen_reward": 0.5,
+        "rejected": [{"role": "assistant", "content": "no"}], "rejected_reward": -0.5,
+        "ref_completions": [{"text": text} for text in TEXTS],
+        "ref_rewards": [0.1, 0.2, 0.3, 0.4], "made_by": {"ref_completions": {
+            "model": tmp_path.name, "temperature": 1.0, "top_p": 1.0, "from_text": True}}}
+    texts = {"chosen_rejected": ["yes", "no"], "best_worst": ["", "a"], "random_pairs": ["bb", "a"]}
+    for regime, expected in texts.items():
+        script = call("train.py", f"--model={model}", f"--data={tmp_path / 'out/train.jsonl'}",
+                      f"--eval_data={tmp_path / 'out/test.jsonl'}", f"--out={tmp_path / regime}",
+                      f"--train_on={regime}", f"--num_candidates={3 if regime == 'best_worst' else 2}",
+                      "--batch_size=2")
+        data, tokenizer = script["train_data"], script["tokenizer"]
+        found = [tokenizer.decode(data.tokens[start:start + n]) for start, n in zip(data.starts, data.lens)]
+        assert found[:2] == [f"[q0][{text}]<eos>" for text in expected]
+        assert data.ref_rewards.shape == (2, 4)
+
+
+def test_reference_data_in_parquet(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = [reference_row(i) for i in range(250)]
+    parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "train-00000-of-00001.parquet")
+    prepare_reference(tmp_path, tmp_path)
+    rows = read_rows(tmp_path / "out/train.jsonl")
+    assert len(rows) == 250 and rows[249]["prompt"][0]["content"] == "q249"
+    assert rows[3]["ref_completions"] == [{"text": text} for text in TEXTS]
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1 cut off")
+    done = prepare_reference(tmp_path, tmp_path, check=False)
+    assert done.returncode == 2 and "parquet, row 0: not Parquet" in done.stderr
+
+
+def test_reference_data_by_name_is_read_with_datasets(tmp_path):
+    """By the name of a folder here, as there is no hub; its split is called train_prefs."""
+    pytest.importorskip("datasets")
+    write_rows(tmp_path / "train.jsonl", [reference_row(0), reference_row(1)])
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n"
+                                        "  - split: train_prefs\n    path: train.jsonl\n---\n")
+    sys.path.insert(0, str(ROOT / "data"))
+    import source
+    (at, first), _ = source.read_hub(str(tmp_path), None, "train")
+    assert at.endswith("train_prefs, row 0") and first["ref_rewards"] == [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize("change, says", (
+    ({"ref_rewards": None}, "has no 'ref_rewards'"),
+    ({"ref_rewards": [0.1]}, "needs as many ref_rewards"),
+    ({"ref_completions": chat("q1", "not JSON")}, "ref_completions is not JSON"),
+    ({"ref_completions": chat("q1", "[1, 2, 3, 4]")}, "must be a list of texts"),
+    ({"ref_completions": "text"}, "ref_completions must be a list of")))
+def test_broken_reference_data_is_refused_with_file_and_row(tmp_path, change, says):
+    file = write_rows(tmp_path / "train.jsonl", [reference_row(0), reference_row(1, **change)])
+    done = prepare_reference(tmp_path, file, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 2 and len(errors) == 1
+    assert f"{file}:2: " in errors[0] and says in errors[0], errors
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_reference_dataset_that_is_nowhere(tmp_path):
+    done = run("data/qrpo_reference/prepare.py", f"--out={tmp_path}", check=False)
+    assert done.returncode == 2 and "--source is missing" in done.stderr
+    done = prepare_reference(tmp_path, "nobody/nothing", check=False)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "--source" in done.stderr
 
 
 def test_stories_differ_and_their_reward_counts_words(tmp_path):

@@ -44,10 +44,11 @@ def reward(prompts, completions, extra, **columns):
 
 
 def test_dataset_completions_are_rewarded_beside_the_references(tmp_path):
-    table = [{**ROWS[1], "chosen": "xxxx", "rejected": "x"}, {"prompt": "p", "completion": "xx"}]
+    table = [{**ROWS[1], "chosen": "xxxx", "rejected": "x", "other_completions": [{"text": "xxxxx"}]},
+             {"prompt": "p", "completion": "xx"}]
     rows = score(tmp_path, table, f"{reward_file(tmp_path, LENGTH)}:length")
     assert (rows[0]["ref_rewards"], rows[0]["chosen_reward"], rows[0]["rejected_reward"]) == ([2, 4, 6], 4, 1)
-    assert rows[1]["reward"] == 2 and "ref_rewards" not in rows[1]
+    assert rows[0]["other_rewards"] == [5] and rows[1]["reward"] == 2 and "ref_rewards" not in rows[1]
 
 
 def test_chat_completions_reach_a_function_as_messages(tmp_path):
