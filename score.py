@@ -187,8 +187,8 @@ def load_function(reward):
     if not Path(path).is_file():
         rows.fail(f"--reward={reward}: no file {path!r}; give tests, FILE.py:NAME or model:PATH")
     folder = Path(path).resolve().parent
-    loaded = set(sys.modules)
     spec = importlib.util.spec_from_file_location("reward_file", path)
+    loaded = set(sys.modules) - {spec.name}
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(folder))
     sys.modules[spec.name] = module  # dataclasses look up their module there
