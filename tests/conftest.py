@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -27,10 +28,14 @@ MATERIAL = ROOT.parent / "shared" / "data"  # real data, where they are present
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import tqdm  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
 torch.set_num_threads(1)
+# tqdm's own lock is shared with forks: one that is killed while it holds it would block this process for ever
+tqdm.tqdm.set_lock(threading.RLock())
+tqdm.tqdm.monitor_interval = 0  # no thread that could hold it during a fork
 
 
 # ---- which tests run ----
