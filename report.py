@@ -125,7 +125,8 @@ def details(row, opinions, ratios):
                 facts.append(f"reward{label(opinion)} {shown}")
             if row[column][k] is not None:
                 facts.append(f"log-ratio {next(known):.3f}")
-            facts.append(f"{len(completion['token_ids'])} tokens")
+            if "token_ids" in completion:  # not in references that came as texts
+                facts.append(f"{len(completion['token_ids'])} tokens")
             parts.append(f"<p>{escape(', '.join(facts))}<pre>{escape(completion['text'])}</pre>")
         parts.append("</div>")
     return "".join(parts) + "</div></details>"
