@@ -69,7 +69,9 @@ BLOCKS = {  # rule: what it means
 
 # ---- the program in an answer ----
 
-FENCE = re.compile(r"^([ \t]*)(```+|~~~+)[ \t]*\{?\.?([\w+#-]*)(?:[^\n`]*\n|(?= .*```))", re.MULTILINE)
+# At the start of a line, or after other text if it is marked as Python. No part may take quadratic time.
+FENCE = re.compile(r"(?:^([ \t]*)|(?<!`)(?=```+py\w{0,5}[ \t\r]*\n))(```+(?!`)|~~~+(?!~))"
+                   r"[ \t]{0,9}\{?\.?([\w+#-]{0,20})(?:[^\n`]*\n|(?= .*```))", re.MULTILINE | re.IGNORECASE)
 PYTHON = ("python", "python3", "py", "py3")
 
 
@@ -83,11 +85,15 @@ def first_block(text, rule="answer"):
     unmarked = None
     position = 0
     while start := FENCE.search(text, position):
-        end = re.compile(rf"[ \t]*{start[2]}{start[2][0]}*[ \t\r]*$", re.MULTILINE).search(text, start.end())
+        mark = start[2]
+        end = re.compile(rf"(?<!{mark[0]}){mark}{mark[0]}*[ \t\r]*$", re.MULTILINE).search(text, start.end())
         if not end:
             break
         block = text[start.end():end.start()]
-        block = textwrap.dedent(block) if start[1] else block.lstrip(" ") if "\n" not in block else block
+        if start[1] != "":
+            block = textwrap.dedent(block)
+        elif "\n" not in block:
+            block = block.lstrip(" ")
         if start[3].lower() in PYTHON:
             return block
         if not start[3] and unmarked is None:

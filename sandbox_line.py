@@ -25,11 +25,13 @@ import itertools
 import json
 import os
 import sys
+import threading
 import types
 import zoneinfo
 
 SCALARS = {type(None), bool, int, float, str}
-LONG = 14000  # bits of an int that is sent in hexadecimal: Python refuses to write long ones in decimal
+LONG = 14000  # bits of an int that is sent in hexadecimal: Python refuses to write long ones in decimal,
+DIGITS = 4300  # beyond this limit
 ENCODER = json.JSONEncoder(ensure_ascii=False)
 FIRST, PIECE = 8, 4096  # items of an iterator that travel at first, and at most in one piece
 TYPES = {
@@ -117,7 +119,6 @@ KINDS = {  # tag: (type, its parts as a list, the value of such a list)
 TAGS = {kind: tag for tag, (kind, _, _) in KINDS.items() if tag != "list"}
 BASES = tuple(kind for kind, _, _ in KINDS.values()) + (int, float, str)
 SLOT = types.MemberDescriptorType
-METHODS = types.FunctionType, types.MethodType, types.MethodDescriptorType, types.WrapperDescriptorType
 
 
 class Remote:
@@ -145,6 +146,7 @@ class Line:
         # Instances of the preamble's classes that both sides know in this call, and their positions by id
         self.objects, self.positions = [], {}
         self.frozen = self.careful = False
+        self.lock = threading.RLock()  # one thread asks at a time, however deep
 
     # ---- values to JSON types: scalars and lists stand for themselves, all else is a dict of one tag ----
 
@@ -169,6 +171,8 @@ class Line:
     def pack_instance(self, value, kind):
         """An instance of a class of the preamble: in the table, unless it is a kind of constant."""
         if isinstance(value, enum.Enum):
+            if isinstance(value, enum.Flag):  # several together have no name
+                return {"flag": [kind.__name__, value.value]}
             return {"enum": [kind.__name__, value.name]}
         if isinstance(value, tuple):
             return {"named": [kind.__name__, [self.pack(item) for item in value]]}
@@ -196,14 +200,14 @@ class Line:
             return {"same": 0} if self.frozen else {"iterator": self.pack(self.piece(value, FIRST))}
         if kind is Rest:
             return self.refer(value.iterator)
+        if kind.__module__ == "numpy" and hasattr(value, "tolist"):
+            return {"numpy": [str(value.dtype), list(value.shape), self.pack(value.tolist())]}
         for base in (int, float, str):
             if isinstance(value, base):
                 return self.pack(base(value))
         for tag, (base, parts, _) in KINDS.items():
             if isinstance(value, base):
                 return {tag: self.pack(parts(value))}
-        if kind.__module__ == "numpy" and hasattr(value, "tolist"):
-            return {"numpy": [str(value.dtype), self.pack(value.tolist())]}
         if isinstance(value, type) and TYPES.get(value.__name__) is value:
             return {"type": value.__name__}
         return self.refer(value)
@@ -254,6 +258,10 @@ class Line:
         cls, name = body
         return self.class_of(cls, enum.EnumMeta)._member_map_[name]
 
+    def unpack_flag(self, body, depth):
+        cls, value = body
+        return self.class_of(cls, enum.EnumMeta)(value)
+
     def unpack_named(self, body, depth):
         cls, items = body
         return tuple.__new__(self.class_of(cls, type), [self.unpack(item, depth) for item in items])
@@ -268,8 +276,8 @@ class Line:
         return Same
 
     def unpack_numpy(self, body, depth):
-        dtype, items = body
-        return sys.modules["numpy"].array(self.unpack(items, depth), dtype)[()]
+        dtype, shape, items = body
+        return sys.modules["numpy"].array(self.unpack(items, depth), dtype).reshape(shape)[()]
 
     def unpack_type(self, body, depth):
         return TYPES[body]
@@ -307,14 +315,15 @@ class Line:
     def ask(self, operation, values):
         """The other side's answer. Meanwhile it may ask in its turn: a program calls a function of
         the test."""
-        self.send(self.dump(operation, values))
-        while True:
-            head, values = self.load(self.receive())
-            if head == "value":
-                return values
-            if head == "error":
-                raise self.error(*values)
-            self.answer(head, values)
+        with self.lock:
+            self.send(self.dump(operation, values))
+            while True:
+                head, values = self.load(self.receive())
+                if head == "value":
+                    return values
+                if head == "error":
+                    raise self.error(*values)
+                self.answer(head, values)
 
     def answer(self, operation, values):
         raise NotImplementedError
@@ -324,7 +333,8 @@ class Line:
 
     def dump(self, head, values):
         """A message: [head, values packed, table of instances]."""
-        self.careful = False
+        # A program may have lifted Python's limit here: on the other side it holds
+        self.careful = getattr(sys, "get_int_max_str_digits", lambda: DIGITS)() != DIGITS
         try:
             return ENCODER.encode(self.flatten(head, values))
         except ValueError:  # an int in decimal that is too long
@@ -433,14 +443,14 @@ def fields_of(thing):
 
 
 def set_fields(thing, fields):
-    """Replace the attributes of an instance without calling its class."""
+    """Replace the attributes of an instance without calling its class. None of them hides a method."""
     if hasattr(thing, "__dict__"):
         vars(thing).clear()
     for name, value in fields.items():
         member = getattr(type(thing), name, None)
         if type(member) is SLOT:
             member.__set__(thing, value)
-        else:
+        elif not hides_method(type(thing), name):
             vars(thing)[name] = value
 
 
@@ -467,15 +477,15 @@ def exception_of(names, args, fields, classes):
         error = kind(*args)
     except Exception:  # one that takes other arguments
         error = kind.__new__(kind, *args)
-    if hides_method(kind, fields):
-        raise ValueError("an exception with a method of its own")
-    vars(error).update(fields)
+    vars(error).update((name, value) for name, value in fields.items() if not hides_method(kind, name))
     return error
 
 
-def hides_method(kind, names):
-    """Whether an attribute of such a name would take the place of a method of the class."""
-    return any(isinstance(getattr(kind, name, None), METHODS) for name in names)
+def hides_method(kind, name):
+    """Whether an instance's attribute would take the place of a method, or of what a property remembers."""
+    found = getattr(kind, name, None)
+    is_code = callable(found) and not isinstance(found, type) or hasattr(found, "__get__")
+    return is_code and name not in getattr(kind, "__dataclass_fields__", ())
 
 
 def restore(old, new):
@@ -495,7 +505,7 @@ def restore(old, new):
     elif kind in (set, collections.deque):
         old.clear()
         (old.update if kind is set else old.extend)(new)
-    elif kind in (bytearray, array.array):
+    elif kind in (bytearray, array.array) or kind.__name__ == "ndarray":
         old[:] = new
     elif isinstance(old, tuple) and len(old) == len(new):
         for pair in zip(old, new):

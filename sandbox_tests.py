@@ -8,9 +8,6 @@ and their number. Run by the judge (sandbox_worker.py) only: no program is near.
 """
 import ast
 
-# Exceptions that say "enough" to what catches them, a loop or a test runner: a success, if a program could
-# raise them
-ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit", "SkipTest"}
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 # Functions and methods whose call tests nothing, even of a value of the candidate
 HARMLESS = "print append add extend insert update sort reverse setdefault appendleft push".split()
@@ -27,10 +24,11 @@ class Tests:
 
     def __init__(self, source, entry_point):
         tree = ast.parse(source)
-        spoken_of = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(tree)}
-        self.ends = ENDS - spoken_of
+        names = ("id", "attr", "name")  # of variables, of attributes, of what is imported
+        self.names = {getattr(node, name, "") for node in ast.walk(tree) for name in names}
         found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
         check = found[-1] if found else self.wrap(tree)
+        tree.body = [node for node in tree.body if not calls_check(node)]
         arguments = check.args.posonlyargs + check.args.args
         needed = len(arguments) - len(check.args.defaults) + check.args.kw_defaults.count(None)
         generates = any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in ast.walk(check))
@@ -44,7 +42,7 @@ class Tests:
         groups = self.split(check.body)
         self.total = len(groups)
         check.body = [self.reported(group) for group in groups]
-        self.names = undefined(tree)
+        self.undefined = undefined(tree)
         self.code = compile(ast.fix_missing_locations(tree), "<test>", "exec", dont_inherit=True)
 
     def wrap(self, tree):
@@ -118,6 +116,12 @@ class Tests:
         test, = ast.parse("with __judge__.test(): pass").body
         test.body = statements
         return test
+
+
+def calls_check(node):
+    """Whether a statement is the call of `check` that some data sets end with."""
+    call = getattr(node, "value", None)
+    return isinstance(call, ast.Call) and getattr(call.func, "id", "") == "check"
 
 
 def is_true(node):

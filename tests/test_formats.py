@@ -6,6 +6,7 @@
 import base64
 import json
 import pickle
+import time
 import zlib
 
 import pytest
@@ -198,6 +199,19 @@ def test_classes_that_only_the_program_has():
     ("import os\nn = int(input())\nos.write(1, b'%d' % (n + sum(map(int, input().split()))))", True),
     ("def main():\n    n = int(input())\n    print(n + sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()", True),
     ("import sys\nfor line in sys.stdin: pass\nprint(6)", False),
+    ("import sys\nif len(sys.argv) > 1: sys.stdin = open(sys.argv[1])\nn = int(input())\nprint(n + sum(map(int, input().split())))", True),
+    ("import fileinput\nprint(sum(int(word) for line in fileinput.input() for word in line.split()))", True),
+    ("import threading, time\ndef main():\n    time.sleep(0.01)\n    n = int(input())\n    print(n + sum(map(int, input().split())))\n"
+     "threading.Thread(target=main).start()", True),
+    ("from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor()\n"
+     "print(sum(pool.map(int, open(0).read().split())))", True),
+    ("import atexit, io, sys\nsys.stdout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))\n"
+     "n = int(input())\nprint(n + sum(map(int, input().split())))", True),
+    ("import os, sys\nprint(sum(map(int, open(0).read().split())))\nsys.stdout.flush()\nos._exit(0)", True),
+    ("import sys\nprint(sum(map(int, open(0).read().split())), flush=True)\nsys.stdout.close()", True),
+    ("import resource\nresource.setrlimit(resource.RLIMIT_STACK, (resource.RLIM_INFINITY,) * 2)\n"
+     "print(sum(map(int, open(0).read().split())))", True),
+    ("import os\nos.chdir(os.path.dirname(os.path.abspath(__file__)))\nprint(sum(map(int, open(0).read().split())))", True),
     ("import threading\ndef main():\n    n = int(input())\n    print(n + sum(map(int, input().split())))\n"
      "t = threading.Thread(target=main); t.start(); t.join()", True),
     ("n = int(input())\nprint(float(n + sum(map(int, input().split()))))", True),
@@ -247,6 +261,8 @@ ANSWERS = {  # name: (answer, the program by the rule `answer`, by the rule `fir
     "all on one line": ("```python def f(x): return 1```", "def f(x): return 1", "def f(x): return 1"),
     "tildes": (f"~~~python\n{GOOD}\n~~~", GOOD, GOOD), "four": (f"````python\n{GOOD}\n# ```\n````", None, None),
     "carriage returns": (f"```python\r\n{GOOD}\r\n```\r\n", GOOD, GOOD),
+    "after other text": (f"Here it is: ```python\n{GOOD}\n```", GOOD, GOOD), "byte order mark": (f"\ufeff```python\n{GOOD}\n```", GOOD, GOOD),
+    "in a list": ("- ```py\n  def f(x):\n      return 1\n  ```", GOOD, GOOD),
     "indented": ("1. Do:\n   ```python\n   def f(x):\n       return 1\n   ```", GOOD, GOOD),
     "another language first": (f"```bash\nls\n```\n```python\n{GOOD}\n```", GOOD, GOOD),
     "two blocks": (f"```python\n{GOOD}\n```\n```python\n{DRAFT}\n```", GOOD, GOOD),
@@ -256,6 +272,26 @@ ANSWERS = {  # name: (answer, the program by the rule `answer`, by the rule `fir
     "not closed": (f"```python\n{GOOD}\n", None, None), "another language": (f"```c\n{GOOD}\n```", None, None),
     "none": (GOOD, None, None), "empty": ("", None, None),
 }
+
+
+@pytest.mark.parametrize("text", [
+    "```python\nx{}y", "```{}", "``` {}", "{}", "```python\n{}\n```", "```python {}\n"])
+@pytest.mark.parametrize("again", [" ", "`", "a", "~", "```python\n", "```\n", "\t \n", "``` "])
+def test_no_answer_takes_long_to_read(text, again):
+    begun = time.process_time()
+    for rule in sandbox.BLOCKS:
+        sandbox.first_block(text.format(again * 60_000), rule)
+    assert time.process_time() - begun < 5
+
+
+def test_numpy_values():
+    pytest.importorskip("numpy")
+    program = "import numpy as np\ndef f(a):\n    a[0] = 9\n    return [np.zeros((0, 3)), a.mean(), a * 2]"
+    test = ("import numpy as np\ndef check(candidate):\n a = np.array([1, 2])\n x, y, z = candidate(a)\n assert a[0] == 9\n"
+            " assert x.shape == (0, 3)\n assert y.round(0) == 6\n assert (z == np.array([18, 4])).all()")
+    row = {"id": 1, "fenced": False, "completion": program, "test": test, "entry_point": "f"}
+    verdict, = sandbox.judge([row], packages="numpy", **RUNTIME)
+    assert (verdict["passed"], verdict["total"]) == (4, 4), verdict
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -441,6 +441,7 @@ FORMS = {  # name: (program, body of check or the whole test, (passed, total))
     "helper": ("def f(x): return x",
         "def helper(f, x):\n assert f(x) == x\ndef check(candidate):\n helper(candidate, 1)\n"
         " helper(candidate, [2])", (2, 2)),
+    "a call of check at the end": ("def f(x): return x", "def check(candidate):\n assert candidate(1) == 1\n\ncheck(f)", (1, 1)),
     "local helper": ("def f(x): return x", " def t(x):\n  assert candidate(x) == x\n t(1)\n t('a')", (2, 2)),
     "constant asserts": ("def f(x): return 0", " assert True\n assert candidate(1) == 1\n assert True, 'x'", (0, 1)),
     "no asserts": ("def f(x): return x", " if candidate(1) != 1:\n  raise ValueError", (1, 1)),

@@ -5,12 +5,14 @@
 # ruff: noqa: E501
 import os
 import subprocess
+import sys
 import time
 
 import pytest
 from test_sandbox import ASKED, NODES, RUNTIME, SHORT, in_call, at_import, probe, row, verdicts, works
 
 import sandbox
+import sandbox_worker
 
 pytestmark = [pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")]
 RIGHT = "def f(x): return 31 * x + 7"
@@ -91,6 +93,30 @@ def test_a_thread_bomb_costs_no_worker(monkeypatch):
     assert {v["reward"] for v in got.values()} == {0} and len(started) == 1
 
 
+def test_threads_that_come_and_go_cost_the_supervisor_no_descriptors(monkeypatch):
+    monkeypatch.chdir("/proc")
+    threads = "import threading\nwhile True: threading.Thread(target=int).start()"
+    other = subprocess.Popen([sys.executable, "-c", threads])
+    try:
+        run = sandbox_worker.Run.__new__(sandbox_worker.Run)
+        run.sides = [other.pid]
+        before = len(os.listdir("self/fd"))
+        for _ in range(3000):
+            run.waits()
+        assert len(os.listdir("self/fd")) == before
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_no_program_makes_the_host_write_its_disks():
+    # These would fail, if they reached the kernel
+    sync = {"x86_64": 306, "aarch64": 267}[os.uname().machine]
+    program = in_call(f"return [os.fsync(pipe), os.fdatasync(pipe), ctypes.CDLL(None).syscall({sync}, 99)]",
+                      "pipe = os.pipe()[1]")
+    assert verdicts([row(1, program, "def check(candidate):\n assert candidate(0) == [None, None, 0]")])[1]["reward"] == 1
+
+
 # ---- marks for the next program, and channels to those beside ----
 
 def test_flags_of_open_files_are_not_shared():
@@ -158,23 +184,55 @@ def test_no_forgery_by_the_classes_of_the_test(name):
 
 
 NODE = """
+import contextlib, functools
 class Node:
     def __init__(self, v): self.v = v
     def same(self, other): return self.v == other.v
     def __eq__(self, other): return type(other) is Node and self.same(other)
+class Other: pass
+class Remembers:
+    def __init__(self, v): self.v = v
+    @functools.cache
+    def value(self): return self.v
+    @functools.cached_property
+    def twice(self): return 2 * self.v
+    def __eq__(self, other): return self is other or type(other) is Remembers and other.value() == self.v
+    def __hash__(self): return id(self)
 class Bad(Exception):
     def code(self): return 1
+"""
+# Bytes to the judge, and then True for whatever it asks
+RAW = """
+import select
+def answer(*message):
+    for fd in range(3, 12):
+        with contextlib.suppress(OSError):
+            data = json.dumps(message).encode()
+            os.write(fd, len(data).to_bytes(4, 'big') + data)
+def reply(*message):
+    answer(*message)
+    while True:
+        for fd in range(3, 12):
+            with contextlib.suppress(OSError):
+                if select.select([fd], [], [], 0.01)[0] and os.read(fd, 65536):
+                    answer('value', [True, None, ''], [])
 """
 
 
 @pytest.mark.parametrize("program", [
     "n = Node(0); n.same = lambda other: True; return n", "n = Node(0); vars(n)['same'] = abs; return n",
-    "e = Bad(); e.code = lambda: 2; raise e"])
+    "e = Bad(); e.code = lambda: 2; raise e", "n = Remembers(0); n.value = lambda: 1; return n",
+    "n = Remembers(0); n.twice = 2; return n",
+    "reply('value', [{'object': 0}, None, ''], [[0, 'Node', ['v'], [0]], [0, 'Other', ['same'], [{'there': 9}]]])",
+    "reply('value', [{'object': 0}, None, ''], [[0, 'Node', ['same'], [{'there': 9}]]])"])
 def test_no_instance_of_the_preamble_has_a_method_of_its_own(program):
     test = ("def check(candidate):\n assert candidate(1) == Node(1)\n try:\n  candidate(1)\n  assert False\n"
-            " except Bad as e:\n  assert e.code() == 2")
-    rows = [row(1, in_call(program), test, NODE), row(2, in_call("return Node(x)"), test, NODE)]
-    assert {name: (v["passed"], v["total"]) for name, v in verdicts(rows).items()} == {1: (0, 2), 2: (1, 2)}
+            " except Bad as e:\n  assert e.code() == 2\n assert Remembers(1) == candidate(1)\n"
+            " assert candidate(1).twice == 2")
+    rows = [row(1, in_call(program, RAW), test, NODE),
+            row(2, in_call("calls.append(x)\nreturn Node(x) if len(calls) < 3 else Remembers(x)", "calls = []"), test, NODE)]
+    got = verdicts(rows, **SHORT)
+    assert {name: (v["passed"], v["total"]) for name, v in got.items()} == {1: (0, 4), 2: (3, 4)}
 
 
 def test_no_exception_ends_a_test_case_with_success():
@@ -189,8 +247,30 @@ def check(candidate):
 """
     rows = [row(1, in_call("import unittest\nraise unittest.SkipTest"), test),
             row(2, in_call("import unittest\nclass S(unittest.SkipTest): pass\nraise S"), test),
-            row(3, in_call("return 31 * x + 7"), test)]
-    assert {name: v["reward"] for name, v in verdicts(rows).items()} == {1: 0, 2: 0, 3: 1}
+            row(3, in_call("return 31 * x + 7"), test),
+            row(4, in_call("import unittest.case\nraise unittest.case._ShouldStop"), test)]
+    assert {name: v["reward"] for name, v in verdicts(rows).items()} == {1: 0, 2: 0, 3: 1, 4: 0}
+
+
+def test_no_exception_of_the_preamble_ends_a_loop_with_success():
+    done = "class Done(StopIteration): pass\n"
+    test = "def check(candidate):\n assert all(map(candidate, [1, 2]))\n"
+    program = in_call("reply('error', [[['solution', 'Done']], [], {'dict': [[], []]}, None], [])", "import contextlib" + RAW)
+    rows = [row(1, in_call("raise Done"), test, done), row(2, program, test, done), row(3, in_call("return x"), test, done)]
+    assert {name: v["reward"] for name, v in verdicts(rows, **SHORT).items()} == {1: 0, 2: 0, 3: 1}
+
+
+def test_what_tests_leave_running_meets_no_other_program():
+    test = """
+import threading
+def check(candidate):
+    def again():
+        while True: candidate(5)
+    threading.Thread(target=again, daemon=True).start()
+    assert candidate(1) == 38
+"""
+    rows = [row(n, f"{RIGHT} + 0 * {n}", test) for n in range(40)]
+    assert [v for v in verdicts(rows, workers=1).values() if v["reward"] != 1] == []
 
 
 # ---- wrong programs ----
@@ -287,6 +367,22 @@ def test_honest_work_comes_first(code):
     first = [next(verdicts)["id"] for _ in range(60)]
     verdicts.close()
     assert all(isinstance(name, tuple) for name in first), first
+
+
+def test_what_the_kernel_holds_is_bounded():
+    """A program can be where it neither computes nor sleeps (state D): here each call waits for all other CPUs."""
+    number = {"x86_64": 324, "aarch64": 283}[os.uname().machine]
+    program = in_call(f"call = ctypes.CDLL(None).syscall\nwhile True: call({number}, 1, 0, 0)")
+    assert verdicts([row(1, program)], test_cpu=2.0, cpu=2.0, test_wall=0.5, wall=0.5)[1]["verdict"] == "timeout"
+
+
+def test_endless_tests_hold_no_honest_work_up():
+    test = ASKED + " for n in range(10 ** 18 if candidate(1) != 38 else 1):\n  assert n < 10 ** 18\n"
+    rows = [row(n, f"def f(x): return {n}", test) for n in range(6)] + honest(20)
+    begun, verdicts = time.monotonic(), sandbox.judge(rows, **RUNTIME, workers=1, test_cpu=60.0)
+    first = [next(verdicts)["id"] for _ in range(20)]
+    verdicts.close()
+    assert all(isinstance(name, tuple) for name in first) and time.monotonic() - begun < 120
 
 
 def test_a_sleeper_holds_no_worker_for_long():

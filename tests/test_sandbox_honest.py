@@ -31,6 +31,13 @@ class Frozen:
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
 class Tight:
     x: int
+class Right(enum.Flag):
+    READ, WRITE = 1, 2
+def plainly(x): return x
+@dataclasses.dataclass
+class Task:
+    x: int
+    run: typing.Callable = plainly
 class TooSmall(ValueError):
     def __init__(self, limit, value):
         super().__init__(f"{value} < {limit}")
@@ -68,6 +75,11 @@ CASES = {  # name: (program, body of check)
     "enum": ("def f(c): return Colour.BLUE if c is Colour.RED else [Level.LOW]",
         " assert candidate(Colour.RED) is Colour.BLUE\n assert candidate(Colour.BLUE) == [Level.LOW]\n"
         " assert isinstance(candidate(1)[0], Level)"),
+    "long ints where the program lifts Python's limit": ("import sys\nsys.set_int_max_str_digits(0)\ndef f(n): return [7 ** n, n]",
+        " assert candidate(20000) == [7 ** 20000, 20000]"),
+    "flags": ("def f(r): return Right.READ | r", " assert candidate(Right.WRITE) == Right.READ | Right.WRITE\n"
+        " assert candidate(Right.READ) is Right.READ"),
+    "dataclass with a function": ("def f(x): return Task(x)", " assert candidate(3).x == 3"),
     "namedtuple": ("def f(p): return Point(p.y, p.x)", " assert candidate(Point(1, 2)).x == 2\n assert candidate(Point(1, 2)) == (2, 1)"),
     "NamedTuple": ("def f(p): p.b.append(1); return p._replace(a=9)", " p = Pair(1, [])\n assert candidate(p).a == 9\n assert p.b == [1]"),
     "slots": ("def f(s): s.x += 1; return Slotted(s.y, s.x)", " s = Slotted(1, 2)\n assert candidate(s) == Slotted(2, 2)\n assert s.x == 2"),
@@ -131,6 +143,10 @@ CASES = {  # name: (program, body of check)
     "redirected stdout": ("def f(x): print('hello', x)", " import io, contextlib\n out = io.StringIO()\n with contextlib.redirect_stdout(out): candidate(3)\n assert out.getvalue() == 'hello 3\\n'"),
     "patched print": ("def f(x): return x", " print(candidate(1))\n assert candidate(2) == 2"),
     # resources
+    "threads of the test": ("def f(x): return [x, x * x]", " from concurrent.futures import ThreadPoolExecutor\n"
+        " with ThreadPoolExecutor(4) as e: assert list(e.map(candidate, range(200))) == [[x, x * x] for x in range(200)]"),
+    "threads that call the test": ("from concurrent.futures import ThreadPoolExecutor\ndef f(g, xs):\n"
+        " with ThreadPoolExecutor(8) as e: return list(e.map(g, xs))", " assert candidate(lambda x: 2 * x, range(200)) == list(range(0, 400, 2))"),
     "threads": ("from concurrent.futures import ThreadPoolExecutor\nimport threading, time\ndef f(n):\n"
         " with ThreadPoolExecutor(12) as e: list(e.map(lambda x: time.sleep(0.05), range(12)))\n"
         " with ThreadPoolExecutor() as e: return sorted(e.map(abs, range(n)))\n", " assert candidate(50) == list(range(50))"),
