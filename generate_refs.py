@@ -13,7 +13,6 @@ samples with vLLM, if it is installed.
 import argparse
 import collections
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
 import itertools
@@ -337,9 +336,7 @@ def start_vllm(args, longest):
     known = [field.name for field in dataclasses.fields(vllm.EngineArgs)]
     for name in args.engine_options:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            rows.fail(f"--engine_options: vLLM {vllm.__version__} has no option {name!r}{hint}")
+            rows.fail(f"--engine_options: vLLM {vllm.__version__} has no option {name!r}")
     options = {"model": args.model, "seed": args.seed, "trust_remote_code": args.trust_remote_code,
                "dtype": "bfloat16" if args.dtype == "auto" else args.dtype,
                "max_num_seqs": args.batch_size, "max_model_len": longest}
