@@ -402,7 +402,7 @@ class Policy(torch.nn.Module):
         order = lens.argsort(descending=True, stable=True)
         states = []
         for group in order.chunk(groups):
-            longest = lens[group[0]]
+            longest = lens[group].max().item()  # a number: each use of a tensor as one would wait for the GPU
             output = backbone(self.model)(input_ids=tokens[group, :longest], use_cache=False)
             hidden = output.last_hidden_state
             states.append(torch.nn.functional.pad(hidden, (0, 0, 0, tokens.shape[1] - longest)))
