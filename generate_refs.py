@@ -27,8 +27,8 @@ import transformers
 from tqdm import tqdm
 
 import rows
-from model import (backbone, context_length, decode, end_ids, get_device, get_dtype, identity,
-                   keep_freed_memory, load_model, load_tokenizer, output_layer, pad, row_prompt_ids)
+from model import (backbone, context_length, decode, end_ids, get_device, identity, keep_freed_memory, load,
+                   load_model, load_tokenizer, output_layer, pad, row_prompt_ids, sampling_dtype)
 
 
 def arguments():
@@ -49,7 +49,7 @@ def arguments():
     add("--engine_options", type=rows.json_object, default={}, metavar="JSON",
         help="""vllm: more arguments of vllm.LLM, such as '{"gpu_memory_utilization": 0.5}'""")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16 on a GPU and by vLLM")
+        help="auto: bfloat16 on a GPU, by vLLM, and for models stored in it on CPUs that multiply it")
     add("--template_args", type=rows.json_object, default={}, metavar="JSON",
         help="""what the chat template gets besides the messages, such as '{"enable_thinking": false}'""")
     add("--seed", type=int, default=0, help="of the random numbers")
@@ -382,7 +382,9 @@ def main():
     else:
         device = get_device()
         keep_freed_memory(device)
-        model = load_model(args.model, get_dtype(args.dtype, device), device, args.trust_remote_code)
+        config = load(transformers.AutoConfig, args.model, trust_remote_code=args.trust_remote_code)
+        dtype = sampling_dtype(args.dtype, device, config)
+        model = load_model(args.model, dtype, device, args.trust_remote_code)
         check_sampler(model, args)
     ends, context = end_ids(model, tokenizer), context_length(model)
 

@@ -42,6 +42,16 @@ def get_dtype(name, device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def sampling_dtype(name, device, config):
+    """As `get_dtype`, but auto is also bfloat16 for a model that is stored in it, on a CPU that
+    multiplies it in hardware: sampling is bound by reading the weights.
+    """
+    stored = config.get_text_config().dtype
+    if name == "auto" and stored == torch.bfloat16 and torch.cpu.get_capabilities().get("avx512_bf16"):
+        return torch.bfloat16
+    return get_dtype(name, device)
+
+
 def keep_freed_memory(device):
     """On a CPU: let glibc keep what is freed. Every step needs the same large tensors, and to get them
     from the kernel page by page again takes 12 to 18% of a step
@@ -392,7 +402,7 @@ class Policy(torch.nn.Module):
         order = lens.argsort(descending=True, stable=True)
         states = []
         for group in order.chunk(groups):
-            longest = lens[group[0]]
+            longest = lens[group].max().item()  # a number: each use of a tensor as one would wait for the GPU
             output = backbone(self.model)(input_ids=tokens[group, :longest], use_cache=False)
             hidden = output.last_hidden_state
             states.append(torch.nn.functional.pad(hidden, (0, 0, 0, tokens.shape[1] - longest)))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate_refs
 from conftest import call, make_tokenizer, write_rows
@@ -89,6 +90,30 @@ def test_every_parameter_gets_a_gradient_and_groups_change_nothing(family):
     torch.testing.assert_close(policy(*batch, groups=2), logps, rtol=1e-5, atol=1e-4)
     logps.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for its GPU: tensors read as numbers, and masks used as indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func == torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1])
+        self.count += masks or func == torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("groups", (1, 2))
+def test_how_often_a_micro_batch_waits_for_its_device(tiny, groups):
+    """Once and, in transformers, once more for every group, and twice for the completion positions."""
+    policy = Policy(load_model(tiny, torch.float32, CPU))
+    tokens, lens = torch.randint(1, 50, (4, 12)), torch.tensor([12, 9, 7, 5])
+    with Waits() as waits:
+        policy(tokens, torch.full((4,), 3), lens, groups).sum().backward()
+    assert waits.count <= 2 * groups + 2
 
 
 def test_what_training_saves_is_the_trained_policy(family, tmp_path):

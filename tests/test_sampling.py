@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 import generate_refs
 from conftest import call, make_tokenizer, read_rows, refused, start_ranks, start_until_finished, write_rows
-from model import completion_ids, end_ids, load_model, load_tokenizer, prompt_ids
+from model import completion_ids, end_ids, load_model, load_tokenizer, prompt_ids, sampling_dtype
 
 SETTINGS = {"num_refs": 1, "batch_size": 8, "seed": 0, "temperature": 1.0, "top_p": 1.0, "field": "samples"}
 
@@ -50,6 +50,17 @@ def assert_sampled_from(counts, probs, n):
     expected = probs[possible] * n
     freedom = int(possible.sum()) - 1
     assert ((counts[possible] - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("flag, stored, hardware, expected", (
+    ("auto", "bfloat16", True, torch.bfloat16), ("auto", "bfloat16", False, torch.float32),
+    ("auto", "float32", True, torch.float32), ("auto", None, True, torch.float32),
+    ("float32", "bfloat16", True, torch.float32), ("bfloat16", "float32", False, torch.bfloat16)))
+def test_the_dtype_that_a_cpu_samples_in(tmp_path, monkeypatch, flag, stored, hardware, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": hardware})
+    transformers.LlamaConfig(dtype=stored).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert sampling_dtype(flag, torch.device("cpu"), config) == expected
 
 
 # ---- the distribution ----
