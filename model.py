@@ -126,6 +126,27 @@ def load_skeleton(path, dtype, device, trust_remote_code=False):
     return model.eval()
 
 
+def add_lora(model, rank, seed):
+    """Put LoRA adapters (arXiv 2106.09685), float32, on all linear layers except the output layer, and freeze
+    the rest. They start as 0 (B = 0): the model is still the reference. Returns peft's model around it.
+    """
+    try:
+        import peft
+    except ImportError:
+        rows.fail("--lora needs peft; pip install peft")
+    torch.manual_seed(seed)  # the same on every rank
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
+def merged(model, name, weight):
+    """A tensor of a model with LoRA, with the adapter added to it that belongs to it, if any, in float32."""
+    layer, base, _ = name.rpartition(".base_layer.weight")
+    if not base:
+        return weight
+    return weight.float() + model.get_submodule(layer).get_delta_weight("default")
+
+
 def backbone(model):
     """The part of a causal LM that gives its last hidden states."""
     if model.base_model is model:  # Llama 4 names another

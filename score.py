@@ -250,12 +250,6 @@ async def judge_row(args, limit, row, completions):
     return row, await asyncio.gather(*[judge(args, limit, row, completion) for completion in completions])
 
 
-async def cancel(tasks):
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 OUTAGE = 10  # rows one after another of which every call failed: the judge is down
 
 
@@ -288,7 +282,9 @@ def judged_rewards(args, todo):
                           "see to the judge and start again: the rows before are done")
         yield from kept_back
     finally:
-        loop.run_until_complete(cancel(running))
+        cancelled = [task for task in running if task.cancel()]
+        if cancelled:
+            loop.run_until_complete(asyncio.wait(cancelled))
     if failed:
         print(f"{args.reward}: {failed} completions got no reward in {args.retries + 1} calls each, the last "
               f"because of {reason}")

@@ -38,8 +38,8 @@ import dataset
 import qrpo
 import rows
 from dataset import REGIMES, get_batch, micro_batches
-from model import (Policy, flops_per_token, get_device, get_dtype, identity, keep_freed_memory, load_model,
-                   load_skeleton, load_tokenizer, peak_flops, shard)
+from model import (Policy, add_lora, flops_per_token, get_device, get_dtype, identity, keep_freed_memory,
+                   load_model, load_skeleton, load_tokenizer, merged, peak_flops, shard)
 
 # -----------------------------------------------------------------------------
 # the losses; args are the settings below, b is a batch (see load_batch)
@@ -122,6 +122,9 @@ add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
     help="of forward and backward; weights are float32. auto: bfloat16 on a GPU")
 
 add = parser.add_argument_group("machine").add_argument
+add("--lora", type=int, default=0, metavar="RANK",
+    help="train LoRA adapters of this rank (float32) on all linear layers, and freeze the weights, in "
+         "--dtype; needs peft, and about 10 times the learning rate. 0: train the weights")
 add("--micro_batch_tokens", type=int, default=0,
     help="padded tokens in a forward pass, without effect on the gradient; 0: 16384 on a GPU, 1024 on a CPU")
 add("--shard", action="store_true", help="shard weights, gradients and optimizer across ranks (FSDP2)")
@@ -165,6 +168,9 @@ if args.loss == "sft" and paired:
               "--train_on=chosen, or refs with --min_reward")
 if paired and args.min_reward is not None:
     rows.fail(f"--min_reward selects single completions, --train_on={args.train_on} pairs; drop one")
+if args.lora and (args.shard or args.save_dtype != "float32"):
+    rows.fail("--lora does not go with --shard or --save_dtype: its frozen weights are small enough for each "
+              "rank, and its adapter is saved as it was trained; drop one")
 if args.shard and "RANK" not in os.environ:
     rows.fail("--shard needs several processes: start it with torchrun --nproc_per_node=N train.py ...")
 
@@ -213,7 +219,8 @@ if (out / "run.json").exists() and not args.dry_run:
 
 tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
 load = load_skeleton if args.shard else load_model
-model = load(args.model, torch.float32, device, args.trust_remote_code)
+weights_dtype = dtype if args.lora else torch.float32
+model = load(args.model, weights_dtype, device, args.trust_remote_code)
 choices = dataset.Choices(
     train_on=args.train_on, pairs=term_size == 2,
     needs_reward="rewards" in needs or args.min_reward is not None, needs_refs="targets" in needs,
@@ -258,6 +265,11 @@ if args.gradient_checkpointing:
             module.training = True
 num_parameters = sum(p.numel() for p in model.parameters())
 flops = flops_per_token(model, train_data.lens.mean())  # before the parameters are sharded
+if args.lora:
+    adapter = add_lora(model, args.lora, args.seed)
+    flops *= 2 / 3  # frozen weights get no gradients
+# weights, gradients and two states of AdamW, in float32; or frozen weights
+memory = sum(p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters())
 policy = Policy(model)
 if args.shard:
     policy = shard(policy, dtype, device)
@@ -288,7 +300,8 @@ def reference_logps(reference, data):
     """log pi_ref of every completion, float32 numpy (n,): one forward pass, kept in the cache."""
     source = identity(args.ref_model or args.model)
     code = [Path(__file__).with_name(name).read_text() for name in CODE]
-    key = rows.fingerprint([source, data.fingerprint, str(dtype), device.type, args.shard, code])
+    key = rows.fingerprint([source, data.fingerprint, str(dtype), str(weights_dtype), device.type, args.shard,
+                            code])
     path = Path(cache) / f"ref_logps-{key}.npy"
     if not any_rank(main_process and path.exists()):
         with autocast:
@@ -303,7 +316,7 @@ def reference_logps(reference, data):
 
 reference = policy
 if args.ref_model:
-    reference = Policy(load(args.ref_model, torch.float32, device, args.trust_remote_code))
+    reference = Policy(load(args.ref_model, weights_dtype, device, args.trust_remote_code))
     if args.shard:
         reference = shard(reference, dtype, device)
 train_data.ref_logps = reference_logps(reference, train_data)
@@ -326,11 +339,13 @@ def learning_rate(step):
 
 
 def resume_state():
-    """Weights and AdamW's state by name. Nothing in a step is random except the order of the data,
+    """What is trained, and AdamW's state, by name. Nothing in a step is random except the order of the data,
     which the step gives.
     """
     state = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter not in optimizer.state:
             optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
                                           "exp_avg_sq": torch.zeros_like(parameter)}
@@ -369,23 +384,29 @@ def save_resume(step):
 
 def save_model(folder, save_dtype="float32"):
     """The policy as a Hugging Face folder, complete or not at all. In float32 what is saved is what was
-    trained.
+    trained. With --lora merged, and its adapter in a folder of its own.
     """
     state, gathered = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if ".lora_" in name:
+            continue
         if id(tensor) not in gathered:  # tied weights stay one tensor
             full = tensor.detach()
             if isinstance(full, DTensor):
                 full = full.full_tensor()
+            if args.lora:
+                full = merged(model, name, full)
             if full.is_floating_point():
                 full = full.to(getattr(torch, save_dtype))
             gathered[id(tensor)] = full.cpu() if main_process else None
-        state[name] = gathered[id(tensor)]
+        state[name.replace(".base_layer", "")] = gathered[id(tensor)]
     if main_process:
         new = folder.with_name(f".new_{folder.name}")
         with saving(folder):
             shutil.rmtree(new, ignore_errors=True)
             model.save_pretrained(new, state_dict=state)
+            if args.lora:
+                adapter.save_pretrained(new / "adapter", save_embedding_layers=False)
             config = rows.load_json(new / "config.json")
             rows.write_json(new / "config.json", config | {"dtype": save_dtype})
             tokenizer.save_pretrained(new)
@@ -432,7 +453,7 @@ if main_process and not args.dry_run:
             rows.fail(f"--track={args.track}: {error}; install it, or omit the flag")
         tracker.init(project="qrpo", name=str(out), config=config, resume="allow")
 if main_process:
-    memory = 16e-9 * num_parameters / (world if args.shard else 1)
+    memory *= 1e-9 / (world if args.shard else 1)
     print(f"{num_parameters / 1e6:,.2f}M parameters: {memory:.2f} GB per process for weights, gradients and "
           f"AdamW, and more for activations; {num_terms:,} {'pairs' if term_size == 2 else 'completions'}, "
           f"{num_steps - start_step} steps of {train_data.lens.sum() / steps_per_epoch:,.0f} tokens on "
@@ -626,6 +647,7 @@ else:
                   f"{after / before:.0%} of the trained {before:.4g}")
     save_model(out / ".trained", args.save_dtype)
     if main_process:
+        shutil.rmtree(out / "adapter", ignore_errors=True)
         for file in (out / ".trained").iterdir():  # the trained model is OUT itself
             os.replace(file, out / file.name)
         (out / ".trained").rmdir()
