@@ -10,6 +10,7 @@ the training prompts, and the reference model afresh on all prompts; rewards the
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import dataset  # noqa: E402
 import evaluate  # noqa: E402
 import qrpo  # noqa: E402
 import rows  # noqa: E402
-from model import get_device  # noqa: E402
+from model import Policy, get_device, load_model, load_tokenizer  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -61,17 +63,21 @@ def sample(args, model, split, folder, num):
     return folder / "rewarded"
 
 
-def log_ratios(args, policy, folder):
-    """The samples and the references in a folder of rows, with log_ratio (of this policy to the reference
-    model), the quantile reward R, and the target; all (n,).
+def log_ratios(args, policy, folder, name):
+    """The "samples" or the "refs" in a folder of rows as arrays (see dataset.build), with log_ratio (of this
+    policy to the reference model), the quantile reward R, and the target; all (n,).
     """
-    settings = SimpleNamespace(model=str(policy), ref_model=args.ref_model, data=folder, beta=args.beta,
-                               transform="identity", template_args={}, dtype="auto", trust_remote_code=False)
-    found = evaluate.log_ratios(settings, get_device())
-    for data in found:
-        evaluate.quantile_rewards(settings, data)
-        data.target = (data.R - best_possible(args.beta)) / args.beta
-    return found
+    device, tokenizer, logps = get_device(), load_tokenizer(policy), []
+    choices = dataset.Choices(train_on=name, needs_reward=True)
+    with tempfile.TemporaryDirectory() as cache:
+        for path in (policy, args.ref_model):
+            model = load_model(path, torch.float32, device)
+            data = dataset.load(folder, cache, path, tokenizer, model, choices)
+            logps.append(dataset.all_logps(Policy(model), data, evaluate.FORWARD_TOKENS, device))
+    data.log_ratio = logps[0].astype(float) - logps[1]
+    evaluate.quantile_rewards(SimpleNamespace(beta=args.beta, transform="identity"), data)
+    data.target = (data.R - best_possible(args.beta)) / args.beta
+    return data
 
 
 def best_possible(beta):
@@ -164,8 +170,8 @@ def main():
             folder = policy / "test/rewarded"  # run.sh has sampled these
             if split == "train":
                 folder = sample(args, policy, split, args.out / run, SAMPLES)
-            samples, refs = log_ratios(args, policy, folder)
-            fresh_refs, _ = log_ratios(args, policy, fresh)
+            samples, refs = (log_ratios(args, policy, folder, name) for name in ("samples", "refs"))
+            fresh_refs = log_ratios(args, policy, fresh, "samples")
             parts.append({"prompts": split, "run": run, **decompose(samples, refs, args.beta)})
             for kind, data in {"references": refs, "fresh": fresh_refs}.items():
                 for line in calibration(data):
@@ -176,23 +182,19 @@ def main():
         table = pd.DataFrame(table)
         table.to_csv(args.out / f"{name}.csv", index=False)
         print(table.round(4).to_string(index=False))
-    draw(pd.DataFrame(parts), pd.DataFrame(calibrated), args)
+    draw(pd.DataFrame(parts), args)
 
 
-def draw(parts, calibrated, args):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    place = np.arange(len(parts))
+def draw(parts, args):
+    """The gap of every run to the best possible, in two parts."""
+    figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    place = np.arange(len(parts))[::-1]
     rest = best_possible(args.beta) - parts.without_waste
-    left.bar(place, rest, label="too little mass on good rewards")
-    left.bar(place, parts.without_waste - parts.objective, bottom=rest, label="waste")
-    left.set_xticks(place, parts.run + "\n" + parts.prompts, fontsize=7)
-    left.set(ylabel="objective, below the best possible")
-    left.legend(fontsize=8)
-    for name, line in calibrated.groupby(["prompts", "of"]):
-        right.plot(line.mass_at_optimum, line.mass, "o", label=", ".join(name))
-    right.axline((0, 0), slope=1, color="k", linestyle=":")
-    right.set(xlabel="mass at the optimum", ylabel="mass under the policy")
-    right.legend(fontsize=8)
+    axis.barh(place, rest, label="too little mass on good rewards")
+    axis.barh(place, parts.without_waste - parts.objective, left=rest, label="waste")
+    axis.set_yticks(place, parts.prompts + ": " + parts.run, fontsize=8)
+    axis.set(xlabel="objective, below the best possible")
+    axis.legend(fontsize=8)
     figure.savefig(args.out / "diagnosis.png", dpi=120)
 
 

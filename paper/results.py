@@ -263,7 +263,8 @@ def bound(scores):
         its_kl, its_mean = protocol.best_tradeoff(again, BETAS)
         changes.append(np.interp(kl, its_kl[::-1], its_mean[::-1]) - mean)  # KL falls with beta
     low, high = np.quantile(changes, (0.025, 0.975), axis=0)
-    return pd.DataFrame({"kl": kl, "mean": mean, "low": mean - high, "high": mean - low})
+    highest = np.minimum(mean - low, np.nanmax(scores))
+    return pd.DataFrame({"kl": kl, "mean": mean, "low": mean - high, "high": highest})
 
 
 def figure1(args):
