@@ -21,7 +21,7 @@ from model import load_model, load_tokenizer, prompt_ids
 from test_sampling import assert_sampled_from, by_id, likeliest
 
 ENV = Path(os.environ.get("VLLM_ENV", "~/.cache/qrpo-vllm")).expanduser()
-INSTALL, RUN = 1200, 600  # seconds after which an installation, or a run of generate_refs.py, has failed
+INSTALL, RUN = 500, 300  # seconds after which an installation, or a run of generate_refs.py, has failed
 OPTIONS = '{"gpu_memory_utilization": 0.1, "enforce_eager": true}'
 
 
