@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 SETTINGS = 'PYTHON, OUT = sys.executable, "out/notebook"', "ONLINE_STEPS = 700, 16, 2, 200"
-DEADLINE = 1800  # seconds; it takes some three minutes
+DEADLINE = 800  # seconds; it takes some three minutes
 
 
 def as_script(out):
