@@ -184,7 +184,7 @@ def run(script, *flags, ranks=0, check=True, env=None):
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [str(ROOT / script), *map(str, flags)]
     env = os.environ | (env or {})
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=180, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=env)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
