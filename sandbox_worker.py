@@ -710,7 +710,7 @@ def supervise(options):
         if platform.machine() not in MACHINES:
             raise OSError(f"no list of system calls for {platform.machine()}: "
                           "add it to REFUSED, LIMITED and MACHINES")
-    os.fchdir(proc)  # hidden, but for this process
+    os.fchdir(proc)  # it is hidden by now; this process looks at its clones there
     os.close(proc)
     system(LIBC.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     for name in WARM + options["warm"]:

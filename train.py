@@ -124,7 +124,7 @@ add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
 add = parser.add_argument_group("machine").add_argument
 add("--lora", type=int, default=0, metavar="RANK",
     help="train LoRA adapters of this rank (float32) on all linear layers, and freeze the weights, in "
-         "--dtype; needs peft, and about 10 times the learning rate. 0: train the weights")
+         "--dtype; needs peft, and a higher learning rate. 0: train the weights")
 add("--micro_batch_tokens", type=int, default=0,
     help="padded tokens in a forward pass, without effect on the gradient; 0: 16384 on a GPU, 1024 on a CPU")
 add("--shard", action="store_true", help="shard weights, gradients and optimizer across ranks (FSDP2)")
