@@ -498,12 +498,12 @@ def show(data, tokenizer, index, b):
 
 def get_batch(data, index, device):
     """Completions `index` (B,) as tensors: tokens (B, T) right-padded; prompt_lens, lens, rewards,
-    side, among_refs, std, and ref_logps if they are known (B,); ref_rewards (B, num_ref_rewards).
+    side, among_refs, and std, ref_logps, sampler_logps if they are known (B,); ref_rewards (B, num_ref_rewards).
     """
     b = SimpleNamespace()
     spans = zip(data.starts[index], data.lens[index])
     b.tokens = pad([data.tokens[start:start + n] for start, n in spans], device)
-    for name in ("prompt_lens", "lens", "rewards", "side", "among_refs", "ref_logps"):
+    for name in ("prompt_lens", "lens", "rewards", "side", "among_refs", "ref_logps", "sampler_logps"):
         if hasattr(data, name):
             setattr(b, name, torch.as_tensor(getattr(data, name)[index], device=device))
     row = data.row[index]

@@ -50,16 +50,22 @@ def regression_loss(beta, logps, ref_logps, targets, norm="mse"):
     return NORMS[norm](residual)
 
 
-def forward_kl_loss(logps, targets):
-    """-w log pi with the weight w = pi*/pi_ref = e^target of every reference completion; (batch,) ->
-    (batch,).
+MAX_LOG_WEIGHT = 3.0  # nats
 
-    Averaged over reference completions it is an unbiased estimate of the cross-entropy of pi and pi*, so
-    maximum likelihood of the optimum itself: it raises good completions and pushes none down. Take
-    quantile="exact", with which the weights average to 1. With the log transform this imitates the best
-    of 1 + 1/beta references (BoNBoN, arXiv 2406.00832).
+
+def forward_kl_loss(logps, targets, ref_logps, sampler_logps):
+    """-w log pi with the importance weight w = pi*/mu of a completion that mu sampled; (batch,) -> (batch,).
+
+    sampler_logps: log mu. Completions of the reference model have mu = pi_ref, and w = e^target. Averaged
+    over mu's completions this is an unbiased estimate of the cross-entropy of pi and pi*, so maximum
+    likelihood of the optimum itself: it raises good completions and pushes none down. Take
+    quantile="exact", with which the weights average to 1. With the log transform and pi_ref's completions
+    this imitates the best of 1 + 1/beta references (BoNBoN, arXiv 2406.00832). Where mu is not pi_ref, w
+    is truncated at e^MAX_LOG_WEIGHT, or e^target if that is more: a little bias for much less variance.
     """
-    return -targets.exp() * logps
+    log_weights = targets + ref_logps - sampler_logps  # log(pi*/pi_ref) + log(pi_ref/mu)
+    limit = targets.clamp(min=MAX_LOG_WEIGHT)
+    return -log_weights.minimum(limit).exp() * logps
 
 
 NORMS = {"mse": torch.square, "mae": torch.abs}

@@ -60,8 +60,8 @@ def ranks(b):
 LOSSES = {  # name: (completions in a term, what it needs of the data, f(b, logps (B,)) -> (terms,))
     "qrpo": (1, ("rewards", "targets"), lambda b, logps: qrpo.regression_loss(
         b.beta, logps, b.ref_logps, b.targets, args.norm)),
-    "forward_kl": (1, ("rewards", "targets", "refs"),
-                   lambda b, logps: qrpo.forward_kl_loss(logps, b.targets)),
+    "forward_kl": (1, ("rewards", "targets", "sampler_logps"),
+                   lambda b, logps: qrpo.forward_kl_loss(logps, b.targets, b.ref_logps, b.sampler_logps)),
     "dpo": (2, (), lambda b, logps: qrpo.dpo_loss(args.beta, *pairs(logps), *pairs(b.ref_logps))),
     "dpo_norm": (2, (), lambda b, logps: qrpo.dpo_norm_loss(
         args.beta, *pairs(logps - b.ref_logps), *pairs(b.lens - b.prompt_lens))),
@@ -160,9 +160,10 @@ paired = REGIMES[args.train_on].size == 2
 if term_size == 2 and not paired:
     names = ", ".join(name for name, regime in REGIMES.items() if regime.size == 2)
     rows.fail(f"--loss={args.loss} needs pairs; give --train_on={names}, or --loss=qrpo")
-if "refs" in needs and (args.train_on not in ("refs", "random_pairs") or args.quantile != "exact"):
-    rows.fail(f"--loss={args.loss} weighs completions of the reference model so that the weights average "
-              "to 1; give --train_on=refs (or random_pairs) and --quantile=exact")
+weighted = "sampler_logps" in needs
+if weighted and (args.train_on not in ("refs", "random_pairs", "samples") or args.quantile != "exact"):
+    rows.fail(f"--loss={args.loss} weighs what the reference model, or --model itself, sampled, so that the "
+              "weights average to 1; give --train_on=refs (or random_pairs, samples) and --quantile=exact")
 if args.loss == "sft" and paired:
     rows.fail(f"--loss=sft would also imitate the rejected completions of --train_on={args.train_on}; give "
               "--train_on=chosen, or refs with --min_reward")
@@ -296,16 +297,17 @@ NO_GRAD = 4  # times the tokens fit into a forward pass that keeps no activation
 CODE = "qrpo.py", "model.py", "dataset.py"  # computed again when one of these files is edited
 
 
-def reference_logps(reference, data):
-    """log pi_ref of every completion, float32 numpy (n,): one forward pass, kept in the cache."""
-    source = identity(args.ref_model or args.model)
+def start_logps(policy, name, data):
+    """log pi of every completion, float32 numpy (n,), by the model of that name as it is before training:
+    one forward pass, kept in the cache.
+    """
     code = [Path(__file__).with_name(name).read_text() for name in CODE]
-    key = rows.fingerprint([source, data.fingerprint, str(dtype), str(weights_dtype), device.type, args.shard,
+    key = rows.fingerprint([identity(name), data.fingerprint, str(dtype), str(weights_dtype), device.type, args.shard,
                             code])
     path = Path(cache) / f"ref_logps-{key}.npy"
     if not any_rank(main_process and path.exists()):
         with autocast:
-            logps = dataset.all_logps(reference, data, NO_GRAD * micro_batch_tokens, device)
+            logps = dataset.all_logps(policy, data, NO_GRAD * micro_batch_tokens, device)
         if main_process:
             new = path.with_name(f".new_{rank}_{path.name}")
             np.save(new, logps)
@@ -319,9 +321,10 @@ if args.ref_model:
     reference = Policy(load(args.ref_model, weights_dtype, device, args.trust_remote_code))
     if args.shard:
         reference = shard(reference, dtype, device)
-train_data.ref_logps = reference_logps(reference, train_data)
-if eval_data:
-    eval_data.ref_logps = reference_logps(reference, eval_data)
+for data in filter(None, (train_data, eval_data)):
+    data.ref_logps = data.sampler_logps = start_logps(reference, args.ref_model or args.model, data)
+    if weighted and args.train_on == "samples":  # mu is the policy of the last round, where this one starts
+        data.sampler_logps = start_logps(policy, args.model, data)
 del reference
 
 # -----------------------------------------------------------------------------

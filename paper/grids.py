@@ -205,6 +205,7 @@ FRONTIER = [  # name, flags; beside run.sh's learning rate of 3e-4, 2 epochs and
 ]
 ONLINE = "forward_kl-beta0.1",  # continued on fresh samples, as the default run
 PAIRS = "dpo", "dpo_norm", "rebel", "simpo"
+PAIR_FLAGS = " --train_on=best_worst --epochs=8 --batch_size=32"
 
 
 def frontier():
@@ -213,22 +214,45 @@ def frontier():
     """
     for seed, (name, flags) in product(SEEDS, FRONTIER):
         if name.partition("-")[0] in PAIRS:
-            flags += " --train_on=best_worst --epochs=8 --batch_size=32"
+            flags += PAIR_FLAGS
         env = {}
         if name in ONLINE:
             env["ONLINE"] = "--learning_rate=3e-4 --max_new_tokens=64"
-        yield frontier_run(seed, name, f"train {flags}", **env)
+        yield seed_run("frontier", seed, name, f"train {flags}", **env)
 
 
 def frontier_refs():
     for seed in SEEDS:
-        yield frontier_run(seed, "refs", "refs")
+        yield seed_run("frontier", seed, "refs", "refs")
 
 
-def frontier_run(seed, name, arguments, **env):
+def seed_run(grid, seed, name, arguments, **env):
     """Seeds have folders of their own, not names: online.py's record names the model that it starts from."""
-    found = run(name, f"out/frontier/seed{seed}", arguments, SEED=seed, **env)
+    found = run(name, f"out/{grid}/seed{seed}", arguments, SEED=seed, **env)
     return found | {"name": f"{name}-seed{seed}"}
+
+
+# ---- the same where right programs are rare: minicode's harder variant, see data/minicode/prepare.py ----
+
+HARD = ("forward_kl-beta0.1", "qrpo-beta0.1", "sft-lr3e-4", "sft-lr1e-4", "dpo-beta0.3-lr1e-4", "tup",
+        "qrpo-beta0.5", "forward_kl-beta0.5")
+HARD_ENV = {"MODEL": "data/hardcode/model", "DATA": "data/hardcode", "GENERATE": "--max_new_tokens=80"}
+
+
+def hard():
+    for seed, name in product(SEEDS, HARD):
+        flags = "--beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 " + dict(FRONTIER)[name]
+        env = dict(HARD_ENV)
+        if name.partition("-")[0] in PAIRS:
+            flags += PAIR_FLAGS
+        if name in ONLINE:
+            env["ONLINE"] = "--learning_rate=3e-4 --max_new_tokens=80"
+        yield seed_run("hard", seed, name, f"train {flags}", **env)
+
+
+def hard_refs():
+    for seed in SEEDS:
+        yield seed_run("hard", seed, "refs", "refs", **HARD_ENV)
 
 
 # ---- length (figure 4): stories260K in data/stories/model; most stories end after 150 to 400 tokens ----

@@ -241,6 +241,27 @@ def test_a_step_is_the_gradient_of_the_mean_loss_however_it_is_split(
         assert logged(out, "log_ratio_rejected") == [pytest.approx(worse, rel=1e-3, abs=1e-4)]
 
 
+def test_forward_kl_on_samples_weighs_them_by_the_optimum_over_their_sampler(
+        tiny, rewarded, undisturbed, tmp_path):
+    """Where the trained model was their sampler: pi*/mu, at most e^3, or e^target if that is more."""
+    table, tokenizer = read_rows(rewarded)[:6], transformers.AutoTokenizer.from_pretrained(tiny)
+    policy = transformers.AutoModelForCausalLM.from_pretrained(undisturbed)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    expected = []
+    for row in table:
+        for c in read_by_hand(policy, reference, tokenizer, row):
+            lo = sum(reward < c["reward"] for reward in row["ref_rewards"]) / 5  # not among the references
+            hi = (sum(reward <= c["reward"] for reward in row["ref_rewards"]) + 1) / 5
+            target = math.log(0.1 * (math.exp(10 * hi) - math.exp(10 * lo)) / (hi - lo)) - LOG_Z
+            weight = math.exp(target - c["log_ratio"].item())
+            expected.append(-min(weight, max(math.exp(3), math.exp(target))) * c["logp"].item())
+        row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
+    call("train.py", *flags(
+        undisturbed, write_rows(tmp_path / "data.jsonl", table), tmp_path / "run", f"--ref_model={tiny}",
+        "--loss=forward_kl", "--train_on=samples", "--quantile=exact", "--batch_size=24"))
+    assert logged(tmp_path / "run") == [pytest.approx(np.mean(expected), rel=1e-4)]
+
+
 def test_length_normalize_divides_beta_by_the_tokens_of_the_completion(tiny, rewarded, tmp_path, loaded):
     table, tokenizer = read_rows(rewarded)[:8], loaded[0]
     for row in table:

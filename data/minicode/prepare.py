@@ -14,6 +14,11 @@ Takes no input. Writes to --out, in about a minute:
   program), rejected (one with mistakes), fenced and difficulty;
 - model/, a Hugging Face folder, which also holds the vocabulary in tiktoken's format.
 
+A harder variant, in which right programs are rare: the model has only seen right ones, but hardly any with
+both a filter and a map, which all rows ask for. So its mistakes are its own:
+
+    python data/minicode/prepare.py --out=data/hardcode --mistake_rate=0 --hard_share=0.0015
+
 The same seed gives the same rows everywhere. The model's weights also depend, by rounding, on the machine
 and its number of threads.
 
@@ -370,13 +375,13 @@ def make_row(spec, rng, num_tests):
     }
 
 
-def make_rows(rng, num_train, num_test, num_tests):
+def make_rows(rng, num_train, num_test, num_tests, only_hard):
     """(train rows, test rows, taken). No two rows share a key or a program; taken holds those of all rows."""
     train, test, taken = [], [], set()
     while len(train) + len(test) < num_train + num_test:
         spec = draw_spec(rng)
         names = {spec.key, program(spec)}
-        if names & taken:
+        if names & taken or only_hard and spec.difficulty != "hard":
             continue
         row = make_row(spec, rng, num_tests)
         if row is None:
@@ -389,11 +394,15 @@ def make_rows(rng, num_train, num_test, num_tests):
     return train, test, taken
 
 
-def make_corpus(rng, size, rate, taken):
-    """(prompt, program) pairs of a weak programmer, of specifications that are not in `taken`."""
+def make_corpus(rng, size, rate, taken, hard_share):
+    """(prompt, program) pairs of a weak programmer, of specifications that are not in `taken`; of the hard
+    ones, a share.
+    """
     corpus = []
     while len(corpus) < size:
         spec = draw_spec(rng)
+        if hard_share < 1 and spec.difficulty == "hard" and rng.random() >= hard_share:
+            continue
         if not taken & {spec.key, program(spec)}:
             corpus.append((prompt(spec, rng), weak_program(spec, rng, rate)))
     return corpus
@@ -507,6 +516,8 @@ def arguments():
     group = parser.add_argument_group("corpus")
     group.add_argument("--corpus_size", type=int, default=20000, help="programs to train the model on")
     group.add_argument("--mistake_rate", type=float, default=0.3, help="probability that a piece is wrong")
+    group.add_argument("--hard_share", type=float, default=1.0,
+                       help="share of the hard programs (a filter and a map) to keep; below 1, all rows are hard")
     group = parser.add_argument_group("reference model")
     group.add_argument("--vocab_size", type=int, default=512, help="with 256 bytes and 3 special tokens")
     group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32")
@@ -545,8 +556,8 @@ def main():
             return
 
     rng = random.Random(args.seed)
-    train, test, taken = make_rows(rng, args.num_train, args.num_test, args.num_tests)
-    corpus = make_corpus(rng, args.corpus_size, args.mistake_rate, taken)
+    train, test, taken = make_rows(rng, args.num_train, args.num_test, args.num_tests, args.hard_share < 1)
+    corpus = make_corpus(rng, args.corpus_size, args.mistake_rate, taken, args.hard_share)
     new = args.out / ".model.new"
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     with rows.writing(new):
