@@ -498,7 +498,8 @@ def show(data, tokenizer, index, b):
 
 def get_batch(data, index, device):
     """Completions `index` (B,) as tensors: tokens (B, T) right-padded; prompt_lens, lens, rewards,
-    side, among_refs, and std, ref_logps, sampler_logps if they are known (B,); ref_rewards (B, num_ref_rewards).
+    side, among_refs, and std, ref_logps, sampler_logps if they are known (B,); ref_rewards
+    (B, num_ref_rewards).
     """
     b = SimpleNamespace()
     spans = zip(data.starts[index], data.lens[index])

@@ -302,8 +302,8 @@ def start_logps(policy, name, data):
     one forward pass, kept in the cache.
     """
     code = [Path(__file__).with_name(name).read_text() for name in CODE]
-    key = rows.fingerprint([identity(name), data.fingerprint, str(dtype), str(weights_dtype), device.type, args.shard,
-                            code])
+    key = rows.fingerprint([identity(name), data.fingerprint, str(dtype), str(weights_dtype), device.type,
+                            args.shard, code])
     path = Path(cache) / f"ref_logps-{key}.npy"
     if not any_rank(main_process and path.exists()):
         with autocast:

@@ -517,7 +517,7 @@ def arguments():
     group.add_argument("--corpus_size", type=int, default=20000, help="programs to train the model on")
     group.add_argument("--mistake_rate", type=float, default=0.3, help="probability that a piece is wrong")
     group.add_argument("--hard_share", type=float, default=1.0,
-                       help="share of the hard programs (a filter and a map) to keep; below 1, all rows are hard")
+                       help="share of the hard programs (filter and map) to keep; below 1, all rows are hard")
     group = parser.add_argument_group("reference model")
     group.add_argument("--vocab_size", type=int, default=512, help="with 256 bytes and 3 special tokens")
     group.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 32")
