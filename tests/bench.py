@@ -1,12 +1,16 @@
 """How fast this project is beside what others offer for the same work: rates, peak memory and their ratio.
 
-    python tests/bench.py sample    generate_refs.py         transformers' generate()
+    python tests/bench.py sample    generate_refs.py         transformers' generate(), vLLM with --vllm_python
     python tests/bench.py score     score.py --reward=model  prompt by prompt, padded to the longest
     python tests/bench.py train     train.py --loss=dpo      TRL's DPOTrainer, if --trl_python is given
     python tests/bench.py growth    time and memory by length, vocabulary, references, prompts: growth.png
 
 A 21M-parameter Llama of random weights with 32,000 words, float32; prompts of about 60 tokens, completions of
-about 140 with a long tail. Every run is a process of its own, and the best of --repeat counts. Times exclude
+about 140 with a long tail. `sample` also takes a model and prompts of yours, in the type it is stored in:
+
+    python tests/bench.py sample --model=SmolLM2 --data=prompts.jsonl --n=16 --limit=128 --vllm_python=PYTHON
+
+Every run is a process of its own, and the best of --repeat counts. Times exclude
 imports and loading and include everything else: for training the reference pass, too. Use a quiet machine.
 """
 import argparse
@@ -26,6 +30,8 @@ import transformers
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
+import generate_refs  # noqa: E402
+import rows  # noqa: E402
 transformers.utils.logging.disable_progress_bar()
 WORDS, MEAN, LONGEST = 32_000, 140, 512  # the vocabulary; a completion's tokens on average and at most
 # Random weights sample nearly uniformly, so this many end tokens give that mean.
@@ -52,9 +58,14 @@ def make_model(folder, words=WORDS):
         tokenizer.save_pretrained(folder / name)
 
 
-def make_work(folder, n):
-    """`make_model`, and n rows in each of FOLDER/{prompts, pairs, refs}.jsonl; refs have 16 completions."""
-    make_model(folder)
+def make_work(folder, n, model=None):
+    """`make_model` (or a model of the user's), and n rows in each of FOLDER/{prompts, pairs, refs}.jsonl;
+    refs have 16 completions.
+    """
+    if model:
+        (folder / "model").symlink_to(Path(model).resolve())
+    else:
+        make_model(folder)
     rng = np.random.default_rng(0)
 
     def text(length):
@@ -72,8 +83,21 @@ def make_work(folder, n):
     lengths = np.clip(rng.lognormal(np.log(55), 0.4, n), 8, 256).astype(int)
     prompts = [{"prompt": text(length)} for length in lengths]
     for name, fields in (("prompts", dict), ("pairs", pair), ("refs", references)):
-        rows = [prompt | fields() for prompt in prompts]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        table = [prompt | fields() for prompt in prompts]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+
+
+def make_requests(folder, args):
+    """FOLDER/requests.json: what generate_refs.sample takes, for prompts of ours or of --data."""
+    from model import end_ids, load_tokenizer, row_prompt_ids
+    tokenizer, ends = load_tokenizer(folder / "model"), ENDS
+    prompts = list(rows.stream(args.data or folder / "prompts.jsonl", require=("prompt",)))[:args.n]
+    if args.model:
+        ends = end_ids(generate_refs.describe(args.model, False), tokenizer)
+    requests = []
+    for i, row in enumerate(prompts):
+        requests.append({"row": {"id": i}, "prompt": row_prompt_ids(tokenizer, row), "limit": args.limit})
+    (folder / "requests.json").write_text(json.dumps({"requests": requests, "ends": ends}))
 
 
 def read(folder, name):
@@ -83,29 +107,50 @@ def read(folder, name):
 # ---- the two sides of each comparison: work done, seconds ----
 
 def sample_ours(folder):
-    import generate_refs
     tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
-    sys.argv = ["generate_refs.py", "--model=model", "--data=prompts", "--out=out", "--num_refs=16"]
+    return sample_with(generate_refs.sample, model, folder)
+
+
+def sample_vllm(folder):
+    seconds, start = [], generate_refs.start_vllm
+
+    def timed(*args):
+        began = time.perf_counter()
+        llm = start(*args)
+        seconds.append(time.perf_counter() - began)
+        return llm
+    generate_refs.start_vllm = timed
+    tokens, total = sample_with(generate_refs.sample_vllm, None, folder, "--engine=vllm")
+    return tokens, total - seconds[0]
+
+
+def sample_with(sampler, model, folder, *flags):
+    """(tokens, seconds) of a sampler of generate_refs.py; 256 completions at a time, as the peer."""
+    work = json.loads((folder / "requests.json").read_text())
+    sys.argv = ["generate_refs.py", f"--model={folder / 'model'}", "--data=-", "--out=-", "--num_refs=16",
+                f"--batch_size={min(256, 16 * len(work['requests']))}", *flags]
     args = generate_refs.arguments()
-    requests = [{"row": {"id": i}, "prompt": tokenizer(row["prompt"]).input_ids, "limit": LONGEST}
-                for i, row in enumerate(read(folder, "prompts"))]
-    args.batch_size = min(args.batch_size, 16 * len(requests))  # as generate_refs.main does
     began = time.perf_counter()
-    done = list(generate_refs.sample(model, requests, args, set(ENDS)))
+    done = list(sampler(model, work["requests"], args, work["ends"]))
     return sum(len(ids) for _, completions in done for ids in completions), time.perf_counter() - began
 
 
 def sample_peer(folder):
     tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
     torch.manual_seed(0)
-    texts, total = [row["prompt"] for row in read(folder, "prompts")], 0
+    work, total = json.loads((folder / "requests.json").read_text()), 0
+    pad = tokenizer.pad_token_id
     began = time.perf_counter()
-    for i in range(0, len(texts), 16):  # 256 completions at a time
-        inputs = tokenizer(texts[i:i + 16], padding=True, padding_side="left", return_tensors="pt")
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        out = model.generate(**inputs, do_sample=True, top_k=0, num_return_sequences=16,
-                             max_new_tokens=LONGEST, eos_token_id=ENDS, pad_token_id=0)
-        total += int((out[:, inputs["input_ids"].shape[1]:] != 0).sum())
+    for i in range(0, len(work["requests"]), 16):  # 256 completions at a time
+        requests = work["requests"][i:i + 16]
+        inputs = tokenizer.pad({"input_ids": [request["prompt"] for request in requests]},
+                               padding_side="left", return_tensors="pt")
+        width = inputs["input_ids"].shape[1]
+        out = model.generate(**inputs, do_sample=True, top_k=0, num_return_sequences=16, pad_token_id=pad,
+                             max_new_tokens=requests[0]["limit"], eos_token_id=work["ends"])[:, width:]
+        for ids in out.tolist():
+            stops = [t for t, token in enumerate(ids, 1) if token in work["ends"]]
+            total += min(stops, default=len(ids))
     return total, time.perf_counter() - began
 
 
@@ -169,13 +214,14 @@ def train_peer(folder):
 
 def load(path, kind):
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    return tokenizer, kind.from_pretrained(path, dtype=torch.float32).eval()
+    return tokenizer, kind.from_pretrained(path, dtype="auto").eval()
 
 
-SIDES = {  # name: (ours, the peer's, the unit of work, the default of --n, the peer's name)
-    "sample": (sample_ours, sample_peer, "tokens", 16, "generate()"),
-    "score": (score_ours, score_peer, "completions", 64, "prompt by prompt"),
-    "train": (train_ours, train_peer, "pairs", 64, "TRL's DPOTrainer")}
+SIDES = {  # name: (the unit of work, the default of --n, {side: its function}); the first side is ours
+    "sample": ("tokens", 16, {"ours": sample_ours, "generate()": sample_peer, "vLLM": sample_vllm}),
+    "score": ("completions", 64, {"ours": score_ours, "prompt by prompt": score_peer}),
+    "train": ("pairs", 64, {"ours": train_ours, "TRL's DPOTrainer": train_peer})}
+ENVIRONMENT = {"vLLM": "vllm_python", "TRL's DPOTrainer": "trl_python"}  # sides that need one of their own
 
 
 # ---- growth: the lines of a picture, and what to time for a point of each ----
@@ -198,7 +244,6 @@ def grow_step(length, words, folder):
 
 def grow_references(n, folder):
     """Sampling n completions of 64 tokens to one prompt of 512."""
-    import generate_refs
     make_model(folder)
     _, model = load(folder / "model", transformers.AutoModelForCausalLM)
     sys.argv = ["generate_refs.py", "--model=model", "--data=prompts", "--out=out", f"--num_refs={n}"]
@@ -296,7 +341,7 @@ def child(*flags, python=sys.executable):
 
 def run(args, name, folder, side):
     """One side in a process and a folder of its own: {"rate", "work", "seconds", "gigabytes"}."""
-    python = args.trl_python if (name, side) == ("train", 1) else sys.executable
+    python = getattr(args, ENVIRONMENT[side]) if side in ENVIRONMENT else sys.executable
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         for made in folder.iterdir():
@@ -312,8 +357,13 @@ def main():
     add("--n", type=int, help="prompts (of 16 completions each) or pairs; default 16, 64, 64")
     add("--repeat", type=int, default=3, help="runs of each side; the best counts (default %(default)s)")
     add("--trl_python", help="train: the interpreter of an environment with trl and torch")
+    add("--vllm_python", help="sample: the interpreter of an environment with vllm")
+    add("--model", help="sample: the folder of a model of yours")
+    add("--data", help="sample: JSONL file of its prompts")
+    add("--limit", type=int, default=LONGEST,
+        help="sample: longest completion, in tokens (default %(default)s)")
     add("--out", default="growth.png", help="growth: the picture (default %(default)s)")
-    add("--side", type=int, help=argparse.SUPPRESS)  # `child` sets these three
+    add("--side", help=argparse.SUPPRESS)  # `child` sets these three
     add("--point", help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -322,27 +372,30 @@ def main():
             return growth(args.out)
         title, x, line = args.point.split(":")
         return print(json.dumps(grow(title, int(x), line, args.folder)))
-    ours, peer, unit, n, peer_name = SIDES[args.what]
-    if args.side is not None:
-        work, seconds = (ours, peer)[args.side](args.folder)
+    unit, n, sides = SIDES[args.what]
+    args.n = args.n or n
+    if args.side:
+        work, seconds = sides[args.side](args.folder)
         rate = {"rate": work / seconds, "work": work, "seconds": seconds, "gigabytes": gigabytes()}
         return print(json.dumps(rate))
+    sides = [side for side in sides if side not in ENVIRONMENT or getattr(args, ENVIRONMENT[side])]
     with tempfile.TemporaryDirectory() as folder:
-        make_work(Path(folder), args.n or n)
-        best = {}
+        folder, best = Path(folder), {}
+        make_work(folder, args.n, args.model)
+        if args.what == "sample":
+            make_requests(folder, args)
         for _ in range(args.repeat):
-            for side in (0, 1) if args.what != "train" or args.trl_python else (0,):
-                result = run(args, args.what, Path(folder), side)
+            for side in sides:
+                result = run(args, args.what, folder, side)
                 best[side] = max(result, best.get(side, result), key=lambda r: r["rate"])
     print(f"{'':20}{unit + '/s':>16}{'peak GB':>10}{'seconds':>10}{unit:>14}")
     for side, r in best.items():
-        print(f"{('ours', peer_name)[side]:20}{r['rate']:16,.2f}{r['gigabytes']:10.2f}{r['seconds']:10.1f}"
-              f"{r['work']:14,}")
-    if len(best) == 2:
-        speed = best[0]["rate"] / best[1]["rate"]
-        memory = best[0]["gigabytes"] / best[1]["gigabytes"]
-        threads = torch.get_num_threads()
-        print(f"{speed:.2f} times the speed, {memory:.2f} of the memory, on {threads} threads")
+        print(f"{side:20}{r['rate']:16,.2f}{r['gigabytes']:10.2f}{r['seconds']:10.1f}{r['work']:14,}")
+    for side in sides[1:]:
+        speed = best["ours"]["rate"] / best[side]["rate"]
+        memory = best["ours"]["gigabytes"] / best[side]["gigabytes"]
+        print(f"ours: {speed:.2f} times the speed of {side}, {memory:.2f} of the memory, on "
+              f"{torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":
