@@ -241,12 +241,17 @@ def frontier(args):
         label = f"best possible ({pool.shape[1]} references)"
         axis.plot(curve.kl, curve["mean"], "k", linewidth=1.2, label=label)
         axis.fill_between(curve.kl, curve.low, curve.high, color="k", alpha=0.15)
+        limit = min(1.1 * points.kl.max(), 1.5 * curve.kl.max())  # collapsed runs are far away
         for method, line in points.groupby("method"):
+            beyond = (line.kl > limit).sum()
+            label = f"{method} ({beyond} beyond)" if beyond else method
             axis.errorbar(line.kl, line[metric], line[f"{metric}_se_seeds"].fillna(0),
-                          line.kl_se_seeds.fillna(0), fmt="o-", markersize=4, linewidth=0.8, label=method)
-        axis.set(xlabel="KL to the reference model, nats", ylabel=title, xlim=(0, 1.1 * points.kl.max()))
+                          line.kl_se_seeds.fillna(0), fmt="o-", markersize=4, linewidth=0.8, label=label)
+        axis.set(xlabel="KL to the reference model, nats", ylabel=title, xlim=(0, limit))
         curves.append(curve.assign(metric=metric))
-    axes[-1].legend(fontsize=8, loc="lower right")
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+    figure.set_figwidth(11)
     save_csv(args.out / "frontier_bound.csv", pd.concat(curves))
     save(figure, args.out, "frontier", points)
 
