@@ -234,14 +234,20 @@ def seed_run(grid, seed, name, arguments, **env):
 
 # ---- the same where right programs are rare: minicode's harder variant, see data/minicode/prepare.py ----
 
-HARD = ("forward_kl-beta0.1", "qrpo-beta0.1", "sft-lr3e-4", "sft-lr1e-4", "dpo-beta0.3-lr1e-4", "tup",
-        "qrpo-beta0.5", "forward_kl-beta0.5")
+HARD = {name: flags for name, flags in FRONTIER if name in (
+    "forward_kl-beta0.1", "qrpo-beta0.1", "sft-lr3e-4", "sft-lr1e-4", "dpo-beta0.3-lr1e-4", "tup",
+    "qrpo-beta0.5", "forward_kl-beta0.5")}
+HARD |= {  # most rewards tie here
+    "qrpo-exact-beta0.1": "--loss=qrpo --quantile=exact",
+    "qrpo-exact-beta0.1-lr1e-4": "--loss=qrpo --quantile=exact --learning_rate=1e-4",
+    "forward_kl-beta0.1-lr1e-4": "--loss=forward_kl --quantile=exact --learning_rate=1e-4",
+}
 HARD_ENV = {"MODEL": "data/hardcode/model", "DATA": "data/hardcode", "GENERATE": "--max_new_tokens=80"}
 
 
 def hard():
     for seed, name in product(SEEDS, HARD):
-        flags = "--beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 " + dict(FRONTIER)[name]
+        flags = f"--beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 {HARD[name]}"
         env = dict(HARD_ENV)
         if name.partition("-")[0] in PAIRS:
             flags += PAIR_FLAGS
