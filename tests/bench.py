@@ -1,6 +1,6 @@
 """How fast this project is beside what others offer for the same work: rates, peak memory and their ratio.
 
-    python tests/bench.py sample    generate_refs.py         transformers' generate(), vLLM with --vllm_python
+    python tests/bench.py sample    generate_refs.py         transformers' generate(), and vLLM, see below
     python tests/bench.py score     score.py --reward=model  prompt by prompt, padded to the longest
     python tests/bench.py train     train.py --loss=dpo      TRL's DPOTrainer, if --trl_python is given
     python tests/bench.py growth    time and memory by length, vocabulary, references, prompts: growth.png
@@ -15,6 +15,7 @@ imports and loading and include everything else: for training the reference pass
 """
 import argparse
 import json
+import math
 import os
 import resource
 import runpy
@@ -30,8 +31,6 @@ import transformers
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-import generate_refs  # noqa: E402
-import rows  # noqa: E402
 transformers.utils.logging.disable_progress_bar()
 WORDS, MEAN, LONGEST = 32_000, 140, 512  # the vocabulary; a completion's tokens on average and at most
 # Random weights sample nearly uniformly, so this many end tokens give that mean.
@@ -89,6 +88,8 @@ def make_work(folder, n, model=None):
 
 def make_requests(folder, args):
     """FOLDER/requests.json: what generate_refs.sample takes, for prompts of ours or of --data."""
+    import generate_refs
+    import rows
     from model import end_ids, load_tokenizer, row_prompt_ids
     tokenizer, ends = load_tokenizer(folder / "model"), ENDS
     prompts = list(rows.stream(args.data or folder / "prompts.jsonl", require=("prompt",)))[:args.n]
@@ -106,33 +107,46 @@ def read(folder, name):
 
 # ---- the two sides of each comparison: work done, seconds ----
 
+def sampling_args(folder, n, engine, batch_size):
+    """Arguments of generate_refs.py for n completions of a prompt, in the type the model is stored in."""
+    import generate_refs
+    stored = transformers.AutoConfig.from_pretrained(folder / "model").dtype
+    sys.argv = ["generate_refs.py", f"--model={folder / 'model'}", "--data=-", "--out=-", f"--num_refs={n}",
+                f"--batch_size={batch_size}", f"--dtype={str(stored).removeprefix('torch.')}",
+                f"--engine={engine}"]
+    if engine == "vllm":
+        sys.argv.append('--engine_options={"gpu_memory_utilization": 0.2}')  # it reserves this share
+    return generate_refs.arguments()
+
+
+def start_engine(engine, folder, args, longest):
+    """The model that generate_refs.py samples with. vLLM's engine starts here, where no time counts it."""
+    import generate_refs
+    if engine == "torch":
+        return load(folder / "model", transformers.AutoModelForCausalLM)[1]
+    llm = generate_refs.start_vllm(args, longest)
+    generate_refs.start_vllm = lambda *_: llm
+    return None
+
+
+def sample_with(engine, folder):
+    import generate_refs
+    work = json.loads((folder / "requests.json").read_text())
+    at_a_time = min(256, 16 * len(work["requests"]))  # as the peer
+    args = sampling_args(folder, 16, engine, at_a_time)
+    longest = max(len(request["prompt"]) + request["limit"] for request in work["requests"])
+    model = start_engine(engine, folder, args, longest)
+    began = time.perf_counter()
+    done = list(generate_refs.ENGINES[engine](model, work["requests"], args, work["ends"]))
+    return sum(len(ids) for _, completions in done for ids in completions), time.perf_counter() - began
+
+
 def sample_ours(folder):
-    tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
-    return sample_with(generate_refs.sample, model, folder)
+    return sample_with("torch", folder)
 
 
 def sample_vllm(folder):
-    seconds, start = [], generate_refs.start_vllm
-
-    def timed(*args):
-        began = time.perf_counter()
-        llm = start(*args)
-        seconds.append(time.perf_counter() - began)
-        return llm
-    generate_refs.start_vllm = timed
-    tokens, total = sample_with(generate_refs.sample_vllm, None, folder, "--engine=vllm")
-    return tokens, total - seconds[0]
-
-
-def sample_with(sampler, model, folder, *flags):
-    """(tokens, seconds) of a sampler of generate_refs.py; 256 completions at a time, as the peer."""
-    work = json.loads((folder / "requests.json").read_text())
-    sys.argv = ["generate_refs.py", f"--model={folder / 'model'}", "--data=-", "--out=-", "--num_refs=16",
-                f"--batch_size={min(256, 16 * len(work['requests']))}", *flags]
-    args = generate_refs.arguments()
-    began = time.perf_counter()
-    done = list(sampler(model, work["requests"], args, work["ends"]))
-    return sum(len(ids) for _, completions in done for ids in completions), time.perf_counter() - began
+    return sample_with("vllm", folder)
 
 
 def sample_peer(folder):
@@ -226,7 +240,7 @@ ENVIRONMENT = {"vLLM": "vllm_python", "TRL's DPOTrainer": "trl_python"}  # sides
 
 # ---- growth: the lines of a picture, and what to time for a point of each ----
 
-def grow_step(length, words, folder):
+def grow_step(length, words, folder, line):
     """A forward and a backward pass on one completion of `length` tokens."""
     from model import Policy
     make_model(folder, words)
@@ -239,27 +253,30 @@ def grow_step(length, words, folder):
     def plain():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
         logits.log_softmax(2).gather(2, tokens[:, 1:, None]).sum().backward()
-    return {"this": ours, "all logits at once": plain}
+    return {"this": ours, "all logits at once": plain}[line]
 
 
-def grow_references(n, folder):
+def grow_references(n, folder, line):
     """Sampling n completions of 64 tokens to one prompt of 512."""
+    import generate_refs
     make_model(folder)
-    _, model = load(folder / "model", transformers.AutoModelForCausalLM)
-    sys.argv = ["generate_refs.py", "--model=model", "--data=prompts", "--out=out", f"--num_refs={n}"]
-    args, prompt = generate_refs.arguments(), torch.randint(3, WORDS, (1, 512))
+    prompt = torch.randint(3, WORDS, (1, 512))
+    if line == "generate()":
+        _, model = load(folder / "model", transformers.AutoModelForCausalLM)
+        return lambda: model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0,
+            num_return_sequences=n, min_new_tokens=64, max_new_tokens=64, pad_token_id=0)
+    engine = {"this": "torch", "vLLM": "vllm"}[line]
+    args = sampling_args(folder, n, engine, n)
+    model = start_engine(engine, folder, args, 576)
 
-    def ours():
+    def sampled():
         request = {"row": {"id": 0}, "prompt": prompt[0].tolist(), "limit": 64}
-        list(generate_refs.sample(model, [request], args, set()))
-
-    def plain():
-        model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0,
-                       num_return_sequences=n, min_new_tokens=64, max_new_tokens=64, pad_token_id=0)
-    return {"this": ours, "generate()": plain}
+        list(generate_refs.ENGINES[engine](model, [request], args, []))
+    return sampled
 
 
-def grow_prompts(n, folder):
+def grow_prompts(n, folder, line):
     """From n rows of 2 sampled completions of 500 tokens and 50 reference rewards to arrays that train."""
     import dataset
     make_model(folder)
@@ -274,21 +291,27 @@ def grow_prompts(n, folder):
     def ours():
         choices = dataset.Choices(train_on="samples", needs_reward=True, needs_refs=True)
         dataset.load(folder / "rows.jsonl", folder / "cache", folder / "model", tokenizer, model, choices)
-    return {"this": ours}
+    return {"this": ours}[line]
 
 
-GROWTH = {  # what grows: (points, lines, f(point, folder) -> what to time for each line)
-    "tokens of a sequence": (
-        (256, 512, 1024, 2048, 4096), ("this", "all logits at once"), lambda x, f: grow_step(x, WORDS, f)),
-    "words of the vocabulary": (
-        (8000, 32000, 64000, 128000), ("this", "all logits at once"), lambda x, f: grow_step(512, x, f)),
-    "reference completions": ((1, 4, 16, 64), ("this", "generate()"), grow_references),
+def grow_tokens(length, folder, line):
+    return grow_step(length, WORDS, folder, line)
+
+
+def grow_words(words, folder, line):
+    return grow_step(512, words, folder, line)
+
+
+GROWTH = {  # what grows: (points, lines, f(point, folder, line) -> what to time)
+    "tokens of a sequence": ((256, 512, 1024, 2048, 4096), ("this", "all logits at once"), grow_tokens),
+    "words of the vocabulary": ((8000, 32000, 64000, 128000), ("this", "all logits at once"), grow_words),
+    "reference completions": ((1, 4, 16, 64), ("this", "generate()", "vLLM"), grow_references),
     "prompts": ((1000, 3000, 10000, 30000), ("this",), grow_prompts)}
 
 
 def grow(title, x, line, folder):
     """(seconds, GB beyond what loading took) of one point."""
-    run = GROWTH[title][2](x, folder)[line]
+    run = GROWTH[title][2](x, folder, line)
     before = gigabytes()
     seconds = []
     for _ in range(1 if title == "prompts" else 4):  # the first warms up; prompts would be found in the cache
@@ -298,32 +321,49 @@ def grow(title, x, line, folder):
     return min(seconds), gigabytes() - before
 
 
-def growth(out):
-    """Draw OUT: seconds above, peak memory below, for each of GROWTH; each point in a process of its own."""
+def exponent(points, values):
+    """e of the power law value ~ point^e through the last two points."""
+    return math.log(values[-1] / values[-2]) / math.log(points[-1] / points[-2])
+
+
+def growth(args):
+    """Draw --out: seconds above, peak memory below, for each of GROWTH; each point in its own process."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, len(GROWTH), figsize=(14, 6), layout="constrained")
     for (title, (points, lines, _)), (top, bottom) in zip(GROWTH.items(), axes.T):
-        for line in lines:
+        for line in available(lines, args):
             values = []
             for x in points:
                 with tempfile.TemporaryDirectory() as folder:
-                    values.append(child("growth", f"--point={title}:{x}:{line}", f"--folder={folder}"))
+                    values.append(child("growth", f"--point={title}:{x}:{line}", f"--folder={folder}",
+                                        python=interpreter(line, args)))
                 print(f"{title} {x:,}, {line}: {values[-1][0]:.3f} s, {values[-1][1]:.3f} GB", flush=True)
-            top.plot(points, [v[0] for v in values], "o-", label=line)
-            bottom.plot(points, [v[1] for v in values], "o-", label=line)
+            for axis, numbers in zip((top, bottom), zip(*values)):
+                axis.plot(points, numbers, "o-", label=f"{line}: x^{exponent(points, numbers):.2f}")
         top.set(title=title, ylim=(0, None))
         bottom.set(xlabel=title, ylim=(0, None))
         top.locator_params("x", nbins=4)
         bottom.locator_params("x", nbins=4)
         top.legend()
+        bottom.legend()
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("peak GB, without loading")
-    figure.savefig(out, dpi=120)
+    figure.savefig(args.out, dpi=120)
 
 
 # ---- running them ----
+
+def available(sides, args):
+    """Those that need no environment of their own, or whose interpreter is given."""
+    return [side for side in sides if interpreter(side, args)]
+
+
+def interpreter(side, args):
+    return getattr(args, ENVIRONMENT[side]) if side in ENVIRONMENT else sys.executable
+
+
 
 def gigabytes():
     """The most memory that this process has used so far."""
@@ -333,7 +373,7 @@ def gigabytes():
 def child(*flags, python=sys.executable):
     """What this script prints last with these flags, from JSON."""
     done = subprocess.run([python, __file__, *flags], check=False, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1"})
+                          env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -341,12 +381,11 @@ def child(*flags, python=sys.executable):
 
 def run(args, name, folder, side):
     """One side in a process and a folder of its own: {"rate", "work", "seconds", "gigabytes"}."""
-    python = getattr(args, ENVIRONMENT[side]) if side in ENVIRONMENT else sys.executable
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         for made in folder.iterdir():
             (scratch / made.name).symlink_to(made)
-        return child(name, f"--side={side}", f"--folder={scratch}", python=python)
+        return child(name, f"--side={side}", f"--folder={scratch}", python=interpreter(side, args))
 
 
 def main():
@@ -357,7 +396,7 @@ def main():
     add("--n", type=int, help="prompts (of 16 completions each) or pairs; default 16, 64, 64")
     add("--repeat", type=int, default=3, help="runs of each side; the best counts (default %(default)s)")
     add("--trl_python", help="train: the interpreter of an environment with trl and torch")
-    add("--vllm_python", help="sample: the interpreter of an environment with vllm")
+    add("--vllm_python", help="sample, growth: the interpreter of an environment with vllm")
     add("--model", help="sample: the folder of a model of yours")
     add("--data", help="sample: JSONL file of its prompts")
     add("--limit", type=int, default=LONGEST,
@@ -369,7 +408,7 @@ def main():
     args = parser.parse_args()
     if args.what == "growth":
         if not args.point:
-            return growth(args.out)
+            return growth(args)
         title, x, line = args.point.split(":")
         return print(json.dumps(grow(title, int(x), line, args.folder)))
     unit, n, sides = SIDES[args.what]
@@ -378,7 +417,7 @@ def main():
         work, seconds = sides[args.side](args.folder)
         rate = {"rate": work / seconds, "work": work, "seconds": seconds, "gigabytes": gigabytes()}
         return print(json.dumps(rate))
-    sides = [side for side in sides if side not in ENVIRONMENT or getattr(args, ENVIRONMENT[side])]
+    sides = available(sides, args)
     with tempfile.TemporaryDirectory() as folder:
         folder, best = Path(folder), {}
         make_work(folder, args.n, args.model)
