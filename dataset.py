@@ -9,6 +9,7 @@ dataset's own text is tokenised.
 """
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import math
@@ -153,8 +154,7 @@ class Reader:
                 ids = self.text_ids(row, f"{field} {k}", completion["text"])
             else:
                 ids = self.checked_ids(f"{at}: {field} {k}", completion)
-                text = decode(self.tokenizer, row["prompt_ids"], completion["token_ids"]) if k == 0 else None
-                if k == 0 and completion.get("text") != text:
+                if k == 0 and completion.get("text") != decode(self.tokenizer, row["prompt_ids"], ids):
                     rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's "
                               "tokenizer; train the model that sampled them, or sample again")
             among_refs = field == "ref_completions" and k < (self.choices.num_ref_rewards or len(rewards))
@@ -167,7 +167,8 @@ class Reader:
         if not isinstance(completion, dict) or not isinstance(completion.get("token_ids"), list):
             rows.fail(f"{at} has no list of token_ids; sample with generate_refs.py")
         ids = np.array(completion["token_ids"])
-        if ids.dtype.kind != "i" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= self.vocab:
+        # read as unsigned, a negative id is beyond every vocabulary
+        if ids.dtype != np.int64 or ids.ndim != 1 or ids.view(np.uint64).max() >= self.vocab:
             rows.fail(f"{at}: its token_ids are empty, or not all in the model's vocabulary of {self.vocab}; "
                       "sample again with this model")
         return ids
@@ -222,8 +223,8 @@ class Reader:
         return None
 
     def read(self, chunk):
-        """(position of the first line, [(at, line)]) -> the arrays of these rows, as in `build`, and
-        what was dropped.
+        """(position of the first line, [(at, line)]) -> the arrays of these rows, as in `build`, but
+        `tokens` as bytes, and a digest of each row's; and what was dropped.
         """
         first, chunk_lines = chunk
         table = collections.defaultdict(list)
@@ -250,10 +251,10 @@ class Reader:
                 table["row"].append(np.full(sum(map(len, kept)), position))
                 for name, values in columns(row["prompt_ids"], kept, known).items():
                     table[name].append(values)
-        if table["tokens"]:
-            for name, kind in KINDS.items():
-                table[name] = np.concatenate(table[name], dtype=kind)
-            table["tokens"] = np.concatenate(table["tokens"], dtype=np.int32)
+        table["digests"] = b"".join(hashlib.sha256(tokens).digest() for tokens in table["tokens"])
+        table["tokens"] = b"".join(table["tokens"])
+        for name, kind in KINDS.items():
+            table[name] = np.concatenate([np.empty(0, kind), *table[name]], dtype=kind)
         return table
 
 
@@ -263,11 +264,12 @@ def columns(prompt, groups, known_refs):
     """
     every = [completion for group in groups for completion in group]
     n = len(every)
+    prompt = np.array(prompt)
     rewards = np.array([c.reward for c in every], np.float32)
     among_refs = np.array([c.among_refs for c in every])
     same = np.count_nonzero(rewards[:, None] == known_refs, 1) - among_refs
     return {
-        "tokens": np.concatenate([ids for c in every for ids in (prompt, c.ids)]),
+        "tokens": np.concatenate([ids for c in every for ids in (prompt, c.ids)], dtype=np.int32),
         "prompt_lens": np.full(n, len(prompt)),
         "lens": np.array([len(prompt) + len(c.ids) for c in every]),
         "rewards": rewards,
@@ -318,9 +320,10 @@ def build(folder, path, tokenizer, model, choices):
     fingerprint of them all, and one line that describes them.
     """
     reader = Reader(tokenizer, model, choices)
-    tables, seen, ids, ref_rewards, dropped, sampling = [], {}, [], [], collections.Counter(), None
+    seen, ids, ref_rewards, dropped, sampling = {}, [], [], collections.Counter(), None
     digest = hashlib.sha256()
-    with open(folder / "tokens.bin", "wb") as file:
+    with contextlib.ExitStack() as stack:  # the columns grow on disk
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", *KINDS)}
         for table in tqdm(in_processes(reader, chunks(path)), desc="read", unit="chunk", delay=5):
             for name, at in zip(table.pop("ids"), table.pop("at")):
                 if str(name) in seen:
@@ -330,32 +333,35 @@ def build(folder, path, tokenizer, model, choices):
             ref_rewards += table.pop("ref_rewards")
             dropped.update(table.pop("dropped"))
             sampling = table.pop("sampling", sampling)
-            tokens = table.pop("tokens")
-            if len(tokens):
-                file.write(tokens.tobytes())
-                digest.update(tokens.tobytes())
-                tables.append({name: table[name] for name in KINDS})
+            digest.update(table["digests"])
+            for name, file in files.items():
+                file.write(table[name])
     for reason, count in dropped.items():
         print(f"{path}: {count} completions dropped, {reason}", flush=True)
-    if not tables:
+    if not (folder / "tokens.bin").stat().st_size:
         rows.fail(f"{path}: nothing is left to train on")
 
-    data = {name: np.concatenate([table.pop(name) for table in tables]) for name in KINDS}
-    data["starts"] = np.cumsum(data["lens"]) - data["lens"]
+    def column(name):
+        return np.fromfile(folder / f"{name}.bin", KINDS[name])
+
+    def save(name, values):
+        np.save(folder / f"{name}.npy", values)
+        digest.update(values)
+
     order = rows.order(path, ids)  # rows, and with them completions, as if one process had written the folder
     place = np.argsort(order)
-    by_row = np.argsort(place[data["row"]], kind="stable")
-    for name in data:
-        data[name] = data[name][by_row]
-    data["row"] = place[data["row"]]
-    data["ids"] = np.array([str(ids[i]) for i in order])
-    data["ref_rewards"] = np.full((len(ids), max(map(len, ref_rewards))), np.nan, np.float32)
+    by_row = np.argsort(place[column("row")], kind="stable")
+    save("starts", (np.cumsum(column("lens")) - column("lens"))[by_row])
+    for name in KINDS:
+        values = column(name)[by_row]
+        save(name, place[values] if name == "row" else values)
+        (folder / f"{name}.bin").unlink()
+    save("ids", np.array([str(ids[i]) for i in order]))
+    table = np.full((len(ids), max(map(len, ref_rewards))), np.nan, np.float32)
     for r, i in enumerate(order):
-        data["ref_rewards"][r, :len(ref_rewards[i])] = ref_rewards[i]
-    for name, values in sorted(data.items()):
-        np.save(folder / f"{name}.npy", values)
-        digest.update(np.ascontiguousarray(values).tobytes())
-    about = summary(data)
+        table[r, :len(ref_rewards[i])] = ref_rewards[i]
+    save("ref_rewards", table)
+    about = summary(arrays(folder))
     if sampling and choices.needs_refs:
         about += (f"; WARNING: reference completions were sampled at {sampling}, so quantiles are not "
                   "those among the model's own completions: sample them at 1 and 1")
@@ -415,13 +421,13 @@ def result_of(future, pool):
 
 def summary(data):
     """One line about a dataset: its size, and what QRPO should know of its rewards."""
-    refs, tied = data["ref_rewards"], data["tied"]
-    prompts = len(np.unique(data["row"]))
-    text = f"{len(tied):,} completions of {prompts:,} prompts, {data['lens'].sum():,} tokens with prompts"
-    if data["truncated"].any():
-        text += f"; {data['truncated'].mean():.1%} of the completions ran out of tokens"
+    refs, tied = data.ref_rewards, data.tied
+    prompts = len(np.unique(data.row))
+    text = f"{len(tied):,} completions of {prompts:,} prompts, {data.lens.sum():,} tokens with prompts"
+    if data.truncated.any():
+        text += f"; {data.truncated.mean():.1%} of the completions ran out of tokens"
     if refs.shape[1]:
-        text += (f"; mean reward {np.nanmean(data['rewards']):.4g}, of references {np.nanmean(refs):.4g}; "
+        text += (f"; mean reward {np.nanmean(data.rewards):.4g}, of references {np.nanmean(refs):.4g}; "
                  f"{(tied > 0).mean():.1%} of the completions tie with a reference, {(tied == 1).mean():.1%} "
                  "with all")
         if (tied > 0).mean() > 0.5:
@@ -457,11 +463,17 @@ def load(path, cache, model_path, tokenizer, model, choices):
     about = rows.load_json(folder / "about.json")
     if rank == 0:
         print(f"{path}: {about['summary']}", flush=True)
-    data = SimpleNamespace(fingerprint=about["fingerprint"])
-    data.tokens = np.memmap(folder / "tokens.bin", np.int32, mode="r")
+    data = arrays(folder)
+    data.fingerprint = about["fingerprint"]
+    data.std = relative_std(data.ref_rewards)
+    return data
+
+
+def arrays(folder):
+    """The arrays that `build` wrote to `folder`, as attributes, mapped."""
+    data = SimpleNamespace(tokens=np.memmap(folder / "tokens.bin", np.int32, mode="r"))
     for file in folder.glob("*.npy"):
         setattr(data, file.stem, np.load(file, mmap_mode="r"))
-    data.std = relative_std(data.ref_rewards)
     return data
 
 
