@@ -315,7 +315,7 @@ def build(folder, path, tokenizer, model, choices):
 
     tokens (total,) all ids, each prompt followed by its completion; starts (n,) where each begins; lens
     (n,) tokens of prompt and completion; prompt_lens (n,); rewards (n,) NaN if unknown; row (n,); side
-    (n,) see `side_of`; among_refs, truncated (n,); tied (n,) the share of the other references with the
+    (n,) see `sides`; among_refs, truncated (n,); tied (n,) the share of the other references with the
     same reward; ref_rewards (R, num_ref_rewards) NaN where unknown; ids (R,). Also about.json: a
     fingerprint of them all, and one line that describes them.
     """

@@ -498,7 +498,7 @@ def metrics(b, logps, loss):
     values = {
         "loss": loss,
         "log_ratio": log_ratio,
-        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # the better, see dataset.side_of
+        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # the better, see dataset.sides
         "log_ratio_rejected": log_ratio.where(b.side < 0, math.nan),  # the worse
         "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token; 0 at the start
     }
