@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -132,6 +133,17 @@ def test_corpus_holds_no_specification_of_the_rows(module):
     corpus = module.make_corpus(rng, 3000, 0.0, taken)  # without mistakes, so that programs can be compared
     assert not {row["chosen"] for row in train + test} & {code for _, code in corpus}
     assert not {row["prompt"] for row in train + test} & {text for text, _ in corpus}
+
+
+def test_the_harder_variant_asks_for_what_its_corpus_hardly_holds(module):
+    train, test, taken = module.make_rows(random.Random(3), 30, 10, 12, only_hard=True)
+    assert {row["difficulty"] for row in train + test} == {"hard"}
+    counts = {}
+    for share in (1.0, 0.1, 0.0):
+        corpus = module.make_corpus(random.Random(4), 2000, 0.0, taken, share)
+        # a filter and a map: `for x in` something, with a condition, of something else than x
+        counts[share] = sum(" if " in code and not re.search(r"[\[(]x for", code) for _, code in corpus)
+    assert counts[0.0] == 0 and 0 < counts[0.1] < counts[1.0] / 4, counts
 
 
 def test_tests_accept_the_solution_and_tell_it_from_others(module):

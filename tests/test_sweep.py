@@ -149,7 +149,7 @@ def test_status_sees_what_runs_and_stopping_the_sweep_stops_it(tmp_path):
     os.utime(log, (silent, silent))
     assert states(grid)["long"] == ("stalled", f"on {socket.gethostname()}, no output for 60 min")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(120) == 130
     assert log.read_text() == "up\nsaved\n"  # it waited for the save, and ran nothing after it
     assert states(grid) == {"long": ("failed", "stopped, before its first checkpoint"),
                             "waits": ("never started", "")}
@@ -169,7 +169,7 @@ def test_torchrun_is_not_told_to_stop_while_its_workers_save(tmp_path):
     log = tmp_path / "out/ranks/log.txt"
     wait_for(lambda: log.exists() and log.read_text().count("up") == 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
+    assert process.wait(120) == 130
     assert log.read_text().count("saved") == 2 and "death signal" not in log.read_text()
     (tmp_path / "out/ranks/resume/step_000003").mkdir(parents=True)
     assert states(grid)["ranks"] == ("failed", "stopped, with a checkpoint to continue from")
@@ -345,7 +345,7 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     lines = [line for line in log("node").splitlines() if line and "Killed" not in line]  # bash may say that
     assert lines == ["up", "up", "0 1"]  # started again once
 
-    assert log("fails").count("ValueError") == 1  # the requeue of one task does not run the others again
+    assert log("fails").count("\nValueError: ") == 1  # the requeue of one task does not run the others again
     assert "2 failed" in sweep("submit", grid, "--rerun", env=cluster.env)
     wait_for(lambda: {state for state, _ in states(grid, env=cluster.env).values()} == {"done"})
     assert (out / "cancelled/job.json").stat().st_mtime > (out / "node/job.json").stat().st_mtime

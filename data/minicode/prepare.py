@@ -375,7 +375,7 @@ def make_row(spec, rng, num_tests):
     }
 
 
-def make_rows(rng, num_train, num_test, num_tests, only_hard):
+def make_rows(rng, num_train, num_test, num_tests, only_hard=False):
     """(train rows, test rows, taken). No two rows share a key or a program; taken holds those of all rows."""
     train, test, taken = [], [], set()
     while len(train) + len(test) < num_train + num_test:
@@ -394,7 +394,7 @@ def make_rows(rng, num_train, num_test, num_tests, only_hard):
     return train, test, taken
 
 
-def make_corpus(rng, size, rate, taken, hard_share):
+def make_corpus(rng, size, rate, taken, hard_share=1.0):
     """(prompt, program) pairs of a weak programmer, of specifications that are not in `taken`; of the hard
     ones, a share.
     """
