@@ -134,14 +134,20 @@ def test_a_sweep_on_this_machine(tmp_path):
     assert states(grid)["second"][0] == "done" and (tmp_path / "out/good/job.json").read_text() == before
 
 
+def start_sweep(grid):
+    """A sweep that Ctrl-C stops, even if the tests themselves run in the background, where it is ignored."""
+    return subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
 def test_status_sees_what_runs_and_stopping_the_sweep_stops_it(tmp_path):
     saves = ("import signal, sys, time;"
              "signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)));"
              "print('up', flush=True); time.sleep(60)")
     grid = write_grid(tmp_path, {"long": f"{sys.executable} -c {shlex.quote(saves)}; echo goes on",
                                  "waits": "true"})
-    process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_sweep(grid)
     log = tmp_path / "out/long/log.txt"
     wait_for(lambda: log.exists() and "up" in log.read_text())
     assert states(grid)["long"][0] == "running" and states(grid)["waits"][0] == "never started"
@@ -164,8 +170,7 @@ def test_torchrun_is_not_told_to_stop_while_its_workers_save(tmp_path):
         "signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)))\n"
         "print('up', flush=True)\ntime.sleep(60)\n")
     grid = write_grid(tmp_path, {"ranks": f"{TORCHRUN} --nproc_per_node=2 {tmp_path}/rank.py"})
-    process = subprocess.Popen([sys.executable, str(ROOT / "paper/sweep.py"), "run", grid],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_sweep(grid)
     log = tmp_path / "out/ranks/log.txt"
     wait_for(lambda: log.exists() and log.read_text().count("up") == 2)
     process.send_signal(signal.SIGTERM)
