@@ -279,10 +279,13 @@ def grow_references(n, folder, line):
 def grow_prompts(n, folder, line):
     """From n rows of 2 sampled completions of 500 tokens and 50 reference rewards to arrays that train."""
     import dataset
+    from model import decode, load_tokenizer
     make_model(folder)
-    tokenizer, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    tokenizer = load_tokenizer(folder / "model")
+    _, model = load(folder / "model", transformers.AutoModelForCausalLM)
     ids = np.random.default_rng(0).integers(3, WORDS, 500)
-    sampled = {"text": tokenizer.decode(ids), "token_ids": ids.tolist(), "finish_reason": "length"}
+    text = decode(tokenizer, tokenizer("w5 w6").input_ids, ids)
+    sampled = {"text": text, "token_ids": ids.tolist(), "finish_reason": "length"}
     row = {"prompt": "w5 w6", "samples": [sampled] * 2, "sample_rewards": [0.1, 0.9],
            "ref_rewards": [k / 50 for k in range(50)]}
     with open(folder / "rows.jsonl", "w") as file:
@@ -340,14 +343,14 @@ def growth(args):
                     values.append(child("growth", f"--point={title}:{x}:{line}", f"--folder={folder}",
                                         python=interpreter(line, args)))
                 print(f"{title} {x:,}, {line}: {values[-1][0]:.3f} s, {values[-1][1]:.3f} GB", flush=True)
-            for axis, numbers in zip((top, bottom), zip(*values)):
-                axis.plot(points, numbers, "o-", label=f"{line}: x^{exponent(points, numbers):.2f}")
+            seconds, memory = zip(*values)
+            top.plot(points, seconds, "o-", label=f"{line}: x^{exponent(points, seconds):.2f}")
+            bottom.plot(points, memory, "o-")
         top.set(title=title, ylim=(0, None))
         bottom.set(xlabel=title, ylim=(0, None))
         top.locator_params("x", nbins=4)
         bottom.locator_params("x", nbins=4)
         top.legend()
-        bottom.legend()
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("peak GB, without loading")
     figure.savefig(args.out, dpi=120)
