@@ -63,7 +63,7 @@ def forward_kl_loss(logps, targets, ref_logps, sampler_logps):
     this imitates the best of 1 + 1/beta references (BoNBoN, arXiv 2406.00832). Where mu is not pi_ref, w
     is truncated at e^MAX_LOG_WEIGHT, or e^target if that is more: a little bias for much less variance.
     """
-    log_weights = targets + ref_logps - sampler_logps  # log(pi*/pi_ref) + log(pi_ref/mu)
+    log_weights = targets + (ref_logps - sampler_logps)  # log(pi*/pi_ref) + log(pi_ref/mu)
     limit = targets.clamp(min=MAX_LOG_WEIGHT)
     return -log_weights.minimum(limit).exp() * logps
 
