@@ -92,7 +92,8 @@ def lines(path):
     for file in files(path):
         try:
             with open(file, "rb", 1 << 20) as f:  # as a line may be long
-                for number, line in enumerate(gzip.open(f) if file.suffix == ".gz" else f, 1):
+                content = gzip.open(f) if file.suffix == ".gz" else f
+                for number, line in enumerate(content, 1):
                     if not line.isspace():
                         yield f"{file}:{number}", line
         except (OSError, EOFError) as error:

@@ -10,8 +10,8 @@ about 140 with a long tail. `sample` also takes a model and prompts of yours, in
 
     python tests/bench.py sample --model=SmolLM2 --data=prompts.jsonl --n=16 --limit=128 --vllm_python=PYTHON
 
-Every run is a process of its own, and the best of --repeat counts. Times exclude
-imports and loading and include everything else: for training the reference pass, too. Use a quiet machine.
+Every run is a process of its own, and the best of --repeat counts. Times exclude imports and loading and
+include everything else: for training the reference pass, too. Use a quiet machine.
 """
 import argparse
 import json
@@ -367,7 +367,6 @@ def interpreter(side, args):
     return getattr(args, ENVIRONMENT[side]) if side in ENVIRONMENT else sys.executable
 
 
-
 def gigabytes():
     """The most memory that this process has used so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
@@ -414,6 +413,8 @@ def main():
             return growth(args)
         title, x, line = args.point.split(":")
         return print(json.dumps(grow(title, int(x), line, args.folder)))
+    if bool(args.model) != bool(args.data) or args.model and args.what != "sample":
+        parser.error("--model and --data go together, and are for sample")
     unit, n, sides = SIDES[args.what]
     args.n = args.n or n
     if args.side:

@@ -345,3 +345,11 @@ def test_only_the_states_before_completion_tokens_are_supervised():
     supervised = grad.abs().sum(-1) > 0
     for i in range(4):  # the state at t predicts the token at t+1
         assert supervised[i].nonzero()[:, 0].tolist() == list(range(prompt_lens[i] - 1, lens[i] - 1))
+
+
+def test_forward_kl_truncates_the_weights_of_another_policy_only():
+    targets = torch.tensor([4.0, 4.0, 1.0, 1.0])
+    log_ref_over_sampler = torch.tensor([0.0, 1.0, 5.0, -1.0])
+    loss = qrpo.forward_kl_loss(torch.full((4,), -2.0), targets, log_ref_over_sampler, torch.zeros(4))
+    expected = 2 * torch.tensor([4.0, 4.0, 3.0, 0.0]).exp()  # a reference's whole; at most e^target or e^3
+    torch.testing.assert_close(loss, expected)
