@@ -27,6 +27,7 @@ import transformers
 from tqdm import tqdm
 
 import rows
+from kv_cache import Cache
 from model import (backbone, context_length, decode, end_ids, get_device, identity, keep_freed_memory, load,
                    load_model, load_tokenizer, output_layer, pad, row_prompt_ids, sampling_dtype)
 
@@ -82,7 +83,10 @@ def token_probs(logits, args):
     """The distribution to sample from, not normalised, (batch, vocab). Another sampling rule is one
     line here.
     """
-    probs = torch.softmax(logits.float() / args.temperature, -1)
+    logits = logits.float()
+    if args.temperature != 1:
+        logits = logits / args.temperature
+    probs = torch.softmax(logits, -1)
     if args.top_p < 1:
         probs = keep_top_p(probs, args.top_p)
     return probs
@@ -113,70 +117,6 @@ def sample_tokens(logits, u, args):
 
 # ---- the sampler ----
 
-class Cache(transformers.Cache):
-    """Keys and values of the active completions, written in place: a DynamicCache copies all of them at
-    every step.
-
-    Each buffer is (batch_size, heads, columns, dim). Completion i is row i; its tokens end at column
-    `end`, the same for all, so that a step writes one column, and begin at starts[i]. The rows in use
-    are the first len(starts):
-
-        . . a a a a a a _ _     starts = [2, 4, 5], end = 8. `join` adds one below, which ends at `end`;
-        . . . . b b b b _ _     `leave` moves the last one into the place of one that ended; if no column is
-        . . . . . c c c _ _     left, `make_room` copies all of them to the left of a wider buffer
-    """
-
-    FREE_COLUMNS = 128  # in new buffers: steps until they are copied again
-
-    def __init__(self, batch_size):
-        super().__init__(layers=[])
-        self.max_rows, self.buffers, self.starts, self.end = batch_size, [], [], 0
-
-    def get_seq_length(self, layer_idx=0):
-        return self.end - min(self.starts)  # the model does not see the columns before all starts
-
-    def get_mask_sizes(self, query_length, layer_idx):
-        return self.get_seq_length() + query_length, 0
-
-    def update(self, keys, values, layer_idx, *args, **kwargs):
-        n, first = len(self.starts), min(self.starts)
-        pair = self.buffers[2 * layer_idx:2 * layer_idx + 2]
-        for buffer, new in zip(pair, (keys, values)):
-            buffer[:n, :, self.end] = new[:, :, 0]
-        return [buffer[:n, :, first:self.end + 1] for buffer in pair]
-
-    def make_room(self, before=0):
-        """New buffers with free columns, the completions at their left end but at least `before`
-        columns from it.
-        """
-        n, first = len(self.starts), min(self.starts, default=self.end)
-        end = max(before, self.end - first)
-        shift = end - self.end
-        for i, old in enumerate(self.buffers):  # zeros: what is masked must still be finite
-            _, heads, _, dim = old.shape
-            self.buffers[i] = old.new_zeros(self.max_rows, heads, end + self.FREE_COLUMNS, dim)
-            self.buffers[i][:n, :, first + shift:end] = old[:n, :, first:self.end]
-        self.starts, self.end = [start + shift for start in self.starts], end
-
-    def join(self, prefix, i, length):
-        """A new last completion: the first `length` tokens of row i of the tensors in `prefix`."""
-        if not self.buffers:
-            self.buffers = [tensor[:0, :, :0] for tensor in prefix]
-        if self.end < length:
-            self.make_room(length)
-        for buffer, tensor in zip(self.buffers, prefix):
-            buffer[len(self.starts), :, self.end - length:self.end] = tensor[i, :, :length]
-        self.starts.append(self.end - length)
-
-    def leave(self, i):
-        """Completion i has ended: the last one takes its row."""
-        last = self.starts.pop()
-        if i < len(self.starts):
-            self.starts[i] = last
-            for buffer in self.buffers:
-                buffer[i, :, last:self.end] = buffer[len(self.starts), :, last:self.end]
-
-
 class Completion:
     """A completion that is being sampled: its token ids so far, and a random number for each that it
     may get.
@@ -188,34 +128,31 @@ class Completion:
         self.u = generator.random(request["limit"], np.float32)
 
 
-def prefill(model, requests, args):
+def prefill(model, cache, requests, args):
     """One forward pass over some prompts; yields each of their completions with what it starts from."""
     if not requests:
         return
-    cache = transformers.DynamicCache()
+    read = transformers.DynamicCache()
     # padded on the right without a mask: the padding comes after everything that a causal model can look at
     tokens = pad([request["prompt"] for request in requests], model.device)
-    hidden = backbone(model)(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
-    prefix = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    hidden = backbone(model)(input_ids=tokens, past_key_values=read, use_cache=True).last_hidden_state
+    tensors = [tensor for layer in read.layers for tensor in (layer.keys, layer.values)]
+    first = cache.add_prompts(tensors, [len(request["prompt"]) for request in requests])
     for i, request in enumerate(requests):
-        length = len(request["prompt"])
+        last = len(request["prompt"]) - 1
         request["completions"] = [Completion(request, k, args) for k in range(args.num_refs)]
         request["missing"] = args.num_refs
         for completion in request["completions"]:
-            completion.prefix = prefix, i, length
-            completion.hidden = hidden[i:i + 1, length - 1]  # predicts its first token, (1, dim)
+            completion.prompt = first + i
+            completion.hidden = hidden[i:i + 1, last]  # predicts its first token, (1, dim)
             yield completion
 
 
 def decode_step(model, cache, tokens):
     """The last hidden states after one more token each, (batch, dim)."""
-    if cache.end == cache.buffers[0].shape[2]:
-        cache.make_room()
-    starts = torch.tensor(cache.starts, device=model.device)[:, None]
-    mask = torch.arange(min(cache.starts), cache.end + 1, device=model.device) >= starts
-    output = backbone(model)(input_ids=tokens[:, None], attention_mask=mask.long(),
-                              position_ids=cache.end - starts, past_key_values=cache, use_cache=True)
-    cache.end += 1
+    with cache.step(model) as (mask, positions):
+        output = backbone(model)(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions,
+                                 past_key_values=cache, use_cache=True)
     return output.last_hidden_state[:, -1]
 
 
@@ -228,23 +165,25 @@ def sample(model, requests, args, ends):
     time; when one ends, the next takes its place. Each prompt is read once, in one forward pass with
     its neighbours.
     """
+    if not hasattr(model, "shares_prompts"):
+        check_sampler(model)
     logits_of, requests = output_layer(model), iter(requests)
     prompts_at_a_time = math.ceil(args.batch_size / (4 * args.num_refs))  # enough to fill the machine
-    cache = Cache(args.batch_size)
+    cache = Cache(args.batch_size, model.shares_prompts)
     ready = collections.deque()  # completions whose prompt has been read
     active = []                  # active[i] is row i of the cache
     hidden = []                  # tensors (n, dim) that together predict the next token of each of them
     while True:
         while len(active) < args.batch_size:
             if not ready:
-                ready.extend(prefill(model, list(itertools.islice(requests, prompts_at_a_time)), args))
+                ready.extend(prefill(model, cache, list(itertools.islice(requests, prompts_at_a_time)), args))
             if not ready:
                 break
             completion = ready.popleft()
-            cache.join(*completion.prefix)
+            cache.join(completion.prompt)
             active.append(completion)
             hidden.append(completion.hidden)
-            del completion.prefix, completion.hidden
+            del completion.hidden
         if not active:
             return
 
@@ -269,30 +208,44 @@ def sample(model, requests, args, ends):
 
 
 @torch.no_grad()
-def check_sampler(model, args):
-    """Refuse a model whose cache `sample` does not carry (a recurrent state, say): two sequences of
-    different lengths, token by token, must give the hidden states that the model finds without a cache.
+def check_sampler(model):
+    """Set model.shares_prompts: whether it can read a prompt once for all its completions (`attend` in
+    kv_cache.py). Refuse a model whose cache `sample` does not carry at all, such as a recurrent state.
+    """
+    for shares in (True, False):
+        if shares and model.device.type != "cpu":
+            continue
+        try:
+            try_cache(model, Cache(2, shares))
+        except Exception as failure:  # whatever the code of a family raises
+            error = failure
+        else:
+            model.shares_prompts = shares
+            return
+    rows.fail(f"{model.name_or_path}: a {model.config.model_type} model has a cache or recurrent state that "
+              f"this sampler does not carry ({error}); give --engine=vllm")
+
+
+def try_cache(model, cache):
+    """ValueError if two sequences of different lengths, token by token, do not get the hidden states that
+    the model finds without a cache.
     """
     vocab, steps = model.config.get_text_config().vocab_size, 8
     sequences = [[(31 * i + 7) % vocab for i in range(length + steps)] for length in (3, 12)]
     requests = [{"row": {"id": i}, "prompt": ids[:-steps], "limit": 1} for i, ids in enumerate(sequences)]
-    cache = Cache(2)
-    try:
-        for completion in prefill(model, requests, argparse.Namespace(**vars(args) | {"num_refs": 1})):
-            cache.join(*completion.prefix)
-        states = []  # of each step, (2, dim)
-        for i in range(steps, 0, -1):
-            tokens = torch.tensor([ids[-i] for ids in sequences], device=model.device)
-            states.append(decode_step(model, cache, tokens))
-        for ids, found in zip(sequences, torch.stack(states, 1)):  # (steps, dim)
-            ids = torch.tensor([ids], device=model.device)
-            own = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -steps:]
-            error = (found - own).abs().mean(1).median()  # in bfloat16, single tokens may go to other experts
-            if not error < (0.01 if model.dtype == torch.float32 else 0.1) * own.std():
-                raise ValueError("with its cache it computes other states than without")
-    except Exception as error:  # whatever the code of a family raises
-        rows.fail(f"{args.model}: a {model.config.model_type} model has a cache or recurrent state that this "
-                  f"sampler does not carry ({error}); give --engine=vllm")
+    args = argparse.Namespace(num_refs=1, seed=0, field="samples")
+    for completion in prefill(model, cache, requests, args):
+        cache.join(completion.prompt)
+    states = []  # of each step, (2, dim)
+    for i in range(steps, 0, -1):
+        tokens = torch.tensor([ids[-i] for ids in sequences], device=model.device)
+        states.append(decode_step(model, cache, tokens))
+    for ids, found in zip(sequences, torch.stack(states, 1)):  # (steps, dim)
+        ids = torch.tensor([ids], device=model.device)
+        own = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -steps:]
+        error = (found - own).abs().mean(1).median()  # in bfloat16, single tokens may go to other experts
+        if not error < (0.01 if model.dtype == torch.float32 else 0.1) * own.std():
+            raise ValueError("with its cache it computes other states than without")
 
 
 def sample_vllm(model, requests, args, ends):
@@ -385,7 +338,7 @@ def main():
         config = load(transformers.AutoConfig, args.model, trust_remote_code=args.trust_remote_code)
         dtype = sampling_dtype(args.dtype, device, config)
         model = load_model(args.model, dtype, device, args.trust_remote_code)
-        check_sampler(model, args)
+        check_sampler(model)
     ends, context = end_ids(model, tokenizer), context_length(model)
 
     settings = vars(args).copy()

@@ -28,8 +28,7 @@ trap 'exit $(($? ? $? : 143))' TERM  # when the stage in hand has saved, with it
 [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$(dirname "${BASH_SOURCE[0]}")/train.py" ] && cd "$SLURM_SUBMIT_DIR" \
     || cd "$(dirname "${BASH_SOURCE[0]}")"  # SLURM runs a copy of this file from its spool folder
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}  # torchrun's 30 s are too short to save
-# shellcheck disable=SC2086
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}  # idle threads sleep: on a busy machine, spinning costs 20 times
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}  # a thread without work soon sleeps, and does not hold up other work
 
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=.venv/bin/python

@@ -123,6 +123,7 @@ def start_engine(engine, folder, args, longest):
     """The model that generate_refs.py samples with. vLLM's engine starts here, where no time counts it."""
     import generate_refs
     if engine == "torch":
+        generate_refs.keep_freed_memory(torch.device("cpu"))  # as it does itself
         return load(folder / "model", transformers.AutoModelForCausalLM)[1]
     llm = generate_refs.start_vllm(args, longest)
     generate_refs.start_vllm = lambda *_: llm
