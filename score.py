@@ -322,6 +322,8 @@ class RewardModel:
                 self.limit = min(self.limit, module.num_embeddings - module.padding_idx - 1)
         self.budget = args.batch_tokens or (16384 if self.device.type == "cuda" else 1024)
         self.cut = 0  # completions whose end was not seen
+        self.model.config.get_text_config().use_cache = False
+        self.causal = self.is_causal()
 
     def ids(self, prompt, completion):
         """The token ids that the model reads, cut at the end; None if nothing of the completion is
@@ -345,6 +347,20 @@ class RewardModel:
         return ids[:self.limit]
 
     @torch.no_grad()
+    def is_causal(self):
+        """Whether tokens look at earlier ones only, so that padding on the right needs no mask: attention
+        without one takes half the time.
+        """
+        ids = torch.arange(16, device=self.device)[None]
+        try:
+            start, whole = (
+                self.model(input_ids=part, output_hidden_states=True).hidden_states[-1][0, :8]
+                for part in (ids[:, :8], ids))
+        except Exception:  # such a model may return whatever it likes
+            return False
+        return bool((start - whole).abs().median() < 0.01 * whole.std())
+
+    @torch.no_grad()
     def scores(self, batch):
         """One float for each list of token ids in the batch; None where the model gives NaN."""
         # right padding with a token that the batch does not hold: the classifier finds the last token by
@@ -354,7 +370,9 @@ class RewardModel:
         self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
         width = max(map(len, batch))
         tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids in batch], device=self.device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=self.device)
+        mask = None
+        if not self.causal:
+            mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=self.device)
         output = self.model(input_ids=tokens, attention_mask=mask)
         score = getattr(output, "score", None)
         if score is None:

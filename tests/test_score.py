@@ -109,7 +109,17 @@ def test_a_reward_model_gives_its_logit_at_the_last_token(reward_model, tmp_path
     assert abs(reward - by_hand) < 1e-5
 
 
-def test_a_reward_model_gives_the_same_at_every_batch_size(reward_model, tmp_path):
+@pytest.mark.parametrize("causal", (True, False))
+def test_a_reward_model_gives_the_same_at_every_batch_size(reward_model, tmp_path, causal):
+    if not causal:  # tokens look at later ones, too, so padding must be masked
+        torch.manual_seed(1)
+        config = transformers.BertConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_labels=1, initializer_range=0.3)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(reward_model)
+        reward_model = tmp_path / "bert"
+        transformers.BertForSequenceClassification(config).save_pretrained(reward_model)
+        tokenizer.save_pretrained(reward_model)
     chat = {"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes",
             "rejected": [{"role": "assistant", "content": "no"}]}
     found = []
@@ -133,6 +143,7 @@ def test_batches_stay_within_batch_tokens_and_fill_it(reward_model, tmp_path, mo
     monkeypatch.setattr(transformers.LlamaForSequenceClassification, "forward", recorded)
     row = {"prompt": "p", "ref_completions": [{"text": "a" * n} for n in (1, 30, 2, 40, 3, 50)]}
     score(tmp_path, [row] * 8, f"model:{reward_model}", "--batch_tokens=400")
+    sizes = sizes[2:]  # the first two find out whether it is causal
     assert sum(n for n, _ in sizes) == 48 and all(n * width <= 400 for n, width in sizes)
     assert len(sizes) <= 6  # of similar lengths; the 2,000 tokens or so would fill 5
 
