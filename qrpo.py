@@ -302,8 +302,9 @@ def completion_logps(hidden, tokens, prompt_lens, lens, output_layer):
     """
     position = torch.arange(1, tokens.shape[1], device=tokens.device)
     in_completion = (position >= prompt_lens[:, None]) & (position < lens[:, None])  # (batch, time-1)
-    states = hidden[:, :-1][in_completion]  # (n, dim)
-    labels = tokens[:, 1:][in_completion]   # (n,)
+    where = in_completion.nonzero(as_tuple=True)  # waits for a GPU, so only once
+    states = hidden[:, :-1][where]  # (n, dim)
+    labels = tokens[:, 1:][where]   # (n,)
 
     def chunk_logps(states, labels):
         return TokenLogps.apply(output_layer(states), labels)
@@ -311,7 +312,7 @@ def completion_logps(hidden, tokens, prompt_lens, lens, output_layer):
     *chunks, last = zip(states.split(CHUNK), labels.split(CHUNK))
     token_logps = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks]
     token_logps = torch.cat([*token_logps, chunk_logps(*last)])  # (n,)
-    table = torch.zeros(in_completion.shape, device=tokens.device).masked_scatter(in_completion, token_logps)
+    table = torch.zeros(in_completion.shape, device=tokens.device).index_put(where, token_logps)
     return table.sum(1)
 
 

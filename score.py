@@ -372,7 +372,8 @@ class RewardModel:
         tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids in batch], device=self.device)
         mask = None
         if not self.causal:
-            mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=self.device)
+            lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
+            mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
         output = self.model(input_ids=tokens, attention_mask=mask)
         score = getattr(output, "score", None)
         if score is None:

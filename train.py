@@ -581,26 +581,29 @@ for step in bar:
         # however they are split. A filler of a rank without work counts 0.
         (loss.sum() * works * world / len(terms)).backward()
         add(totals, metrics(b, logps.detach(), loss.detach()), works)
-    row = means(totals)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+    if args.shard:
+        grad_norm = grad_norm.full_tensor()
+    add(totals, {"grad_norm": grad_norm}, True)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    row = means(totals)  # the step's only wait for the device
     drift_limit = DRIFT_LIMIT[dtype] * np.mean(1 / np.sqrt(lengths))  # in nats per token
     if step == 0 and not args.ref_model and not row["drift"] < drift_limit:
         rows.fail(f"step 0: the policy's log-probabilities are {row['drift']:.2g} nats per token from the "
                   f"reference's (limit {drift_limit:.2g}). Most likely {cache} was made with another "
                   "model (delete it), or the model is not deterministic")
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-    grad_norm = grad_norm.full_tensor().item() if args.shard else grad_norm.item()
-    if not math.isfinite(grad_norm):
+    if not math.isfinite(row["grad_norm"]):
         ids = sorted(set(train_data.ids[train_data.row[terms.reshape(-1)]].tolist()))
-        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {grad_norm}; nothing was saved since "
+        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; nothing was saved since "
                   "the last checkpoint. Lower --learning_rate or raise --beta, and look at this step's rows, "
                   f"{', '.join(ids)}")
-    optimizer.step()
-    optimizer.zero_grad()
 
     done = step + 1
     seconds = time.time() - started
     tokens_per_second = int(train_data.lens[terms].sum()) / seconds
-    row |= {"grad_norm": grad_norm, "learning_rate": learning_rate(step), "epoch": done / steps_per_epoch,
+    row |= {"learning_rate": learning_rate(step), "epoch": done / steps_per_epoch,
             "seconds": seconds, "tokens_per_second": tokens_per_second}
     if peak_flops(device):
         row["share_of_peak"] = flops * tokens_per_second / world / peak_flops(device)
