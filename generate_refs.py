@@ -169,7 +169,7 @@ def sample(model, requests, args, ends):
         check_sampler(model)
     logits_of, requests = output_layer(model), iter(requests)
     prompts_at_a_time = math.ceil(args.batch_size / (4 * args.num_refs))  # enough to fill the machine
-    cache = Cache(args.batch_size, model.shares_prompts)
+    cache = Cache(args.batch_size, share=model.shares_prompts and args.num_refs > 1)
     ready = collections.deque()  # completions whose prompt has been read
     active = []                  # active[i] is row i of the cache
     hidden = []                  # tensors (n, dim) that together predict the next token of each of them

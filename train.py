@@ -596,9 +596,9 @@ for step in bar:
                   "model (delete it), or the model is not deterministic")
     if not math.isfinite(row["grad_norm"]):
         ids = sorted(set(train_data.ids[train_data.row[terms.reshape(-1)]].tolist()))
-        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; nothing was saved since "
-                  "the last checkpoint. Lower --learning_rate or raise --beta, and look at this step's rows, "
-                  f"{', '.join(ids)}")
+        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; nothing was saved "
+                  "since the last checkpoint. Lower --learning_rate or raise --beta, and look at this "
+                  f"step's rows, {', '.join(ids)}")
 
     done = step + 1
     seconds = time.time() - started
