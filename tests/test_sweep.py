@@ -298,9 +298,12 @@ def cluster(request, monkeypatch):
         cluster.down()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", (1,), indirect=True)
 def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
-    """Most of its time passes until SLURM's shortest time limit, a minute, which SLURM checks every 30 s."""
+    """Guards that failures, time limits and dead nodes are seen, and queued again. Most of its time passes
+    until SLURM's shortest time limit, a minute, which SLURM checks every 30 s.
+    """
     slow = tmp_path / "slow.py"  # train.py, but sleeps at every step until it has saved
     slow.write_text("import runpy, sys, time, torch\nfrom pathlib import Path\n"
                     f"sys.path.insert(0, {str(ROOT)!r})\n"
