@@ -34,8 +34,14 @@ class Cache(transformers.Cache):
 
     def __init__(self, batch_size, share):
         super().__init__(layers=[])
-        self.max_rows, self.buffers, self.starts, self.end = batch_size, [], [], 0
-        self.share, self.prompts, self.lengths, self.prompt_of = share, [], [], []
+        self.max_rows = batch_size
+        self.share = share
+        self.buffers = []    # keys and values of each layer
+        self.starts = []     # of each active completion
+        self.end = 0
+        self.prompts = []    # keys and values of each layer
+        self.lengths = []    # of each prompt, in tokens
+        self.prompt_of = []  # of each active completion
 
     # ---- what transformers calls ----
 
@@ -86,9 +92,11 @@ class Cache(transformers.Cache):
 
     def leave(self, i):
         """Completion i has ended: the last one takes its row."""
-        start, number = self.starts.pop(), self.prompt_of.pop()
+        start = self.starts.pop()
+        number = self.prompt_of.pop()
         if i < len(self.starts):
-            self.starts[i], self.prompt_of[i] = start, number
+            self.starts[i] = start
+            self.prompt_of[i] = number
             for buffer in self.buffers:
                 buffer[i, :, start:self.end] = buffer[len(self.starts), :, start:self.end]
 
@@ -124,7 +132,8 @@ class Cache(transformers.Cache):
             lengths = torch.tensor(self.lengths)
             positions += lengths[self.prompt_of, None]
             prompt_mask = torch.arange(max(self.lengths)) < lengths[:, None]
-            self.bias, self.prompt_bias = self.as_bias(mask), self.as_bias(prompt_mask)
+            self.bias = self.as_bias(mask)
+            self.prompt_bias = self.as_bias(prompt_mask)
             self.group_by_prompt()
             mask = None
         try:
@@ -142,13 +151,17 @@ class Cache(transformers.Cache):
         """group (prompts, most): the completions of each prompt, filled up with completion 0. place: two
         tensors (n,), where each completion is in it.
         """
-        members, places = [[] for _ in self.lengths], []
+        members = [[] for _ in self.lengths]
+        places = []
         for i, number in enumerate(self.prompt_of):
             places.append((number, len(members[number])))
             members[number].append(i)
         most = max(map(len, members))
         self.group = torch.tensor([m + [0] * (most - len(m)) for m in members])
         self.place = torch.tensor(places).unbind(1)
+
+
+HARMLESS = "position_ids", "use_cache"  # arguments that do not change attention
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -180,9 +193,6 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     weight = torch.sigmoid(of_each(log_prompt) - log_own)[..., None]  # at least float32
     mean = own.to(weight.dtype).lerp(of_each(prompt).to(weight.dtype), weight)
     return mean.to(value.dtype).reshape(n, 1, -1, value.shape[-1]), None
-
-
-HARMLESS = "position_ids", "use_cache"  # arguments that do not change attention
 
 
 def only_causal(mask_function, **kwargs):

@@ -588,7 +588,7 @@ for step in bar:
     optimizer.step()
     optimizer.zero_grad()
 
-    row = means(totals)  # the step's only wait for the device
+    row = means(totals)  # waits for the device, once for all metrics and with the whole step in its queue
     drift_limit = DRIFT_LIMIT[dtype] * np.mean(1 / np.sqrt(lengths))  # in nats per token
     if step == 0 and not args.ref_model and not row["drift"] < drift_limit:
         rows.fail(f"step 0: the policy's log-probabilities are {row['drift']:.2g} nats per token from the "

@@ -122,8 +122,9 @@ def sampling_args(folder, n, engine, batch_size):
 def start_engine(engine, folder, args, longest):
     """The model that generate_refs.py samples with. vLLM's engine starts here, where no time counts it."""
     import generate_refs
+    from model import keep_freed_memory
     if engine == "torch":
-        generate_refs.keep_freed_memory(torch.device("cpu"))  # as it does itself
+        keep_freed_memory(torch.device("cpu"))  # as it does itself
         return load(folder / "model", transformers.AutoModelForCausalLM)[1]
     llm = generate_refs.start_vllm(args, longest)
     generate_refs.start_vllm = lambda *_: llm
