@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -449,15 +448,13 @@ def load(path, cache, model_path, tokenizer, model, choices):
     code = [Path(__file__).with_name(name).read_text() for name in CODE]
     key = rows.fingerprint([files, identity(model_path), tokenizer.template_args, choices, code])
     folder = Path(cache) / f"data-{key}"
-    rank, world = rows.share()
+    rank, world = rows.rank_and_world()
     if rank == 0:
         with rows.locked(folder):  # another run may share the cache
             if not folder.exists():
-                new = folder.with_name(f".new_{folder.name}")
-                shutil.rmtree(new, ignore_errors=True)  # of a killed run
-                new.mkdir()
-                build(new, path, tokenizer, model, choices)
-                os.replace(new, folder)
+                with rows.replacing(folder) as new:
+                    new.mkdir()
+                    build(new, path, tokenizer, model, choices)
     if world > 1:
         dist.barrier()
     about = rows.load_json(folder / "about.json")
@@ -549,7 +546,7 @@ def all_logps(policy, data, budget, device):
     """log pi of every completion, float32 numpy (n,): a forward pass shared by the ranks. policy: a
     model.Policy.
     """
-    rank, world = rows.share()
+    rank, world = rows.rank_and_world()
     out = torch.zeros(len(data.lens), dtype=torch.float32, device=device)
     every = np.arange(len(data.lens))[:, None]
     with tqdm(total=len(out), desc="log-probabilities", unit="completion", disable=rank != 0) as bar:

@@ -109,7 +109,7 @@ def load_skeleton(path, dtype, device, trust_remote_code=False):
     stored, to its CPU.
     """
     source = None
-    if rows.share()[0] == 0:
+    if rows.rank_and_world()[0] == 0:
         source = load_model(path, "auto", torch.device("cpu"), trust_remote_code)
         frozen = [name for name, parameter in source.named_parameters() if not parameter.requires_grad]
         facts = [(source.config, source.generation_config, source.logit_rule, frozen)]

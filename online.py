@@ -81,7 +81,7 @@ FREE = "data", "out", "batch_size", "micro_batch_tokens", "save_every"  # what m
 
 for signum in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(signum, lambda *_: sys.exit(75))  # what was saved is complete: "start me again"
-rank, world = rows.share()
+rank, world = rows.rank_and_world()
 if args.prompts % world:
     rows.fail(f"--prompts={args.prompts} must be a multiple of the {world} processes, which share them")
 device = get_device()

@@ -9,7 +9,6 @@ script run but its own.
 """
 import base64
 import hashlib
-import os
 from html import escape
 from itertools import islice
 from string import Template
@@ -100,10 +99,8 @@ def write(args, numbers, pictures, means, completions):
         numbers="".join("\n<tr><td>" + "<td>".join(map(escape, line)) for line in numbers),
         pictures="".join(images), prompts=PROMPTS, completions=COMPLETIONS, lines="\n".join(lines),
         headings="".join(f"<th><button>{escape(heading)}</button>" for heading in headings))
-    new = args.out / ".report.html.new"
-    with rows.writing(args.out / "report.html"):
+    with rows.replacing(args.out / "report.html") as new:
         new.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(new, args.out / "report.html")
     return "report.html"
 
 

@@ -18,6 +18,7 @@ import json
 import marshal
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -230,14 +231,34 @@ def keep_while(file, wanted):
     file.truncate(end)
 
 
-def write_json(path, value):
-    """Write a JSON file completely or not at all."""
+@contextlib.contextmanager
+def replacing(path):
+    """Write a file or a folder completely or not at all: yields a path beside `path`, and moves what was
+    written there to `path` when the block ends. What a killed process left there is deleted first.
+    """
     path = Path(path)
     new = path.with_name(f".{path.name}.new")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
+        remove(new)
+        yield new
+        if path.is_dir():  # a folder cannot be moved onto another
+            remove(path)
         os.replace(new, path)
+
+
+def remove(path):
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a JSON file completely or not at all."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
 
 
 def load_json(path):
@@ -259,9 +280,15 @@ def fingerprint(value):
 
 # ---- a stage: rows in, the same rows with more fields out ----
 
-def share():
+def rank_and_world():
     """(rank, world): this process among those that torchrun started, which share the work."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None and world is None:
+        return 0, 1
+    if not (rank and world and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        fail(f"RANK={rank} and WORLD_SIZE={world} in the environment do not name one of several processes; "
+             "start with torchrun, or unset both")
+    return int(rank), int(world)
 
 
 def continue_stage(data, out, settings, check, require=("prompt",)):
@@ -274,7 +301,7 @@ def continue_stage(data, out, settings, check, require=("prompt",)):
     """
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda *_: sys.exit(75))  # complete rows are on disk: "start me again"
-    rank, world = share()
+    rank, world = rank_and_world()
     out = Path(out)
     if out.exists() and not out.is_dir():
         fail(f"{out}: is a file; --out must name a folder")

@@ -434,7 +434,7 @@ def main():
         settings["reward"] += f" as {args.name}"
     left, part = rows.continue_stage(
         args.data, args.out, settings, check=lambda row: unrewarded(row, made_by, reward_of))
-    bar = tqdm(total=len(left), unit="row", desc="score", disable=rows.share()[0] != 0, smoothing=0)
+    bar = tqdm(total=len(left), unit="row", desc="score", disable=rows.rank_and_world()[0] != 0, smoothing=0)
     kept = known = unknown = 0
     total, started = 0.0, time.time()
 
@@ -466,7 +466,7 @@ def main():
         bar.set_postfix_str(f"{speed:,.1f} rewards/s, {unknown} unknown", refresh=False)
         bar.update()
     bar.close()
-    if left and rows.share()[0] == 0:
+    if left and rows.rank_and_world()[0] == 0:
         mean = total / known if known else math.nan
         print(f"{args.out}: {known} rewards, mean {mean:.4f}; {unknown} unknown (null); {kept} rows "
               "already had all their rewards")

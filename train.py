@@ -181,7 +181,7 @@ if args.shard and "RANK" not in os.environ:
 out = Path(args.out)
 for signum in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(signum, lambda *_: sys.exit(75))  # there is nothing to save yet: "start me again"
-rank, world = rows.share()
+rank, world = rows.rank_and_world()
 main_process = rank == 0
 device = get_device()
 keep_freed_memory(device)

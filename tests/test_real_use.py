@@ -394,7 +394,7 @@ def test_what_a_killed_process_left_in_the_cache_blocks_nobody(tiny, rewarded, t
     call("train.py", *flags, f"--out={tmp_path / 'one'}")
     for path in list((tmp_path / "cache").iterdir()):  # as if both had been killed while they were written
         if path.suffix != ".lock":
-            path.rename(path.with_name(f".new_{path.name}"))
+            path.rename(path.with_name(f".{path.name}.new"))
     call("train.py", *flags, f"--out={tmp_path / 'two'}")
     assert (tmp_path / "two" / "model.safetensors").read_bytes() == (
         tmp_path / "one" / "model.safetensors").read_bytes()

@@ -537,11 +537,8 @@ def arguments():
 
 def write_rows(path, table):
     """Write a JSONL file completely or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    with rows.writing(path):
-        with open(new, "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in table)
-        os.replace(new, path)
+    with rows.replacing(path) as new, open(new, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in table)
 
 
 def main():
