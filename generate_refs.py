@@ -361,7 +361,8 @@ def main():
     left, part = rows.continue_stage(args.data, args.out, settings, check=request)
     requests = (request(row) for row in rows.select(args.data, left))
     args.batch_size = min(args.batch_size, args.num_refs * max(1, len(left)))
-    bar = tqdm(total=len(left), unit="prompt", desc="generate", disable=rows.rank_and_world()[0] != 0, smoothing=0)
+    bar = tqdm(total=len(left), unit="prompt", desc="generate", smoothing=0,
+               disable=rows.rank_and_world()[0] != 0)
     made_by = {name: getattr(args, name) for name in ("model", "temperature", "top_p", "template_args")}
     total, start = 0, time.time()
     for row, completions in ENGINES[args.engine](model, requests, args, ends):

@@ -434,7 +434,8 @@ def main():
         settings["reward"] += f" as {args.name}"
     left, part = rows.continue_stage(
         args.data, args.out, settings, check=lambda row: unrewarded(row, made_by, reward_of))
-    bar = tqdm(total=len(left), unit="row", desc="score", disable=rows.rank_and_world()[0] != 0, smoothing=0)
+    bar = tqdm(total=len(left), unit="row", desc="score", smoothing=0,
+               disable=rows.rank_and_world()[0] != 0)
     kept = known = unknown = 0
     total, started = 0.0, time.time()
 
