@@ -8,14 +8,20 @@ same tokens.
 """
 import contextlib
 import ctypes
+import datetime
 import hashlib
+import math
 import os
 import platform
+import shutil
+import warnings
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import distribute_tensor
 
 import qrpo
@@ -23,6 +29,8 @@ import rows
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# dcp says so on every save of a single process
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 # ---- device and dtype ----
@@ -33,6 +41,32 @@ def get_device():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def start_processes(device):
+    """Join the processes that torchrun started, if any: gloo between CPUs, NCCL between GPUs. Returns
+    (rank, world).
+    """
+    rank, world = rows.rank_and_world()
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    return rank, world
+
+
+def barrier():
+    """Wait for all processes, on the CPU: for hours, if need be, while one reads the data or saves."""
+    if dist.is_initialized():
+        dist.barrier(timeout=datetime.timedelta(hours=12))
+
+
+def any_rank(flag):
+    """Whether the flag is true in any process."""
+    if not dist.is_initialized():
+        return flag
+    flag = torch.tensor(float(flag))  # on the CPU: waits for no GPU
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
 
 
 def get_dtype(name, device):
@@ -461,6 +495,65 @@ def shard(policy, dtype, device):
             buffer.copy_(from_rank_0(name, buffer))
             dist.broadcast(buffer, 0)
     return policy
+
+
+def checkpoint_activations(model):
+    """Recompute the activations of every layer in the backward pass: less memory, slower."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():  # these layers recompute only in training mode; dropout stays off
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+# ---- optimisation, and the state of a run to resume from ----
+
+def cosine(step, num_steps, warmup):
+    """The share of the peak learning rate at a step: linear warm-up over that share of the steps, then a
+    cosine to 0.
+    """
+    warmup = math.ceil(warmup * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1)))
+
+
+def trained_state(policy, optimizer):
+    """The trained parameters and AdamW's state by name, as tensors that can be saved and loaded in place.
+    Nothing else is needed: the only randomness of a step is the order of the data, which its number gives.
+    """
+    trained_only = StateDictOptions(ignore_frozen_params=True, strict=False)
+    weights, state = get_state_dict(policy, optimizer, options=trained_only)
+    return {"weights": weights, "optimizer": state}
+
+
+def save_state(folder, step, policy, optimizer):
+    """FOLDER/step_N, of which every rank writes its part; older ones are deleted. dcp writes .metadata last,
+    so a folder with that file is complete.
+    """
+    with rows.writing(folder):
+        try:
+            dcp.save(trained_state(policy, optimizer), checkpoint_id=folder / f"step_{step:06d}",
+                     no_dist=not dist.is_initialized())
+        except dcp.CheckpointException as error:  # such as of a full disk
+            raise OSError(str(error).strip().splitlines()[-1]) from None
+    barrier()
+    if rows.rank_and_world()[0] == 0:
+        for old in folder.glob("step_*"):
+            if old.name != f"step_{step:06d}":
+                shutil.rmtree(old)
+    barrier()
+
+
+def load_state(folder, policy, optimizer):
+    """Load the newest complete state, into any number of ranks, and return its step; 0 if there is none."""
+    newest = max(folder.glob("step_*/.metadata"), default=None)
+    if newest is None:
+        return 0
+    state = trained_state(policy, optimizer)
+    dcp.load(state, checkpoint_id=newest.parent, no_dist=not dist.is_initialized())
+    set_state_dict(policy, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"],
+                   options=StateDictOptions(strict=False))
+    return int(newest.parent.name.removeprefix("step_"))
 
 
 # ---- speed ----
