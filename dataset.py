@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -23,10 +24,12 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
 
 import rows
-from model import completion_ids, context_length, decode, end_ids, identity, pad, row_prompt_ids
+from model import (Policy, any_rank, barrier, completion_ids, completion_logps, context_length, decode,
+                   end_ids, identity, pad, row_prompt_ids)
 
 
 # ---- regimes: which completions of a row are trained on ----
@@ -267,6 +270,7 @@ def columns(prompt, groups, known_refs):
     rewards = np.array([c.reward for c in every], np.float32)
     among_refs = np.array([c.among_refs for c in every])
     same = np.count_nonzero(rewards[:, None] == known_refs, 1) - among_refs
+    others = len(known_refs) - among_refs
     return {
         "tokens": np.concatenate([ids for c in every for ids in (prompt, c.ids)], dtype=np.int32),
         "prompt_lens": np.full(n, len(prompt)),
@@ -275,7 +279,7 @@ def columns(prompt, groups, known_refs):
         "side": sides(rewards, len(groups[0]), known_refs),
         "among_refs": among_refs,
         "truncated": np.array([c.truncated for c in every]),
-        "tied": same / np.maximum(len(known_refs) - among_refs, 1),
+        "tied": np.where(others > 0, same / np.maximum(others, 1), 1),
     }
 
 
@@ -315,8 +319,8 @@ def build(folder, path, tokenizer, model, choices):
     tokens (total,) all ids, each prompt followed by its completion; starts (n,) where each begins; lens
     (n,) tokens of prompt and completion; prompt_lens (n,); rewards (n,) NaN if unknown; row (n,); side
     (n,) see `sides`; among_refs, truncated (n,); tied (n,) the share of the other references with the
-    same reward; ref_rewards (R, num_ref_rewards) NaN where unknown; ids (R,). Also about.json: a
-    fingerprint of them all, and one line that describes them.
+    same reward, 1 if there is none; ref_rewards (R, num_ref_rewards) NaN where unknown; ids (R,). Also
+    about.json: a fingerprint of them all, and one line that describes them.
     """
     reader = Reader(tokenizer, model, choices)
     seen, ids, ref_rewards, dropped, sampling = {}, [], [], collections.Counter(), None
@@ -436,33 +440,27 @@ def summary(data):
     return text
 
 
-CODE = "dataset.py", "model.py", "rows.py"  # the arrays are made again when one of these files is edited
-
-
 def load(path, cache, model_path, tokenizer, model, choices):
     """The arrays of `build` as attributes, mapped from a folder in `cache`, where they are made by the
-    main process if they are not there. Runs on the same data share them. Also: fingerprint, and std
-    (R,), see `relative_std`.
+    main process if they are not there. Runs on the same data share them. Also: fingerprint.
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
-    code = [Path(__file__).with_name(name).read_text() for name in CODE]
+    code = [rows.code_of(sys.modules[name]) for name in ("dataset", "model")]
     key = rows.fingerprint([files, identity(model_path), tokenizer.template_args, choices, code])
     folder = Path(cache) / f"data-{key}"
-    rank, world = rows.rank_and_world()
-    if rank == 0:
+    main_process = rows.rank_and_world()[0] == 0
+    if main_process:
         with rows.locked(folder):  # another run may share the cache
             if not folder.exists():
                 with rows.replacing(folder) as new:
                     new.mkdir()
                     build(new, path, tokenizer, model, choices)
-    if world > 1:
-        dist.barrier()
+    barrier()
     about = rows.load_json(folder / "about.json")
-    if rank == 0:
+    if main_process:
         print(f"{path}: {about['summary']}", flush=True)
     data = arrays(folder)
     data.fingerprint = about["fingerprint"]
-    data.std = relative_std(data.ref_rewards)
     return data
 
 
@@ -474,71 +472,48 @@ def arrays(folder):
     return data
 
 
-def relative_std(ref_rewards):
-    """The standard deviation of each row's reference rewards over its mean over the rows, float32 (R,)."""
-    std = np.zeros(len(ref_rewards), np.float32)
-    several = (~np.isnan(ref_rewards)).sum(1) > 1
-    if several.any():
-        std[several] = np.nanstd(ref_rewards[several], 1, ddof=1)
-        std /= std[several].mean() or 1
-    return std
-
-
-def subset(data, index):
-    """The completions `index` of a dataset, in that order."""
-    data = SimpleNamespace(**vars(data))
-    for name in ("starts", *KINDS):
-        setattr(data, name, getattr(data, name)[index])
-    return data
-
-
-def show(data, tokenizer, index, b):
-    """Print the completions `index`, and what their batch b asks for."""
-    for k, i in enumerate(index):
+def show(data, tokenizer, index, targets):
+    """Print the completions `index` with their rewards and target log-ratios (nats)."""
+    for i, target in zip(index, targets):
         start, n, end = data.starts[i], data.prompt_lens[i], data.lens[i]
         tokens = data.tokens[start:start + end]
         prompt, completion = tokenizer.decode(tokens[:n]), tokenizer.decode(tokens[n:])
-        target = f"; target log-ratio {b.targets[k]:.3f} nats" if hasattr(b, "targets") else ""
         print(f"---- row {data.ids[data.row[i]]}: {n} tokens of prompt, {end - n} trained, between >>> and "
-              f"<<<; reward {data.rewards[i]:.4g}{target}\n{prompt}>>>{completion}<<<")
+              f"<<<; reward {data.rewards[i]:.4g}, target log-ratio {target:.3f}\n{prompt}>>>{completion}<<<")
 
 
 # ---- batches ----
 
 def get_batch(data, index, device):
-    """Completions `index` (B,) as tensors: tokens (B, T) right-padded; prompt_lens, lens, rewards,
-    side, among_refs, and std, ref_logps, sampler_logps if they are known (B,); ref_rewards
-    (B, num_ref_rewards).
+    """Completions `index` (B,) as tensors: tokens (B, T) right-padded; prompt_lens, lens, rewards, side,
+    among_refs, and ref_logps if they are known (B,); ref_rewards (B, num_ref_rewards).
     """
     b = SimpleNamespace()
     spans = zip(data.starts[index], data.lens[index])
     b.tokens = pad([data.tokens[start:start + n] for start, n in spans], device)
-    for name in ("prompt_lens", "lens", "rewards", "side", "among_refs", "ref_logps", "sampler_logps"):
+    for name in ("prompt_lens", "lens", "rewards", "side", "among_refs", "ref_logps"):
         if hasattr(data, name):
             setattr(b, name, torch.as_tensor(getattr(data, name)[index], device=device))
-    row = data.row[index]
-    b.ref_rewards = torch.as_tensor(data.ref_rewards[row], device=device)
-    if hasattr(data, "std"):
-        b.std = torch.as_tensor(data.std[row], device=device)
+    b.ref_rewards = torch.as_tensor(data.ref_rewards[data.row[index]], device=device)
     return b
 
 
-def micro_batches(lens, terms, budget, rank=0, world=1):
-    """Split the terms of a step into micro-batches of similar length, for this rank.
+def micro_batches(lens, examples, budget, rank=0, world=1):
+    """Split the examples of a step into micro-batches of similar length, for this rank.
 
-    terms: (n, size) the completions of every term of the loss. budget: padded tokens in a micro-batch
-    (one term may exceed it). Yields (index, works): the completions, and whether they count. All ranks
-    get the same number, as DDP and FSDP wait for every rank: a rank without work gets a filler that
-    does not. The longest come first, so what does not fit into memory shows at once.
+    examples: (n, size) the completions of every example: 1, or 2 of a pair. budget: padded tokens in a
+    micro-batch (one example may exceed it). Yields (index, weight): the completions, and 1. All ranks get
+    the same number, as DDP and FSDP wait for every rank: a rank without work gets a filler, of weight 0.
+    The longest come first, so what does not fit into memory shows at once.
     """
-    longest = lens[terms].max(1)
+    longest = lens[examples].max(1)
     order = np.argsort(-longest, kind="stable")
     while len(order):
-        size = max(1, int(budget // (terms.shape[1] * longest[order[0]]))) * world
+        size = max(1, int(budget // (examples.shape[1] * longest[order[0]]))) * world
         block, order = order[:size], order[size:]
         mine = block[rank::world]
-        works = len(mine) > 0
-        yield terms[mine if works else block[:1]].reshape(-1), works
+        weight = int(len(mine) > 0)
+        yield examples[mine if weight else block[:1]].reshape(-1), weight
 
 
 @torch.no_grad()
@@ -547,15 +522,55 @@ def all_logps(policy, data, budget, device):
     model.Policy.
     """
     rank, world = rows.rank_and_world()
-    out = torch.zeros(len(data.lens), dtype=torch.float32, device=device)
+    logps = torch.zeros(len(data.lens), dtype=torch.float32, device=device)
     every = np.arange(len(data.lens))[:, None]
-    with tqdm(total=len(out), desc="log-probabilities", unit="completion", disable=rank != 0) as bar:
-        for index, works in micro_batches(data.lens, every, budget, rank, world):
+    with tqdm(total=len(logps), desc="log-probabilities", unit="completion", disable=rank != 0) as bar:
+        for index, weight in micro_batches(data.lens, every, budget, rank, world):
             b = get_batch(data, index, device)
-            logps = policy(b.tokens, b.prompt_lens, b.lens)
-            if works:
-                out[torch.as_tensor(index, device=device)] = logps
+            found = policy(b.tokens, b.prompt_lens, b.lens)
+            if weight:
+                logps[torch.as_tensor(index, device=device)] = found
             bar.update(len(index) * world)
     if world > 1:
-        dist.all_reduce(out)
-    return out.cpu().numpy()
+        dist.all_reduce(logps)
+    return logps.cpu().numpy()
+
+
+def cached_logps(policy, data, cache, numbers, micro_batch_tokens, device):
+    """`all_logps`, kept in the folder `cache`. numbers: what decides them besides the data and this code: the
+    model's path first, dtypes, and so on.
+    """
+    model_path, *settings = numbers
+    code = [rows.code_of(part) for part in (Policy, completion_logps)]
+    versions = [torch.__version__, transformers.__version__]
+    key = rows.fingerprint([identity(model_path), settings, data.fingerprint, device.type, code, versions])
+    path = Path(cache) / f"ref_logps-{key}.npy"
+    if not any_rank(rows.rank_and_world()[0] == 0 and path.exists()):
+        # without activations, a forward pass may be larger
+        logps = all_logps(policy, data, 4 * micro_batch_tokens, device)
+        if rows.rank_and_world()[0] == 0:
+            with rows.locked(path), rows.replacing(path) as new, open(new, "wb") as file:
+                np.save(file, logps)
+        barrier()
+    return np.load(path)
+
+
+class Meter:
+    """The means of metrics over micro-batches and ranks."""
+
+    def __init__(self):
+        self.totals = {}  # name: sum and count, (2,)
+
+    def add(self, metrics, weight=1):
+        """metrics: name -> values of any shape; NaN: does not apply. weight: 0 for a filler, else 1."""
+        for name, values in metrics.items():
+            known = values.isnan().logical_not().sum()
+            sum_and_count = torch.stack([values.nansum().double(), known.double()])
+            self.totals[name] = self.totals.get(name, 0) + sum_and_count * weight
+
+    def means(self):
+        """name -> mean, a float; NaN where nothing was counted. Waits for the device, once for all."""
+        table = torch.stack(list(self.totals.values()))  # (metrics, 2)
+        if dist.is_initialized():
+            dist.all_reduce(table)
+        return {name: total / n if n else math.nan for name, (total, n) in zip(self.totals, table.tolist())}

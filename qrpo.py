@@ -1,4 +1,4 @@
-"""The mathematics of QRPO (Quantile Reward Policy Optimization, arXiv 2507.08068): losses, quantiles,
+'''The mathematics of QRPO (Quantile Reward Policy Optimization, arXiv 2507.08068): losses, quantiles,
 partition functions, log-probabilities. Pure functions of tensors that need only torch, so copy this
 file, or a function of it.
 
@@ -10,14 +10,22 @@ prompt x,
 For a raw reward, Z is unknown. QRPO takes R = f(q), where q is the quantile of the reward among the
 rewards of the reference model's own completions. Under pi_ref, q is uniform on [0,1], so Z =
 integral_0^1 exp(f(t)/beta) dt is known, and log(pi/pi_ref) can be regressed on its value at the
-optimum, one completion at a time.
+optimum, one completion at a time. As published, with f(q) = q, the loss is three lines:
+
+    def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards):
+        """(1,) or (batch,), (batch,), (batch,), (batch,), (batch, num_ref_rewards) -> (batch,)"""
+        q = (ref_rewards <= rewards[:, None]).float().mean(1)                # quantile of the reward, eq. 9
+        log_Z = beta.log() + 1 / beta + torch.log1p(-torch.exp(-1 / beta))   # log of beta (e^{1/beta} - 1)
+        return (q - beta * log_Z - beta * (logps - ref_logps)) ** 2          # eq. 11
+
+`qrpo_loss` below adds other transforms f, rewards that tie, and unknown rewards.
 
     python -c 'import torch, qrpo; print(qrpo.log_partition(torch.tensor([0.1])))'
 
 Shapes: `batch` completions, each with `num_ref_rewards` rewards of reference completions of the same
 prompt. beta > 0 is (1,) or (batch,). logps are natural logs, summed over the tokens of the completion,
 in float32.
-"""
+'''
 import math
 from typing import Callable, NamedTuple
 
@@ -26,49 +34,36 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-# ---- the loss, as published: copy these three lines ----
+# ---- the loss ----
 
-def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards):
-    """(1,) or (batch,), (batch,), (batch,), (batch,), (batch, num_ref_rewards) -> (batch,)"""
-    q = (ref_rewards <= rewards[:, None]).float().mean(1)                # quantile of the reward, eq. 9
-    log_Z = beta.log() + 1 / beta + torch.log1p(-torch.exp(-1 / beta))   # log of beta (e^{1/beta} - 1)
-    return (q - beta * log_Z - beta * (logps - ref_logps)) ** 2          # eq. 11
+def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards,
+              transform="identity", quantile="paper", norm="mse", among_refs=None):
+    """( R - beta log Z - beta log(pi/pi_ref) )^2 with R = f(quantile of the reward), eq. 11 of the paper.
 
-
-# ---- what generalises it: other transforms f, rewards with ties, unknown rewards ----
-
-def regression_loss(beta, logps, ref_logps, targets, norm="mse"):
-    """( beta (target - log(pi/pi_ref)) )^2, or its absolute value with norm="mae"; all (batch,) ->
-    (batch,).
-
-    With the targets of `target_log_ratios` for the identity and the paper's quantile, this is
-    `qrpo_loss`. Raises ValueError for an unknown norm.
+    beta (1,) or (batch,); logps, ref_logps, rewards (batch,); ref_rewards (batch, num_ref_rewards) ->
+    (batch,). The defaults are the loss as published (the three lines above). transform, quantile and among_refs: see `target_log_ratios`. norm: a name in NORMS, the
+    squared error (mse) or the absolute one (mae). Raises ValueError for an unknown name.
     """
+    targets = target_log_ratios(beta, rewards, ref_rewards, transform, quantile, among_refs)  # R/beta - log Z
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(NORMS)}")
-    residual = beta * (targets - (logps - ref_logps))
-    return NORMS[norm](residual)
-
-
-MAX_LOG_WEIGHT = 3.0  # nats
-
-
-def forward_kl_loss(logps, targets, ref_logps, sampler_logps):
-    """-w log pi with the importance weight w = pi*/mu of a completion that mu sampled; (batch,) -> (batch,).
-
-    sampler_logps: log mu. Completions of the reference model have mu = pi_ref, and w = e^target. Averaged
-    over mu's completions this is an unbiased estimate of the cross-entropy of pi and pi*, so maximum
-    likelihood of the optimum itself: it raises good completions and pushes none down. Take
-    quantile="exact", with which the weights average to 1. With the log transform and pi_ref's completions
-    this imitates the best of 1 + 1/beta references (BoNBoN, arXiv 2406.00832). Where mu is not pi_ref, w
-    is truncated at e^MAX_LOG_WEIGHT, or e^target if that is more: a little bias for much less variance.
-    """
-    log_weights = targets + (ref_logps - sampler_logps)  # log(pi*/pi_ref) + log(pi_ref/mu)
-    limit = targets.clamp(min=MAX_LOG_WEIGHT)
-    return -log_weights.minimum(limit).exp() * logps
+    return NORMS[norm](beta * (targets - (logps - ref_logps)))
 
 
 NORMS = {"mse": torch.square, "mae": torch.abs}
+
+
+def forward_kl_loss(beta, logps, rewards, ref_rewards, transform="identity", quantile="exact",
+                    among_refs=None):
+    """-w log pi with the weight w = pi*/pi_ref of a completion of the reference model; as `qrpo_loss`.
+
+    Averaged over the reference completions this is an unbiased estimate of the cross-entropy of pi and pi*,
+    so maximum likelihood of the optimum itself: it raises good completions and pushes none down. With the
+    quantile "exact" the weights average to 1. With the log transform this imitates the best of 1 + 1/beta
+    references (BoNBoN, arXiv 2406.00832).
+    """
+    targets = target_log_ratios(beta, rewards, ref_rewards, transform, quantile, among_refs)
+    return -targets.exp() * logps
 
 
 def target_log_ratios(beta, rewards, ref_rewards, transform="identity", quantile="paper", among_refs=None):
@@ -82,7 +77,7 @@ def target_log_ratios(beta, rewards, ref_rewards, transform="identity", quantile
     transform = get_transform(transform)
     if quantile not in QUANTILES:
         raise ValueError(f"unknown quantile {quantile!r}; choose from {', '.join(QUANTILES)}")
-    beta = beta.expand(rewards.shape)
+    beta = as_float(beta).expand(rewards.shape)
     log_weight = QUANTILES[quantile](beta, rewards, ref_rewards, transform, among_refs)  # R / beta, (batch,)
     return log_weight - log_partition(beta, transform)
 
@@ -189,8 +184,9 @@ def normal_log_mean_exp(beta, lo, hi):
     return a.square() / 2 + upper + torch.log1p(-(lower - upper).exp()) - w.log()
 
 
-# The paper's scaled-normal-icdf, f = sigma Phi^-1 with a sigma for each prompt, is normal-icdf at beta
-# / sigma. Z of the square is sqrt(pi beta)/2 erfi(1/sqrt(beta)), for which torch has no function.
+# The published code's scaled-normal-icdf, f = sigma Phi^-1 with a sigma for each prompt, is normal-icdf at
+# beta / sigma, with the squared error times sigma^2. Z of the square is sqrt(pi beta)/2 erfi(1/sqrt(beta)),
+# for which torch has no function.
 TRANSFORMS = {
     "identity": Transform(lambda t: t, identity_log_Z, identity_log_mean_exp),
     "log": Transform(torch.log, log_log_Z, log_log_mean_exp, infinite_at=(0,)),
@@ -218,10 +214,15 @@ def log_partition(beta, transform="identity"):
     """log Z = log integral_0^1 exp(f(t)/beta) dt, the shape of beta. Stable from beta = 3e-4 to 5 and
     beyond.
     """
-    transform = get_transform(transform)
+    transform, beta = get_transform(transform), as_float(beta)
     if transform.log_Z:
         return transform.log_Z(beta)
     return log_mean_exp(beta, transform, torch.zeros_like(beta), torch.ones_like(beta))
+
+
+def as_float(beta):
+    """An integer beta would make integer quadrature nodes, all 0."""
+    return beta if beta.is_floating_point() else beta.float()
 
 
 def log_mean_exp(beta, transform, lo, hi):
@@ -257,17 +258,6 @@ def dpo_norm_loss(beta, chosen_log_ratios, rejected_log_ratios, chosen_lens, rej
     """
     margin = chosen_log_ratios / chosen_lens - rejected_log_ratios / rejected_lens
     return -F.logsigmoid(beta * margin)
-
-
-def tup_loss(log_ratios, ranks, truncation):
-    """After TUP ("Truncate Bad, Upweight Good", Bar and Romano, 2026): binary cross-entropy of
-    sigmoid(log_ratios) and the soft labels max(rank - truncation, 0).
-
-    ranks: the share of its pool, itself and its references, with at most its reward. The loss asks for
-    a log-ratio of logit(label): up where the label is above 1/2, down without limit where it is 0.
-    """
-    labels = (ranks - truncation).clamp(min=0)
-    return F.binary_cross_entropy_with_logits(log_ratios, labels, reduction="none")
 
 
 def simpo_loss(beta, gamma_beta_ratio, chosen_logps, rejected_logps, chosen_lens, rejected_lens):

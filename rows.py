@@ -9,18 +9,23 @@ mixed.
     python -c 'import rows; print(next(rows.stream("data/minicode/test.jsonl")))'
 """
 import argparse
+import ast
 import contextlib
-import difflib
 import fcntl
 import gzip
 import hashlib
+import importlib.metadata
+import inspect
 import json
 import marshal
 import multiprocessing
 import os
+import platform
+import shlex
 import shutil
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import msgspec
@@ -33,6 +38,11 @@ def fail(message):
         raise SystemExit(message)  # in a worker process: the main one says it
     tqdm.write(f"error: {message}", file=sys.stderr)  # above a progress bar, not behind it
     sys.exit(2)
+
+
+def refuse(wrong, message):
+    if wrong:
+        fail(message)
 
 
 # ---- the command line ----
@@ -50,7 +60,7 @@ class HelpFormat(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors in one line, which name the flag that you may have meant."""
+    """argparse with errors in one line."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormat)
@@ -58,19 +68,43 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; see --help")
 
-    def parse_args(self, argv=None):
-        args, unknown = self.parse_known_args(argv)
-        for flag in unknown:
-            close = difflib.get_close_matches(flag.split("=")[0], self._option_string_actions, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            fail(f"no such flag: {flag}{hint} See --help")
-        return args
-
 
 def json_object(text):
     """The type of a flag whose value is a JSON object."""
     value = json.loads(text)  # argparse reports the ValueError
     if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def positive(text):
+    """The type of a flag whose value is a number greater than 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def not_negative(text):
+    """The type of a flag whose value is a number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+def count(text):
+    """The type of a flag whose value is a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def whole(text):
+    """The type of a flag whose value is a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
         raise ValueError
     return value
 
@@ -262,7 +296,10 @@ def write_json(path, value):
 
 
 def load_json(path):
-    return json.loads(Path(path).read_text())
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        fail(f"{path}: not JSON ({error}); restore the file, or delete its folder")
 
 
 def complete_lines(path):
@@ -278,6 +315,13 @@ def fingerprint(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def code_of(part):
+    """The source of a module, function or class without comments and layout: what a cache of its results
+    depends on.
+    """
+    return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(part))))
+
+
 # ---- a stage: rows in, the same rows with more fields out ----
 
 def rank_and_world():
@@ -291,6 +335,77 @@ def rank_and_world():
     return int(rank), int(world)
 
 
+def stop_on_signals(handler=lambda signum, frame: sys.exit(75)):
+    """What SIGTERM and SIGUSR1 do: by default, end with exit code 75, which means "start me again"."""
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, handler)
+
+
+def check_run(out, config, resume):
+    """Refuse an OUT that is not this run's: run.json there says with which settings (config) it was started.
+    Ends with exit code 0 if the run has finished.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        fail(f"{out}: is a file; --out must name a folder")
+    if not (out / "run.json").exists():
+        return
+    if not resume:
+        fail(f"{out}: already holds a run; continue it with --resume, or give another --out")
+    record = load_json(out / "run.json")
+    for name, value in config.items():
+        before = record["config"].get(name)
+        if before != value:
+            fail(f"{out}: was started with {name}={before}, now {value}; use the same, or another --out")
+    if record["finished"]:
+        print(f"{out}: this run has finished, nothing to do")
+        sys.exit(0)
+
+
+def write_run(out, config, finished):
+    """OUT/run.json: the settings of a run, the versions of what it runs on, and whether it has finished."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    write_json(Path(out) / "run.json", {
+        "config": config, "command": shlex.join(sys.argv), "finished": finished,
+        "versions": {"python": platform.python_version()} | versions})
+
+
+def finish_run(out, config):
+    """The model in OUT/.trained becomes OUT itself, and run.json says that the run has finished."""
+    out = Path(out)
+    with writing(out):
+        for file in (out / ".trained").iterdir():
+            remove(out / file.name)
+            os.replace(file, out / file.name)
+        (out / ".trained").rmdir()
+        write_run(out, config, finished=True)
+        shutil.rmtree(out / "resume")
+
+
+class Tracker:
+    """Sends metrics to wandb, or to trackio, which has its interface. Its troubles end no training."""
+
+    def __init__(self, name, out, config):
+        # the same run when it is resumed: wandb goes by this id, trackio by the name
+        os.environ.setdefault("WANDB_RUN_ID", fingerprint([str(Path(out).resolve()), config]))
+        try:
+            self.module = importlib.import_module(name)
+        except ImportError as error:
+            fail(f"--track={name}: {error}; install it, or omit the flag")
+        self.call(self.module.init, project="qrpo", name=str(out), config=config, resume="allow")
+
+    def log(self, row):
+        if self.module:
+            self.call(self.module.log, {k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def call(self, function, *args, **kwargs):
+        try:
+            function(*args, **kwargs)
+        except Exception as error:  # whatever a tracker raises
+            print(f"no metrics are sent any more: {type(error).__name__}: {error}", file=sys.stderr)
+            self.module = None
+
+
 def continue_stage(data, out, settings, check, require=("prompt",)):
     """Start or continue a stage. Returns (left, part): the ids of the rows that are left for this
     process, a set of strings, and the open file to append to.
@@ -299,8 +414,7 @@ def continue_stage(data, out, settings, check, require=("prompt",)):
     the stage cannot use a row; it is called on all rows before the first is worked on. The share of a
     process depends on its rank alone, so two processes never take the same row.
     """
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, lambda *_: sys.exit(75))  # complete rows are on disk: "start me again"
+    stop_on_signals()  # complete rows are on disk
     rank, world = rank_and_world()
     out = Path(out)
     if out.exists() and not out.is_dir():

@@ -254,7 +254,6 @@ def test_gsm8k_trains_on_model_answers(tmp_path):
         "--learning_rate=1e-4")
     log = read_rows(tmp_path / "run/metrics.jsonl")
     assert len(log) >= 3 and log[-1]["log_ratio"] != 0
-    assert all(0 <= row["loss_down"] <= row["loss"] for row in log)
 
 
 @needs("gsm8k")

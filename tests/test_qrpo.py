@@ -1,8 +1,8 @@
 """The mathematics: losses against the published code, closed forms against another way to compute them."""
-import inspect
 import json
 import math
 import random
+import textwrap
 
 import numpy as np
 import pytest
@@ -29,17 +29,30 @@ def assert_near(ours, theirs, tolerance, case=None):
     assert ((ours - theirs).abs() / (theirs.abs() + 1e-3)).max() < tolerance, case
 
 
-def general_loss(beta, logps, ref_logps, rewards, ref_rewards, transform="identity", quantile="paper",
-                 norm="mse", std=None):
-    """QRPO in general, put together as in train.py. std (batch,): of scaled-normal-icdf."""
-    scale = 1 if std is None else std
-    transform = "normal-icdf" if transform == "scaled-normal-icdf" else transform
-    targets = qrpo.target_log_ratios(beta / scale, rewards, ref_rewards, transform, quantile)
-    return qrpo.regression_loss(beta, logps, ref_logps, targets, norm)
+def published_forms():
+    """The three lines that the README and qrpo.py's docstring show, as functions."""
+    for text in (ROOT / "README.md").read_text(), qrpo.__doc__:
+        start = text.index("def qrpo_loss(")
+        end = text.index("# eq. 11", start)
+        indent = " " * (start - text.rindex("\n", 0, start) - 1)
+        names = {"torch": torch}
+        exec(textwrap.dedent(indent + text[start:end]), names)
+        yield names["qrpo_loss"]
 
 
-def test_the_readme_shows_qrpo_loss_word_for_word():
-    assert inspect.getsource(qrpo.qrpo_loss) in (ROOT / "README.md").read_text()
+def test_the_published_form_that_is_shown_is_qrpo_loss_with_its_defaults():
+    torch.manual_seed(0)
+    refs = torch.randint(4, (50, 5)).float()  # with ties
+    for beta in torch.tensor([3e-4]), torch.tensor([0.1]), torch.tensor([5.0]), torch.rand(50) + 0.01:
+        inputs = beta, torch.randn(50), torch.randn(50), torch.randint(4, (50,)).float(), refs
+        for published in published_forms():
+            torch.testing.assert_close(published(*inputs), qrpo.qrpo_loss(*inputs), rtol=1e-4, atol=1e-6)
+
+
+def scaled_normal_loss(beta, logps, ref_logps, rewards, ref_rewards, norm, std):
+    """The published code's scaled-normal-icdf, as the comment at qrpo.TRANSFORMS says. std: (batch,)."""
+    loss = qrpo.qrpo_loss(beta / std, logps, ref_logps, rewards, ref_rewards, "normal-icdf", norm=norm)
+    return loss * (std ** 2 if norm == "mse" else std)
 
 
 def test_qrpo_loss_by_hand_and_quantiles_count_ties():
@@ -61,23 +74,17 @@ def test_qrpo_matches_the_published_code(dtype, tolerance):
         logps, rest = x[f"logps_{side}"], (x[f"ref_logps_{side}"], x[f"rewards_{side}"], x["ref_rewards"])
         # the term of beta log Z that the published identity omits
         dropped = beta * torch.log1p(-torch.exp(-1 / beta))
-        settings = {"transform": loss["transform"], "norm": loss["norm"]}
         if loss["transform"] == "scaled-normal-icdf":
-            settings["std"] = x["ref_rewards"].std(1) / loss["mean_std_ref_rewards"]
+            std = x["ref_rewards"].std(1) / loss["mean_std_ref_rewards"]
+            assert_near(scaled_normal_loss(beta, logps, *rest, loss["norm"], std), theirs, tolerance, loss)
+            continue
+        settings = {"transform": loss["transform"], "norm": loss["norm"]}
         as_published = logps - dropped / beta if loss["transform"] == "identity" else logps
-        assert_near(general_loss(beta, as_published, *rest, **settings), theirs, tolerance, loss)
+        assert_near(qrpo.qrpo_loss(beta, as_published, *rest, **settings), theirs, tolerance, loss)
         if loss["beta"] < 0.1:
             assert dropped.abs() < 1e-8  # so that as it stands it agrees as well
         elif loss["norm"] == "mse":
-            assert_near(general_loss(beta, logps, *rest, **settings), theirs, 1e-3, loss)
-        if loss["transform"] == "identity" and loss["norm"] == "mse":
-            assert_near(qrpo.qrpo_loss(beta, as_published, *rest), theirs, tolerance, loss)
-
-
-def test_the_general_loss_with_its_defaults_is_qrpo_loss():
-    torch.manual_seed(0)
-    inputs = torch.tensor([0.1]), torch.randn(9), torch.randn(9), torch.randn(9), torch.randn(9, 5)
-    torch.testing.assert_close(general_loss(*inputs), qrpo.qrpo_loss(*inputs))
+            assert_near(qrpo.qrpo_loss(beta, logps, *rest, **settings), theirs, 1e-3, loss)
 
 
 @needs("golden_losses.json")
@@ -105,31 +112,19 @@ def test_length_normalised_dpo_by_hand():
     assert (chosen.item(), rejected.item()) == pytest.approx((-slope / 6, slope / 4))
 
 
-def test_tup_by_hand():
-    """Labels 0 (truncated), 1/2 and 3/4 at the reference model: down, nowhere, up."""
-    log_ratios = torch.zeros(3, requires_grad=True)
-    loss = qrpo.tup_loss(log_ratios, torch.tensor([0.125, 0.75, 1.0]), 0.25)
-    assert loss.tolist() == pytest.approx([math.log(2)] * 3)
-    gradient, = torch.autograd.grad(loss.sum(), log_ratios)
-    assert gradient.tolist() == pytest.approx([0.5, 0, -0.25])
-    at_the_best = qrpo.tup_loss(torch.tensor([math.log(3)]), torch.tensor([1.0]), 0.25)  # logit(3/4) = log 3
-    assert at_the_best.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-
-
 def test_each_completion_may_have_its_own_beta_and_nothing_overflows():
     n = 6
     logps, ref_logps = torch.randn(n) * 100 - 1e4, torch.randn(n) * 100 - 1e4
     rewards, refs = torch.randn(n), torch.randn(n, 8)
     betas = torch.tensor([3e-4, 1e-3, 0.01, 0.1, 1, 10])
-    for transform in (*qrpo.TRANSFORMS, "scaled-normal-icdf"):
-        std = torch.full((n,), 0.7) if transform == "scaled-normal-icdf" else None
+    for transform in qrpo.TRANSFORMS:
         for quantile in qrpo.QUANTILES:
-            together = general_loss(betas, logps, ref_logps, rewards, refs, transform, quantile, std=std)
+            together = qrpo.qrpo_loss(betas, logps, ref_logps, rewards, refs, transform, quantile)
             assert together.isfinite().all()
             alone = []
             for i in range(n):
                 one = [values[i:i + 1] for values in (betas, logps, ref_logps, rewards, refs)]
-                alone.append(general_loss(*one, transform, quantile, std=None if std is None else std[:1]))
+                alone.append(qrpo.qrpo_loss(*one, transform, quantile))
             torch.testing.assert_close(together, torch.cat(alone))
 
 
@@ -137,13 +132,19 @@ def test_unknown_names_are_refused():
     one = torch.ones(1)
     for wrong in {"norm": "MSE"}, {"quantile": "Exact"}, {"transform": "logs"}:
         with pytest.raises(ValueError, match="choose from"):
-            general_loss(one, one, one, one, torch.ones(1, 3), **wrong)
+            qrpo.qrpo_loss(one, one, one, one, torch.ones(1, 3), **wrong)
+
+
+def test_an_integer_beta_is_the_float():
+    for transform in qrpo.TRANSFORMS:
+        whole, floating = (qrpo.log_partition(torch.tensor([beta]), transform) for beta in (1, 1.0))
+        assert whole == floating, transform
 
 
 def test_the_published_normal_quantile_needs_two_known_reference_rewards():
     one = torch.ones(1)
     with pytest.raises(ValueError, match="2 reference rewards"):
-        general_loss(one, one, one, one, torch.tensor([[1, torch.nan, torch.nan]]), "normal-icdf")
+        qrpo.qrpo_loss(one, one, one, one, torch.tensor([[1, torch.nan, torch.nan]]), "normal-icdf")
 
 
 # ---- partition functions ----
@@ -243,7 +244,8 @@ def test_exact_targets_average_to_one_over_fresh_completions(kind):
             others = torch.stack([everything[torch.arange(n + 1) != k] for k in range(n + 1)])  # (n+1, n)
             target = qrpo.target_log_ratios(b, everything, others, quantile="exact")
             assert abs(target.exp().mean().item() - 1) < 1e-5
-            loss = qrpo.regression_loss(b, target - 7, torch.full((n + 1,), -7.0).double(), target)
+            ref_logps = torch.full((n + 1,), -7.0).double()
+            loss = qrpo.qrpo_loss(b, target - 7, ref_logps, everything, others, quantile="exact")
             assert loss.max() < 1e-12  # a target is where the loss is 0
 
 
@@ -265,12 +267,12 @@ def train_categorical(beta, quantile, rewards, ref_rewards, steps=1500):
     ref_logps = torch.full((k,), -math.log(k), dtype=torch.float64)
     b = torch.tensor([beta]).double()
     itself = torch.ones(k, dtype=torch.bool)
-    targets = qrpo.target_log_ratios(b, rewards, ref_rewards, "identity", quantile, itself)
     optimizer = torch.optim.Adam([logits], lr=0.05)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
         logps = torch.log_softmax(logits, 0)
-        loss = qrpo.regression_loss(b, logps, ref_logps, targets).mean()
+        loss = qrpo.qrpo_loss(b, logps, ref_logps, rewards, ref_rewards, quantile=quantile, among_refs=itself)
+        loss = loss.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -345,11 +347,3 @@ def test_only_the_states_before_completion_tokens_are_supervised():
     supervised = grad.abs().sum(-1) > 0
     for i in range(4):  # the state at t predicts the token at t+1
         assert supervised[i].nonzero()[:, 0].tolist() == list(range(prompt_lens[i] - 1, lens[i] - 1))
-
-
-def test_forward_kl_truncates_the_weights_of_another_policy_only():
-    targets = torch.tensor([4.0, 4.0, 1.0, 1.0])
-    log_ref_over_sampler = torch.tensor([0.0, 1.0, 5.0, -1.0])
-    loss = qrpo.forward_kl_loss(torch.full((4,), -2.0), targets, log_ref_over_sampler, torch.zeros(4))
-    expected = 2 * torch.tensor([4.0, 4.0, 3.0, 0.0]).exp()  # a reference's whole; at most e^target or e^3
-    torch.testing.assert_close(loss, expected)

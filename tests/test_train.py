@@ -79,7 +79,7 @@ def test_checkpoints_are_whole_models_and_the_resume_state_goes_when_the_run_end
 def test_the_log_has_every_step_and_evaluations_before_and_after(undisturbed):
     log = read_rows(undisturbed / "metrics.jsonl")
     assert [row["step"] for row in log] == [0, *range(1, STEPS + 1), STEPS]
-    assert {"loss", "loss_down", "log_ratio", "log_ratio_chosen", "log_ratio_rejected", "drift", "grad_norm",
+    assert {"loss", "log_ratio", "log_ratio_chosen", "log_ratio_rejected", "drift", "grad_norm",
             "learning_rate", "epoch", "seconds", "tokens_per_second"} == set(log[1]) - {"step"}
     assert {"eval_loss", "eval_log_ratio"} < set(log[0]) and {"eval_loss", "eval_log_ratio"} < set(log[-1])
 
@@ -111,7 +111,7 @@ def test_a_bfloat16_model_trains_and_is_saved_in_float32(tiny, rewarded, tmp_pat
 def test_a_dry_run_shows_a_batch_and_writes_nothing(tiny, rewarded, tmp_path, capsys):
     call("train.py", *flags(tiny, rewarded, tmp_path / "run", "--dry_run"))
     out = capsys.readouterr().out
-    assert out.count("<<<\n") == 4 and "target log-ratio" in out and "minutes" in out
+    assert out.count("<<<\n") == 4 and "target log-ratio" in out
     assert names(tmp_path) == []
 
 
@@ -130,7 +130,7 @@ def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path, cap
 # ---- what a step computes ----
 
 LOSSES = {  # each loss and the data it is tried on
-    "qrpo": "refs", "forward_kl": "refs", "tup": "refs", "sft": "refs",
+    "qrpo": "refs", "forward_kl": "refs", "sft": "refs",
     "dpo": "best_worst", "dpo_norm": "best_worst", "rebel": "random_pairs", "simpo": "best_worst"}
 
 
@@ -148,15 +148,9 @@ def exact_target(c, ref_rewards):
     return math.log(0.1 * (math.exp(10 * hi) - math.exp(10 * lo)) / (hi - lo)) - LOG_Z
 
 
-def tup_label(c, ref_rewards):
-    return max(sum(reward <= c["reward"] for reward in ref_rewards) / 4 - 0.25, 0)
-
-
 SINGLE_LOSSES = {  # of a completion c
     "qrpo": lambda c, ref_rewards: (0.1 * (paper_target(c, ref_rewards) - c["log_ratio"])) ** 2,
     "forward_kl": lambda c, ref_rewards: -math.exp(exact_target(c, ref_rewards)) * c["logp"],
-    "tup": lambda c, ref_rewards: F.binary_cross_entropy(
-        torch.sigmoid(c["log_ratio"]), torch.tensor(tup_label(c, ref_rewards))),
     "sft": lambda c, ref_rewards: -c["logp"]}
 PAIR_LOSSES = {  # of a better completion c and a worse one r
     "dpo": lambda c, r: -F.logsigmoid(0.1 * (c["log_ratio"] - r["log_ratio"])),
@@ -241,27 +235,6 @@ def test_a_step_is_the_gradient_of_the_mean_loss_however_it_is_split(
         assert logged(out, "log_ratio_rejected") == [pytest.approx(worse, rel=1e-3, abs=1e-4)]
 
 
-def test_forward_kl_on_samples_weighs_them_by_the_optimum_over_their_sampler(
-        tiny, rewarded, undisturbed, tmp_path):
-    """Where the trained model was their sampler: pi*/mu, at most e^3, or e^target if that is more."""
-    table, tokenizer = read_rows(rewarded)[:6], transformers.AutoTokenizer.from_pretrained(tiny)
-    policy = transformers.AutoModelForCausalLM.from_pretrained(undisturbed)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    expected = []
-    for row in table:
-        for c in read_by_hand(policy, reference, tokenizer, row):
-            lo = sum(reward < c["reward"] for reward in row["ref_rewards"]) / 5  # not among the references
-            hi = (sum(reward <= c["reward"] for reward in row["ref_rewards"]) + 1) / 5
-            target = math.log(0.1 * (math.exp(10 * hi) - math.exp(10 * lo)) / (hi - lo)) - LOG_Z
-            weight = math.exp(target - c["log_ratio"].item())
-            expected.append(-min(weight, max(math.exp(3), math.exp(target))) * c["logp"].item())
-        row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
-    call("train.py", *flags(
-        undisturbed, write_rows(tmp_path / "data.jsonl", table), tmp_path / "run", f"--ref_model={tiny}",
-        "--loss=forward_kl", "--train_on=samples", "--quantile=exact", "--batch_size=24"))
-    assert logged(tmp_path / "run") == [pytest.approx(np.mean(expected), rel=1e-4)]
-
-
 def test_length_normalize_divides_beta_by_the_tokens_of_the_completion(tiny, rewarded, tmp_path, loaded):
     table, tokenizer = read_rows(rewarded)[:8], loaded[0]
     for row in table:
@@ -269,37 +242,23 @@ def test_length_normalize_divides_beta_by_the_tokens_of_the_completion(tiny, rew
             completion["token_ids"] = completion["token_ids"][:5]
             completion["text"] = tokenizer.decode(completion["token_ids"], skip_special_tokens=True)
     script = call("train.py", *flags(tiny, write_rows(tmp_path / "data.jsonl", table), tmp_path / "run",
-                                     "--length_normalize", "--beta=1", "--max_beta=0.12"))
-    b = script["load_batch"](script["train_data"], np.arange(12), 1.0)
+                                     "--length_normalize", "--beta=0.8"))
+    b = script["get_batch"](script["train_data"], np.arange(12), torch.device("cpu"))
     logps = script["policy"](b.tokens, b.prompt_lens, b.lens).detach()
     lens = b.lens - b.prompt_lens
-    assert lens.min() < 1 / 0.12 < lens.max()  # the limit applies to some of them
+    assert lens.min() < 0.8 / 0.1 < lens.max()  # the limit of 0.1 applies to some of them
     expected = []
     for i in range(12):
-        beta = min(1 / int(lens[i]), 0.12)
+        beta = min(0.8 / int(lens[i]), 0.1)
         q = np.mean(b.ref_rewards[i].numpy() <= b.rewards[i].item())
         log_Z = np.log(beta * np.expm1(1 / beta))
         expected.append((q - beta * log_Z - beta * (logps[i] - b.ref_logps[i]).item()) ** 2)
-    loss = script["LOSSES"]["qrpo"][2]
-    np.testing.assert_allclose(loss(b, logps), expected, rtol=1e-4)
-    np.testing.assert_allclose(loss(b, b.ref_logps + b.targets), np.zeros(12), atol=1e-9)  # 0 at its target
-
-
-def test_scaled_normal_icdf_scales_by_the_spread_of_each_prompts_rewards(tiny, rewarded, tmp_path):
-    script = call("train.py", *flags(
-        tiny, rewarded, tmp_path / "run", "--transform=scaled-normal-icdf", "--beta=0.5"))
-    b = script["load_batch"](script["train_data"], np.arange(40), 1.0)
-    table = sorted(read_rows(rewarded), key=lambda row: row["id"])
-    spread = np.array([np.std(row["ref_rewards"], ddof=1) for row in table])
-    sigma = torch.tensor(spread / spread.mean()).repeat_interleave(4)[:40]
-    q = (b.ref_rewards <= b.rewards[:, None]).double().mean(1).clamp(1 / 4, 3 / 4)
-    expected = sigma * torch.special.ndtri(q) / 0.5 - (sigma / 0.5) ** 2 / 2
-    torch.testing.assert_close(b.targets.double(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(script["LOSSES"]["qrpo"].terms(b, logps), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("beta", (3e-4, 10.0))
 @pytest.mark.parametrize("more", (
-    ["--quantile=exact"], ["--transform=log", "--norm=mae", "--max_grad_norm=1"]))
+    ["--quantile=exact"], ["--transform=log", "--max_grad_norm=1"]))
 def test_betas_from_tiny_to_large_train_without_overflow(tiny, rewarded, tmp_path, beta, more):
     call("train.py", *flags(tiny, rewarded, tmp_path / "run", f"--beta={beta}", *more))
     for name in ("loss", "grad_norm"):
@@ -308,7 +267,7 @@ def test_betas_from_tiny_to_large_train_without_overflow(tiny, rewarded, tmp_pat
 
 def test_every_epoch_is_another_order_of_all_the_data(tiny, rewarded, tmp_path):
     script = call("train.py", *flags(tiny, rewarded, tmp_path / "run", "--epochs=2"))
-    order = [np.concatenate([script["step_terms"](epoch * STEPS + i).reshape(-1) for i in range(STEPS)])
+    order = [np.concatenate([script["examples_of"](epoch * STEPS + i).reshape(-1) for i in range(STEPS)])
              for epoch in range(2)]
     assert sorted(order[0]) == sorted(order[1]) == list(range(120)) and (order[0] != order[1]).any()
     assert len(logged(tmp_path / "run")) == 2 * STEPS
@@ -327,8 +286,7 @@ def test_reference_log_probabilities_of_another_model_are_refused(
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny, rewarded, tmp_path, capsys):
     refused(capsys, ["gradient norm", "look at this step's rows"], "train.py", *flags(
-        tiny, rewarded, tmp_path / "run", "--save_every=1", "--learning_rate=1e30", "--max_grad_norm=1",
-        "--norm=mae"))
+        tiny, rewarded, tmp_path / "run", "--save_every=1", "--learning_rate=1e30", "--max_grad_norm=1"))
     assert names(tmp_path / "run" / "resume")[0].startswith("step_")  # the last good one
 
 
@@ -380,14 +338,14 @@ def test_a_second_process_on_the_same_run_is_refused(tiny, rewarded, tmp_path, c
 # ---- kills, signals and full disks ----
 
 def die_after_saving(step):
-    """Kill this process when OUT/resume/step_N has been moved into place."""
-    replace = os.replace
+    """Kill this process when OUT/resume/step_N is complete."""
+    save = dcp.save
 
-    def replace_and_die(old, new):
-        replace(old, new)
-        if str(new).endswith(f"resume/step_{step:06d}"):
+    def save_and_die(state, checkpoint_id, **more):
+        save(state, checkpoint_id=checkpoint_id, **more)
+        if checkpoint_id.name == f"step_{step:06d}":
             os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = replace_and_die
+    dcp.save = save_and_die
 
 
 def test_a_run_killed_before_any_of_its_writes_ends_in_the_same_bits(tiny, rewarded, undisturbed, tmp_path):

@@ -1,0 +1,221 @@
+"""QRPO on fresh samples. Every step samples completions of the policy, rewards them, and regresses their
+log-ratios to the reference model on their targets: what the policy does now is what the step corrects.
+
+Reads rewarded rows (score.py's output) for their prompts and ref_rewards. Starts from --model, best the
+outcome of train.py on the same rows. Writes to OUT the trained model, run.json, metrics.jsonl, and samples/:
+what was sampled, with rewards and log-ratios. One process, or several under torchrun (DDP):
+
+    python examples/online.py --model=out/qrpo --ref_model=MODEL --data=out/train/rewarded --out=out/online \
+        --reward=tests
+
+On the policy's own samples, the gradient of the mean of (target - log-ratio)^2 / 2 is that of KL(pi || pi*),
+so of the objective E[R] - beta KL(pi || pi_ref) itself, with a variance that vanishes at the optimum. No
+baseline is needed, as Z is known. Policy and reference model are both in memory.
+"""
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import generate_refs
+import qrpo
+import rows
+import score
+from dataset import Meter, get_batch, micro_batches
+from model import (Policy, context_length, cosine, decode, end_ids, get_device, get_dtype, keep_freed_memory,
+                   load_model, load_state, load_tokenizer, row_prompt_ids, save_model, save_state,
+                   start_processes, sync_gradients)
+from qrpo import qrpo_loss
+
+# -----------------------------------------------------------------------------
+# settings
+
+parser = rows.Parser(__doc__)
+flag = parser.add_argument
+flag("--model", required=True, help="folder or hub name of the policy to start from")
+flag("--ref_model", required=True, help="the reference model, which ref_rewards belong to")
+flag("--data", required=True, help="JSONL file or folder of rewarded rows: prompts and ref_rewards")
+flag("--out", required=True, type=Path, help="folder of the run")
+flag("--reward", required=True, help="tests, FILE.py:NAME or model:PATH, as score.py's; that of ref_rewards")
+flag("--score", default="", help="more flags of score.py, in one string")
+flag("--beta", type=rows.positive, default=0.1, help="strength of the KL term")
+flag("--learning_rate", type=rows.positive, default=1e-6, help="AdamW's, at the peak of the schedule")
+flag("--steps", type=rows.count, default=200, help="optimiser steps")
+flag("--prompts", type=rows.count, default=32, help="prompts per step, over all ranks")
+flag("--samples", type=rows.count, default=4, help="completions per prompt and step")
+flag("--max_new_tokens", type=rows.count, default=512, help="longest completion, in tokens")
+flag("--batch_size", type=rows.count, default=128, help="completions sampled at a time; memory grows with it")
+flag("--micro_batch_tokens", type=rows.whole, default=0,
+     help="padded tokens in a forward pass; 0: 16384 on a GPU, 1024 on a CPU")
+flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+     help="of forward and backward; weights are float32. auto: bfloat16 on a GPU")
+flag("--save_every", type=rows.count, default=20, help="steps between states to resume from")
+flag("--resume", action="store_true", help="continue the run in OUT from where it last saved")
+flag("--seed", type=rows.whole, default=0, help="of prompts and samples")
+flag("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
+args = parser.parse_args()
+
+ADAM_BETAS = 0.9, 0.95  # the samples change, so a shorter memory of squared gradients than the usual 0.999
+WARMUP = 0.05           # of the steps
+FREE = "data", "out", "batch_size", "micro_batch_tokens", "save_every", "resume"  # may change on a resume
+
+# -----------------------------------------------------------------------------
+# set-up: processes, models, reward, prompts
+
+rows.stop_on_signals()
+device = get_device()
+keep_freed_memory(device)
+rank, world = start_processes(device)
+rows.refuse(args.prompts % world,
+            f"--prompts={args.prompts} must be a multiple of the {world} processes, which share them")
+dtype = get_dtype(args.dtype, device)
+autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+micro_batch_tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 1024)
+config = {name: value for name, value in vars(args).items() if name not in FREE}
+config |= {"loss": "qrpo", "quantile": "exact", "has_targets": True}  # as train.py records it, for evaluate.py
+rows.check_run(args.out, config, args.resume)
+
+tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+model = load_model(args.model, torch.float32, device, args.trust_remote_code)
+reference = Policy(load_model(args.ref_model, torch.float32, device, args.trust_remote_code))
+ends, context = end_ids(model, tokenizer), context_length(model)
+score_args = score.arguments(["--data=", "--out=", f"--reward={args.reward}", *shlex.split(args.score)])
+made_by = {"reward": args.reward, "fingerprint": rows.fingerprint(score_args.kind.settings(score_args))}
+reward_of = score_args.kind.load(score_args)
+
+requests, ref_rewards = [], []  # what generate_refs.sample takes, a row each
+for row in rows.read(args.data, require=("prompt", "ref_rewards")):
+    before = row.get("made_by", {}).get("ref_rewards", made_by)
+    rows.refuse(before["fingerprint"] != made_by["fingerprint"],
+                f"{row['__at__']}: its ref_rewards were made by another reward ({before['reward']})")
+    ids = row_prompt_ids(tokenizer, row)
+    row = {name: value for name, value in row.items() if name not in score.REWARD_OF}
+    requests.append({"row": row, "prompt": ids, "limit": min(args.max_new_tokens, context - len(ids))})
+    ref_rewards.append([math.nan if reward is None else reward for reward in row["ref_rewards"]])
+width = max(map(len, ref_rewards))
+ref_rewards = np.array([r + [math.nan] * (width - len(r)) for r in ref_rewards], np.float32)  # (rows, width)
+config["data_fingerprint"] = rows.fingerprint([[request["prompt"] for request in requests], ref_rewards.tolist()])
+rows.check_run(args.out, config, args.resume)  # now also that the data are the same
+
+
+def prompts_of(step):
+    """The numbers of this rank's prompts in a step: each pass over the data is one seeded shuffle."""
+    positions = np.arange(step * args.prompts, (step + 1) * args.prompts)
+    order = {epoch: np.random.default_rng([args.seed, epoch]).permutation(len(requests))
+             for epoch in set(positions // len(requests))}
+    return [order[p // len(requests)][p % len(requests)] for p in positions][rank::world]
+
+
+sampling = SimpleNamespace(num_refs=args.samples, temperature=1.0, top_p=1.0, batch_size=args.batch_size,
+                           field="samples", seed=args.seed)  # as generate_refs.py's flags
+
+
+def sample(step):
+    """Fresh completions of the policy with their rewards, (row, token ids, text, reward): those of unknown
+    reward are left out. row: which of this rank's prompts in the step.
+    """
+    numbers = prompts_of(step)
+    step_requests = [requests[n] | {"row": {"id": f"{step}/{n}", "place": i}} for i, n in enumerate(numbers)]
+    with autocast:
+        found = {row["place"]: ids for row, ids in generate_refs.sample(model, step_requests, sampling, ends)}
+    texts = {i: [decode(tokenizer, requests[n]["prompt"], ids) for ids in found[i]]
+             for i, n in enumerate(numbers)}
+    todo = [(requests[n]["row"] | {"place": i}, texts[i]) for i, n in enumerate(numbers)]
+    rewards = {row["place"]: values for row, values in reward_of(todo)}
+    return [(i, ids, text, reward) for i in range(len(numbers))
+            for ids, text, reward in zip(found[i], texts[i], rewards[i]) if reward is not None]
+
+
+def as_arrays(fresh, numbers):
+    """The samples of a step as the arrays that dataset.get_batch takes from."""
+    prompts = [requests[numbers[i]]["prompt"] for i, *_ in fresh]
+    sequences = [prompt + ids for prompt, (_, ids, _, _) in zip(prompts, fresh)]
+    lens = np.array([len(sequence) for sequence in sequences], int)
+    return SimpleNamespace(
+        tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
+        starts=np.cumsum(lens) - lens, lens=lens, prompt_lens=np.array([len(p) for p in prompts], int),
+        rewards=np.array([reward for *_, reward in fresh], np.float32),
+        row=np.array([i for i, *_ in fresh], int), ref_rewards=ref_rewards[numbers])
+
+
+# -----------------------------------------------------------------------------
+# optimizer, and where the run continues
+
+policy = Policy(model)
+optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, ADAM_BETAS, weight_decay=0.0, fused=True)
+start_step = load_state(args.out / "resume", policy, optimizer)
+if world > 1:
+    policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+samples_file = rows.open_part(args.out / "samples" / f"part-{rank:05d}.jsonl")
+rows.keep_while(samples_file, lambda row: row["step"] <= start_step)
+if rank == 0:
+    metrics_file = rows.open_part(args.out / "metrics.jsonl")
+    rows.keep_while(metrics_file, lambda row: row["step"] <= start_step)
+    rows.write_run(args.out, config, finished=False)
+
+# -----------------------------------------------------------------------------
+# the training loop
+
+beta = torch.tensor([args.beta], device=device)
+best = (beta * qrpo.log_partition(beta)).item()  # no policy has a higher objective
+bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, unit="step", disable=rank != 0)
+for step in bar:
+    started = time.time()
+    fresh = sample(step)
+    rows.refuse(not fresh, f"step {step}: {args.reward} gave no known reward; look at it, and give --resume")
+    data = as_arrays(fresh, prompts_of(step))
+    count = torch.tensor(float(len(fresh)))  # completions of all ranks
+    if world > 1:
+        dist.all_reduce(count)
+    for group in optimizer.param_groups:
+        group["lr"] = args.learning_rate * cosine(step, args.steps, WARMUP)
+    batches = list(micro_batches(data.lens, np.arange(len(fresh))[:, None], micro_batch_tokens))
+    meter = Meter()
+    for i, (index, _) in enumerate(batches):
+        sync_gradients(policy, i == len(batches) - 1)
+        b = get_batch(data, index, device)  # tokens (B, T); lens, rewards (B,); ref_rewards (B, n)
+        with autocast:
+            with torch.no_grad():
+                ref_logps = reference(b.tokens, b.prompt_lens, b.lens)  # (B,)
+            logps = policy(b.tokens, b.prompt_lens, b.lens)             # (B,)
+        loss = qrpo_loss(beta, logps, ref_logps, b.rewards, b.ref_rewards, quantile="exact")  # (B,)
+        (loss.sum() * world / count.item()).backward()
+
+        kl = (logps - ref_logps).detach()
+        targets = qrpo.target_log_ratios(beta, b.rewards, b.ref_rewards, quantile="exact")
+        R = beta * targets + best
+        meter.add({"loss": loss.detach(), "reward": b.rewards, "quantile_reward": R, "kl": kl,
+                   "objective": R - beta * kl, "length": (b.lens - b.prompt_lens).float()})
+        for k, log_ratio in zip(index, kl.tolist()):
+            place, _, text, reward = fresh[k]
+            name = requests[prompts_of(step)[place]]["row"]["id"]
+            rows.append(samples_file, {"step": step + 1, "id": name, "text": text, "reward": reward,
+                                       "log_ratio": log_ratio})
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()
+    rows.refuse(not math.isfinite(grad_norm),
+                f"step {step}: gradient norm {grad_norm}; lower --learning_rate or raise --beta")
+    optimizer.step()
+    optimizer.zero_grad()
+
+    row = meter.means()
+    bar.set_postfix(reward=f"{row['reward']:.3g}", kl=f"{row['kl']:.3g}",
+                    objective=f"{row['objective']:.4g}/{best:.4g}")
+    if rank == 0:
+        rows.append(metrics_file, {"step": step + 1} | row | {
+            "grad_norm": grad_norm, "learning_rate": group["lr"], "seconds": time.time() - started})
+    if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        save_state(args.out / "resume", step + 1, policy, optimizer)
+
+save_model(model, args.model, args.out / ".trained")
+if rank == 0:
+    rows.finish_run(args.out, config)
+    print(f"{args.out}: the trained model, run.json, metrics.jsonl and samples")
