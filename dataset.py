@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import rows
-from model import completion_ids, context_length, decode, end_ids, identity, pad, row_prompt_ids
+from model import completion_ids, context_length, decode, end_ids, model_fingerprint, pad, row_prompt_ids
 
 
 # ---- regimes: which completions of a row are trained on ----
@@ -446,7 +446,7 @@ def load(path, cache, model_path, tokenizer, model, choices):
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
     code = [Path(__file__).with_name(name).read_text() for name in CODE]
-    key = rows.fingerprint([files, identity(model_path), tokenizer.template_args, choices, code])
+    key = rows.fingerprint([files, model_fingerprint(model_path), tokenizer.template_args, choices, code])
     folder = Path(cache) / f"data-{key}"
     rank, world = rows.rank_and_world()
     if rank == 0:

@@ -35,7 +35,7 @@ import qrpo
 import rows
 import score
 from model import (Policy, context_length, decode, end_ids, get_device, get_dtype, keep_freed_memory,
-                   load_model, load_tokenizer, row_prompt_ids)
+                   load_model, load_tokenizer, row_prompt_ids, sync_gradients)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -234,7 +234,7 @@ for step in bar:
     every = np.arange(len(fresh.row))[:, None]
     batches = list(dataset.micro_batches(fresh.lens, every, micro_batch_tokens))
     for i, (index, _) in enumerate(batches):
-        policy.require_backward_grad_sync = i == len(batches) - 1
+        sync_gradients(policy, i == len(batches) - 1)
         b = dataset.get_batch(fresh, index, device)  # tokens (B, T); lens, rewards (B,); ref_rewards (B, n)
         with autocast:
             with torch.no_grad():

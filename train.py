@@ -29,8 +29,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -38,8 +36,9 @@ import dataset
 import qrpo
 import rows
 from dataset import REGIMES, get_batch, micro_batches
-from model import (Policy, add_lora, flops_per_token, get_device, get_dtype, identity, keep_freed_memory,
-                   load_model, load_skeleton, load_tokenizer, merged, peak_flops, shard)
+from model import (Policy, add_lora, flops_per_token, get_device, get_dtype, keep_freed_memory, load_model,
+                   load_skeleton, load_tokenizer, model_fingerprint, peak_flops,
+                   save_model, shard, sync_gradients)
 
 # -----------------------------------------------------------------------------
 # the losses; args are the settings below, b is a batch (see load_batch)
@@ -134,8 +133,6 @@ add("--trust_remote_code", action="store_true", help="run model code that comes 
 add = parser.add_argument_group("run").add_argument
 add("--eval_every", type=int, default=0, help="steps between evaluations; 0: before and after training")
 add("--save_every", type=int, default=0, help="steps between checkpoints; 0: none but the trained model")
-add("--save_dtype", default="float32", choices=("float32", "bfloat16"),
-    help="of the trained model in OUT; bfloat16 rounds small updates away (what is left is printed)")
 add("--resume", action="store_true", help="continue the run in OUT from where it last saved")
 add("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
 add("--dry_run", action="store_true", help="show some of the data, time a step, write nothing, and exit")
@@ -169,9 +166,8 @@ if args.loss == "sft" and paired:
               "--train_on=chosen, or refs with --min_reward")
 if paired and args.min_reward is not None:
     rows.fail(f"--min_reward selects single completions, --train_on={args.train_on} pairs; drop one")
-if args.lora and (args.shard or args.save_dtype != "float32"):
-    rows.fail("--lora does not go with --shard or --save_dtype: its frozen weights are small enough for each "
-              "rank, and its adapter is saved as it was trained; drop one")
+if args.lora and args.shard:
+    rows.fail("--lora does not go with --shard: its frozen weights are small enough for each rank; drop one")
 if args.shard and "RANK" not in os.environ:
     rows.fail("--shard needs several processes: start it with torchrun --nproc_per_node=N train.py ...")
 
@@ -266,12 +262,13 @@ if args.gradient_checkpointing:
             module.training = True
 num_parameters = sum(p.numel() for p in model.parameters())
 flops = flops_per_token(model, train_data.lens.mean())  # before the parameters are sharded
+adapter = None
 if args.lora:
     adapter = add_lora(model, args.lora, args.seed)
     flops *= 2 / 3  # frozen weights get no gradients
 # weights, gradients and two states of AdamW, in float32; or frozen weights
 memory = sum(p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters())
-policy = Policy(model)
+policy = Policy(model, length_groups=term_size)
 if args.shard:
     policy = shard(policy, dtype, device)
 
@@ -302,8 +299,8 @@ def start_logps(policy, name, data):
     one forward pass, kept in the cache.
     """
     code = [Path(__file__).with_name(name).read_text() for name in CODE]
-    key = rows.fingerprint([identity(name), data.fingerprint, str(dtype), str(weights_dtype), device.type,
-                            args.shard, code])
+    key = rows.fingerprint([model_fingerprint(name), data.fingerprint, str(dtype), str(weights_dtype),
+                            device.type, args.shard, code])
     path = Path(cache) / f"ref_logps-{key}.npy"
     if not any_rank(main_process and path.exists()):
         with autocast:
@@ -318,7 +315,7 @@ def start_logps(policy, name, data):
 
 reference = policy
 if args.ref_model:
-    reference = Policy(load(args.ref_model, weights_dtype, device, args.trust_remote_code))
+    reference = Policy(load(args.ref_model, weights_dtype, device, args.trust_remote_code), term_size)
     if args.shard:
         reference = shard(reference, dtype, device)
 for data in filter(None, (train_data, eval_data)):
@@ -364,7 +361,7 @@ def saving(folder):
     with rows.writing(folder):
         try:
             yield
-        except (dcp.CheckpointException, SafetensorError) as error:
+        except dcp.CheckpointException as error:
             raise OSError(str(error).strip().splitlines()[-1]) from None
 
 
@@ -382,39 +379,6 @@ def save_resume(step):
             for old in folder.parent.glob("step_*"):
                 if old != folder:
                     shutil.rmtree(old)
-    barrier()
-
-
-def save_model(folder, save_dtype="float32"):
-    """The policy as a Hugging Face folder, complete or not at all. In float32 what is saved is what was
-    trained. With --lora merged, and its adapter in a folder of its own.
-    """
-    state, gathered = {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if ".lora_" in name:
-            continue
-        if id(tensor) not in gathered:  # tied weights stay one tensor
-            full = tensor.detach()
-            if isinstance(full, DTensor):
-                full = full.full_tensor()
-            if args.lora:
-                full = merged(model, name, full)
-            if full.is_floating_point():
-                full = full.to(getattr(torch, save_dtype))
-            gathered[id(tensor)] = full.cpu() if main_process else None
-        state[name.replace(".base_layer", "")] = gathered[id(tensor)]
-    if main_process:
-        new = folder.with_name(f".new_{folder.name}")
-        with saving(folder):
-            shutil.rmtree(new, ignore_errors=True)
-            model.save_pretrained(new, state_dict=state)
-            if args.lora:
-                adapter.save_pretrained(new / "adapter", save_embedding_layers=False)
-            config = rows.load_json(new / "config.json")
-            rows.write_json(new / "config.json", config | {"dtype": save_dtype})
-            tokenizer.save_pretrained(new)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(new, folder)
     barrier()
 
 
@@ -532,7 +496,7 @@ def held_out():
     for index, works in micro_batches(eval_data.lens, terms, micro_batch_tokens, rank, world):
         b = load_batch(eval_data, index, mean_length)
         with autocast:
-            logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)
+            logps = policy(b.tokens, b.prompt_lens, b.lens)
         add(totals, metrics(b, logps, loss_terms(b, logps)), works)
     return means(totals)
 
@@ -571,11 +535,11 @@ for step in bar:
     batches = list(micro_batches(train_data.lens, terms, micro_batch_tokens, rank, world))
     totals = {}
     for i, (index, works) in enumerate(batches):
-        policy.require_backward_grad_sync = i == len(batches) - 1  # DDP averages over ranks once, at the end
+        sync_gradients(policy, i == len(batches) - 1)
         # tokens (B, T); lens, rewards, ref_logps, beta, targets (B,); ref_rewards (B, num_ref_rewards); ...
         b = load_batch(train_data, index, lengths.mean())
         with autocast:
-            logps = policy(b.tokens, b.prompt_lens, b.lens, term_size)  # (B,) log pi(y|x), summed over tokens
+            logps = policy(b.tokens, b.prompt_lens, b.lens)  # (B,) log pi(y|x), summed over tokens
         loss = loss_terms(b, logps)                                     # (B / term_size,)
         # The ranks average, so times world makes the gradient that of the mean over the step's terms,
         # however they are split. A filler of a rank without work counts 0.
@@ -619,7 +583,7 @@ for step in bar:
         evaluate(done)
     save = args.save_every and done % args.save_every == 0
     if save and not last:
-        save_model(out / "checkpoints" / f"step_{done:06d}")
+        save_model(model, args.model, out / "checkpoints" / f"step_{done:06d}", adapter)
     if save or last or stop:
         save_resume(done)
     if stop:
@@ -643,15 +607,7 @@ if args.dry_run:
     if main_process:
         shutil.rmtree(cache)
 else:
-    if args.save_dtype != "float32" and eval_data:
-        before = held_out()["log_ratio"]
-        for parameter in model.parameters():
-            parameter.data.copy_(parameter.data.to(getattr(torch, args.save_dtype)))
-        after = held_out()["log_ratio"]
-        if main_process:
-            print(f"{out}: in {args.save_dtype} the model has an eval_log_ratio of {after:.4g}, "
-                  f"{after / before:.0%} of the trained {before:.4g}")
-    save_model(out / ".trained", args.save_dtype)
+    save_model(model, args.model, out / ".trained", adapter)
     if main_process:
         shutil.rmtree(out / "adapter", ignore_errors=True)
         for file in (out / ".trained").iterdir():  # the trained model is OUT itself
