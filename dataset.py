@@ -28,8 +28,8 @@ import transformers
 from tqdm import tqdm
 
 import rows
-from model import (Policy, any_rank, barrier, completion_ids, completion_logps, context_length, decode,
-                   end_ids, identity, pad, row_prompt_ids)
+from model import (Policy, any_rank, barrier, chunked_logps, completion_ids, context_length, decode, end_ids,
+                   logits_of, model_fingerprint, pad, row_prompt_ids)
 
 
 # ---- regimes: which completions of a row are trained on ----
@@ -446,7 +446,7 @@ def load(path, cache, model_path, tokenizer, model, choices):
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
     code = [rows.code_of(sys.modules[name]) for name in ("dataset", "model")]
-    key = rows.fingerprint([files, identity(model_path), tokenizer.template_args, choices, code])
+    key = rows.fingerprint([files, model_fingerprint(model_path), tokenizer.template_args, choices, code])
     folder = Path(cache) / f"data-{key}"
     main_process = rows.rank_and_world()[0] == 0
     if main_process:
@@ -536,14 +536,13 @@ def all_logps(policy, data, budget, device):
     return logps.cpu().numpy()
 
 
-def cached_logps(policy, data, cache, numbers, micro_batch_tokens, device):
-    """`all_logps`, kept in the folder `cache`. numbers: what decides them besides the data and this code: the
-    model's path first, dtypes, and so on.
+def cached_logps(policy, data, cache, settings, micro_batch_tokens, device):
+    """`all_logps`, kept in the folder `cache`. settings: what decides them besides data and code: the model,
+    dtypes.
     """
-    model_path, *settings = numbers
-    code = [rows.code_of(part) for part in (Policy, completion_logps)]
+    code = [rows.code_of(part) for part in (Policy, chunked_logps, logits_of)]
     versions = [torch.__version__, transformers.__version__]
-    key = rows.fingerprint([identity(model_path), settings, data.fingerprint, device.type, code, versions])
+    key = rows.fingerprint([settings, data.fingerprint, device.type, code, versions])
     path = Path(cache) / f"ref_logps-{key}.npy"
     if not any_rank(rows.rank_and_world()[0] == 0 and path.exists()):
         # without activations, a forward pass may be larger

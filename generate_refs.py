@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import rows
 from kv_cache import Cache
-from model import (backbone, context_length, decode, end_ids, get_device, identity, keep_freed_memory, load,
-                   load_model, load_tokenizer, output_layer, pad, row_prompt_ids, sampling_dtype)
+from model import (backbone, context_length, decode, end_ids, get_device, keep_freed_memory, load, load_model,
+                   load_tokenizer, logits_of, model_fingerprint, pad, row_prompt_ids, sampling_dtype)
 
 
 def arguments():
@@ -135,25 +135,27 @@ def prefill(model, cache, requests, args):
     read = transformers.DynamicCache()
     # padded on the right without a mask: the padding comes after everything that a causal model can look at
     tokens = pad([request["prompt"] for request in requests], model.device)
-    hidden = backbone(model)(input_ids=tokens, past_key_values=read, use_cache=True).last_hidden_state
+    output = backbone(model)(input_ids=tokens, past_key_values=read, use_cache=True)
     tensors = [tensor for layer in read.layers for tensor in (layer.keys, layer.values)]
-    first = cache.add_prompts(tensors, [len(request["prompt"]) for request in requests])
+    lengths = [len(request["prompt"]) for request in requests]
+    first = cache.add_prompts(tensors, lengths)
+    ends = [length - 1 for length in lengths]
+    logits = logits_of(model, output, output.last_hidden_state[range(len(ends)), ends])  # (prompts, vocab)
     for i, request in enumerate(requests):
-        last = len(request["prompt"]) - 1
         request["completions"] = [Completion(request, k, args) for k in range(args.num_refs)]
         request["missing"] = args.num_refs
         for completion in request["completions"]:
             completion.prompt = first + i
-            completion.hidden = hidden[i:i + 1, last]  # predicts its first token, (1, dim)
+            completion.logits = logits[i:i + 1]  # of its first token, (1, vocab)
             yield completion
 
 
 def decode_step(model, cache, tokens):
-    """The last hidden states after one more token each, (batch, dim)."""
+    """The logits after one more token each, (batch, vocab)."""
     with cache.step(model) as (mask, positions):
-        output = backbone(model)(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions,
-                                 past_key_values=cache, use_cache=True)
-    return output.last_hidden_state[:, -1]
+        output = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions,
+                       past_key_values=cache, use_cache=True)
+    return output.logits[:, -1]
 
 
 @torch.no_grad()
@@ -167,12 +169,12 @@ def sample(model, requests, args, ends):
     """
     if not hasattr(model, "shares_prompts"):
         check_sampler(model)
-    logits_of, requests = output_layer(model), iter(requests)
+    requests = iter(requests)
     prompts_at_a_time = math.ceil(args.batch_size / (4 * args.num_refs))  # enough to fill the machine
     cache = Cache(args.batch_size, share=model.shares_prompts and args.num_refs > 1)
     ready = collections.deque()  # completions whose prompt has been read
     active = []                  # active[i] is row i of the cache
-    hidden = []                  # tensors (n, dim) that together predict the next token of each of them
+    logits = []                  # tensors (n, vocab), together the logits of the next token of each of them
     while True:
         while len(active) < args.batch_size:
             if not ready:
@@ -182,13 +184,13 @@ def sample(model, requests, args, ends):
             completion = ready.popleft()
             cache.join(completion.prompt)
             active.append(completion)
-            hidden.append(completion.hidden)
-            del completion.hidden
+            logits.append(completion.logits)
+            del completion.logits
         if not active:
             return
 
         u = torch.tensor([float(c.u[len(c.ids)]) for c in active], device=model.device)
-        tokens = sample_tokens(logits_of(torch.cat(hidden)), u, args).tolist()
+        tokens = sample_tokens(torch.cat(logits), u, args).tolist()
 
         for i in reversed(range(len(active))):
             completion, request = active[i], active[i].request
@@ -201,10 +203,10 @@ def sample(model, requests, args, ends):
                 if request["missing"] == 0:
                     yield request["row"], [c.ids for c in request["completions"]]
 
-        hidden = []
+        logits = []
         if active:
             newest = torch.tensor([c.ids[-1] for c in active], device=model.device)
-            hidden = [decode_step(model, cache, newest)]
+            logits = [decode_step(model, cache, newest)]
 
 
 @torch.no_grad()
@@ -227,8 +229,8 @@ def check_sampler(model):
 
 
 def try_cache(model, cache):
-    """ValueError if two sequences of different lengths, token by token, do not get the hidden states that
-    the model finds without a cache.
+    """ValueError if two sequences of different lengths, token by token, do not get the logits that the model
+    finds without a cache.
     """
     vocab, steps = model.config.get_text_config().vocab_size, 8
     sequences = [[(31 * i + 7) % vocab for i in range(length + steps)] for length in (3, 12)]
@@ -236,16 +238,16 @@ def try_cache(model, cache):
     args = argparse.Namespace(num_refs=1, seed=0, field="samples")
     for completion in prefill(model, cache, requests, args):
         cache.join(completion.prompt)
-    states = []  # of each step, (2, dim)
+    logits = []  # of each step, (2, vocab)
     for i in range(steps, 0, -1):
         tokens = torch.tensor([ids[-i] for ids in sequences], device=model.device)
-        states.append(decode_step(model, cache, tokens))
-    for ids, found in zip(sequences, torch.stack(states, 1)):  # (steps, dim)
+        logits.append(decode_step(model, cache, tokens))
+    for ids, found in zip(sequences, torch.stack(logits, 1)):  # (steps, vocab)
         ids = torch.tensor([ids], device=model.device)
-        own = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0, -steps:]
+        own = model(input_ids=ids, use_cache=False).logits[0, -steps:]
         error = (found - own).abs().mean(1).median()  # in bfloat16, single tokens may go to other experts
         if not error < (0.01 if model.dtype == torch.float32 else 0.1) * own.std():
-            raise ValueError("with its cache it computes other states than without")
+            raise ValueError("with its cache it computes other logits than without")
 
 
 def sample_vllm(model, requests, args, ends):
@@ -346,7 +348,7 @@ def main():
         del settings[name]
     settings["engine_options"] = {name: value for name, value in args.engine_options.items()
                                   if name not in HOW_VLLM_RUNS}
-    settings["files"] = rows.fingerprint(identity(args.model))
+    settings["files"] = model_fingerprint(args.model)
 
     def request(row):
         """What `sample` needs of a row."""

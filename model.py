@@ -6,25 +6,32 @@ same tokens.
 
     python -c 'import model; print(model.prompt_ids(model.load_tokenizer("data/minicode/model"), "hello"))'
 """
-import contextlib
 import ctypes
 import datetime
+import functools
 import hashlib
 import math
 import os
 import platform
 import shutil
 import warnings
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
-import qrpo
 import rows
 
 transformers.utils.logging.set_verbosity_error()
@@ -134,7 +141,7 @@ def load_model(path, dtype, device, trust_remote_code=False):
     kind = transformers.AutoModelForCausalLM
     model = load_weights(kind, path, dtype=dtype, trust_remote_code=trust_remote_code)
     model = model.to(device).eval()
-    check(model)
+    prepare(model)
     return model
 
 
@@ -146,51 +153,92 @@ def load_skeleton(path, dtype, device, trust_remote_code=False):
     if rows.rank_and_world()[0] == 0:
         source = load_model(path, "auto", torch.device("cpu"), trust_remote_code)
         frozen = [name for name, parameter in source.named_parameters() if not parameter.requires_grad]
-        facts = [(source.config, source.generation_config, source.logit_rule, frozen)]
+        facts = [(source.config, source.generation_config, source.backbone_name, frozen)]
     else:
         facts = [None]
     dist.broadcast_object_list(facts)
-    config, generation_config, logit_rule, frozen = facts[0]
+    config, generation_config, backbone_name, frozen = facts[0]
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.generation_config, model.logit_rule, model.source = generation_config, logit_rule, [source]
+    model.generation_config, model.backbone_name, model.source = generation_config, backbone_name, [source]
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     return model.eval()
 
 
 def add_lora(model, rank, seed):
-    """Put LoRA adapters (arXiv 2106.09685), float32, on all linear layers except the output layer, and freeze
-    the rest. They start as 0 (B = 0): the model is still the reference. Returns peft's model around it.
+    """Put LoRA adapters (arXiv 2106.09685), float32, on every linear layer of the backbone that text reaches,
+    and freeze the rest. They start as 0 (B = 0): the model is still the reference. The experts of a mixture
+    are one tensor, not linear layers, so they stay frozen. Returns peft's model around it.
     """
     try:
         import peft
     except ImportError:
         rows.fail("--lora needs peft; pip install peft")
+    prefix = f"{backbone_name(model)}."
+    linear = [name for name, module in model.named_modules() if name.startswith(prefix)
+              and isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight.requires_grad]
+    if not linear:
+        rows.fail(f"{model.name_or_path}: a {model.config.model_type} model has no linear layers to adapt; "
+                  "omit --lora")
     torch.manual_seed(seed)  # the same on every rank
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, config)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type="CAUSAL_LM")
+    adapter = peft.get_peft_model(model, config)
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    if sorted(adapted) != sorted(linear):
+        rows.fail(f"{model.name_or_path}: peft {peft.__version__} adapts other layers of a "
+                  f"{model.config.model_type} model than asked for; omit --lora")
+    return adapter
 
 
-def merged(model, name, weight):
-    """A tensor of a model with LoRA, with the adapter added to it that belongs to it, if any, in float32."""
-    layer, base, _ = name.rpartition(".base_layer.weight")
-    if not base:
-        return weight
-    return weight.float() + model.get_submodule(layer).get_delta_weight("default")
+def find_backbone(model, ids):
+    """The name of the part of a causal LM whose last hidden states its output layer reads: the last that
+    gives some while the model runs. Also the model's logits of these token ids, (1, time, vocab).
+    """
+    found, hooks = [], []
+    for name, module in model.named_modules():
+        def hook(module, inputs, output, name=name):
+            if hasattr(output, "last_hidden_state"):
+                found.append(name)
+        hooks.append(module.register_forward_hook(hook))
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[-1], logits
+
+
+def backbone_name(model):
+    if not hasattr(model, "backbone_name"):  # not loaded by `load_model`
+        prepare(model)
+    return model.backbone_name
 
 
 def backbone(model):
     """The part of a causal LM that gives its last hidden states."""
-    if model.base_model is model:  # Llama 4 names another
-        return getattr(model, "model", model)
-    return model.base_model
+    return model.get_submodule(backbone_name(model))
 
 
-def check(model):
-    """Find the output layer of a model, and freeze the parameters that its logits do not depend on.
-    Refuses a model whose log-probabilities this code would compute wrongly.
+def logits_of(model, output, hidden):
+    """The model's logits (n, vocab) of hidden states (n, dim) from `output`, which its backbone returned.
+
+    Its own forward makes them, whatever a family does there (scales, caps, another layer). For this call,
+    the backbone's forward is replaced by one that returns these states, as an output of the same class.
+    """
+    inner = backbone(model)
+    inner.forward = lambda *args, **kwargs: type(output)(last_hidden_state=hidden[None])
+    try:
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del inner.forward  # the class's own again
+
+
+def prepare(model):
+    """Find the backbone of a model, and freeze the parameters that its logits do not depend on. Refuses a
+    model whose log-probabilities this code would compute wrongly.
     """
     name, config = model.name_or_path, model.config
     special = {value for key, value in config.to_dict().items() if key.endswith(("token_id", "token_index"))}
@@ -198,27 +246,21 @@ def check(model):
     ids = torch.arange(length, device=model.device) * 7 % config.get_text_config().vocab_size
     ids = torch.tensor([i for i in ids.tolist() if i not in special], device=model.device)[None]  # (1, time)
     try:
-        own = model(input_ids=ids, use_cache=False).logits[0]  # (time, vocab)
+        model.backbone_name, logits = find_backbone(model, ids)
         with torch.no_grad():
-            hidden, start = (backbone(model)(input_ids=part, use_cache=False).last_hidden_state[0]
-                             for part in (ids, ids[:, :8]))
+            output, start = (backbone(model)(input_ids=part, use_cache=False) for part in (ids, ids[:, :8]))
+            hidden, start = output.last_hidden_state[0], start.last_hidden_state[0]  # (time, dim)
+            found = logits_of(model, output, hidden)
     except Exception as error:  # whatever the code of a family raises
         rows.fail(f"{name}: a {config.model_type} model cannot be run on text alone ({error})")
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # in standard deviations
     if not (start - hidden[:8]).abs().median() < tolerance * hidden.std():
         rows.fail(f"{name}: a {config.model_type} model also looks at later tokens (is_decoder=false?), so "
                   "it has no log pi(y|x)")
-    errors = {}
-    for rule in HEADS:
-        if rule == "plain" or getattr(config.get_text_config(), rule[0], None):
-            model.logit_rule = rule
-            with torch.no_grad(), contextlib.suppress(RuntimeError):  # a head of another shape
-                errors[rule] = (output_layer(model)(hidden) - own).abs().max().item()
-    model.logit_rule = min(errors, key=errors.get, default=None)
-    if model.logit_rule is None or not errors[model.logit_rule] < tolerance * own.std():
+    if not (found - logits[0]).abs().max() < tolerance * logits.std():
         rows.fail(f"{name}: the logits of a {config.model_type} model do not follow from its last hidden "
-                  "states in a way that model.py knows (HEADS)")
-    reached = leaves(own)
+                  "states")
+    reached = leaves(logits)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in reached)
 
@@ -237,27 +279,107 @@ def leaves(tensor):
     return found
 
 
-MODEL_FILES = ("model", "pytorch_model", "config", "generation_config", "tokenizer", "special_tokens",
-               "added_tokens", "vocab", "merges", "chat_template")  # how the names of a model's files begin
+# ---- the files of a model ----
+
+WEIGHTS = "*.safetensors", "*.bin", "*.index.json"
+# all that belongs to a model besides its weights: configuration, tokenizer, template, processor, code
+OTHER_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+               "added_tokens.json", "vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "tekken.json",
+               "chat_template*", "additional_chat_templates/*", "*processor_config.json", "*.py")
 
 
-def identity(path):
+def files_of(folder, patterns):
+    """The files of a folder that match one of the patterns, sorted."""
+    return sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
+
+
+def model_fingerprint(path):
     """What tells one model and tokenizer from another, copied or not: names, sizes, and the first and
     last MiB of its files (training changes all of the weights). A hub name stands for itself.
     """
     if not os.path.isdir(path):
         return path
     found = []
-    for entry in os.scandir(path):
-        if entry.is_file() and entry.name.startswith(MODEL_FILES):
-            size = entry.stat().st_size
-            with open(entry.path, "rb") as file:
-                digest = hashlib.sha256(file.read(1 << 20))
-                file.seek(max(0, size - (1 << 20)))
-                digest.update(file.read())
-            found.append((entry.name, size, digest.hexdigest()))
-    return sorted(found)
+    for file in files_of(path, WEIGHTS + OTHER_FILES):
+        size = file.stat().st_size
+        with open(file, "rb") as content:
+            digest = hashlib.sha256(content.read(1 << 20))
+            content.seek(max(0, size - (1 << 20)))
+            digest.update(content.read())
+        found.append((file.name, size, digest.hexdigest()))
+    return rows.fingerprint(found)
 
+
+def save_model(model, source, folder, adapter=None):
+    """Write the model to a Hugging Face folder, complete or not at all; every rank calls it. Weights are
+    float32, so what is saved is what was trained. All else is copied from `source`, the folder or hub name
+    that it was loaded from, so that whatever reads that reads this.
+
+    adapter: peft's model of `add_lora`. It is merged into the weights, and also saved in FOLDER/adapter.
+    """
+    # gathers one tensor at a time; only rank 0 keeps it, on its CPU
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if rows.rank_and_world()[0] == 0:
+        weights = {name: tensor.float() if tensor.is_floating_point() else tensor
+                   for name, tensor in merged(model, state).items()}
+        with rows.replacing(folder) as new:
+            try:
+                model.save_pretrained(new, state_dict=weights)
+                if adapter:
+                    adapter.save_pretrained(new / "adapter", save_embedding_layers=False)
+            except SafetensorError as error:  # such as of a full disk
+                raise OSError(str(error)) from None
+            copy_files(model, source, new)
+    barrier()
+
+
+def merged(model, state):
+    """A state dict with each adapter (see `add_lora`) added to the weight that it belongs to, and each of
+    several tied weights once.
+    """
+    twice = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    twice -= {name for name, _ in model.named_parameters()}
+    found = {}
+    for name, tensor in state.items():
+        layer, base, parameter = name.rpartition(".base_layer.")
+        if base and parameter == "weight":
+            delta = model.get_submodule(layer).get_delta_weight("default")
+            tensor = tensor.float() + delta.to(tensor.device)
+        if ".lora_" not in name and name not in twice:
+            found[name.replace(".base_layer.", ".")] = tensor
+    return found
+
+
+def copy_files(model, source, folder):
+    """Put all files of `source` but its weights into a folder that `save_pretrained` wrote. Its
+    configuration then says what has become of the weights: float32, tied or not, not quantised.
+    """
+    if not os.path.isdir(source):
+        source = huggingface_hub.snapshot_download(source, allow_patterns=list(OTHER_FILES))
+    written = rows.load_json(folder / "config.json")
+    for file in files_of(folder, OTHER_FILES):
+        file.unlink()
+    for file in files_of(source, OTHER_FILES):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+    config = rows.load_json(folder / "config.json")
+    if config.get("model_type") != written["model_type"]:  # the text model of a larger one
+        config = written
+    config.pop("quantization_config", None)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in {"dtype", "torch_dtype"} & part.keys():
+            part[key] = "float32"
+        if part.get("tie_word_embeddings", tied) != tied:
+            part["tie_word_embeddings"] = tied
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = "float32"
+    rows.write_json(folder / "config.json", config)
+
+
+# ---- what models and tokenizers say of themselves ----
 
 def context_length(model):
     """Tokens that the model can attend to, prompt and completion together.
@@ -406,63 +528,81 @@ def pad(sequences, device):
 
 # ---- log pi(y|x) ----
 
-def times(logits, value):
-    return logits * value
-
-
-def divided_by(logits, value):
-    return logits / value
-
-
-def capped_at(logits, value):
-    return torch.tanh(logits / value) * value
-
-
-# What families do to the output of their last matrix: "plain", or (name in the config, f(logits, its value))
-HEADS = (
-    "plain", ("logit_scale", times), ("logits_scaling", divided_by), ("logits_scaling", times),
-    ("lm_head_multiplier", times), ("logits_mup_width_multiplier", divided_by),
-    ("final_logit_softcapping", capped_at), ("logits_soft_cap", capped_at),
-    ("output_logit_soft_cap", capped_at))
-
-
-def output_layer(model):
-    """A function from last hidden states (n, dim) to logits (n, vocab), which `check` has found to be
-    the model's own.
-    """
-    head = model.get_output_embeddings()
-    if not hasattr(model, "logit_rule"):  # not loaded by `load_model`
-        check(model)
-    if model.logit_rule == "plain":
-        return head
-    name, rule = model.logit_rule
-    value = getattr(model.config.get_text_config(), name)
-    return lambda hidden: rule(head(hidden), value)
+CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128k
 
 
 class Policy(torch.nn.Module):
-    """The model with log pi(completion | prompt) as its forward: what DDP and FSDP wrap."""
+    """The model with log pi(completion | prompt) as its forward: what DDP and FSDP wrap.
 
-    def __init__(self, model):
+    length_groups: a batch goes through the model in that many groups of similar length: with 2, pairs waste
+    less on padding (25% -> 5%). It changes no result.
+    """
+
+    def __init__(self, model, length_groups=1):
         super().__init__()
         self.model = model
+        self.length_groups = length_groups
 
-    def forward(self, tokens, prompt_lens, lens, groups=1):
-        """tokens (batch, time), right-padded with anything; prompt_lens, lens (batch,) -> float32 (batch,).
+    def forward(self, tokens, prompt_lens, lens):
+        """tokens (batch, time), right-padded with anything; prompt_lens, lens (batch,): tokens of the prompt,
+        and of prompt and completion together -> float32 (batch,), summed over the completion's tokens.
 
         There is no attention mask: the padding comes after everything that a causal model can look at.
-        The batch goes through the model in `groups` groups of similar length: with 2, pairs waste less
-        on padding (25% -> 5%).
         """
         order = lens.argsort(descending=True, stable=True)
         states = []
-        for group in order.chunk(groups):
+        for group in order.chunk(self.length_groups):
             longest = lens[group].max().item()  # a number: each use of a tensor as one would wait for the GPU
             output = backbone(self.model)(input_ids=tokens[group, :longest], use_cache=False)
             hidden = output.last_hidden_state
             states.append(torch.nn.functional.pad(hidden, (0, 0, 0, tokens.shape[1] - longest)))
         hidden = torch.cat(states)[order.argsort()]  # (batch, time, dim)
-        return qrpo.completion_logps(hidden, tokens, prompt_lens, lens, output_layer(self.model))
+        output_layer = functools.partial(logits_of, self.model, output)
+        return chunked_logps(hidden, tokens, prompt_lens, lens, output_layer)
+
+
+def chunked_logps(hidden, tokens, prompt_lens, lens, output_layer):
+    """qrpo.completion_logps of output_layer(hidden) without a (batch, time, vocab) tensor; (batch,).
+
+    hidden: (batch, time, dim), the last hidden states of tokens (batch, time). output_layer: maps (n, dim) to
+    logits (n, vocab). It runs at completion positions only, CHUNK of them at a time, and once more in the
+    backward pass (except for the last chunk, where the backward pass begins).
+    """
+    position = torch.arange(1, tokens.shape[1], device=tokens.device)
+    in_completion = (position >= prompt_lens[:, None]) & (position < lens[:, None])  # (batch, time-1)
+    where = in_completion.nonzero(as_tuple=True)  # waits for a GPU, so only once
+    states = hidden[:, :-1][where]  # (n, dim)
+    labels = tokens[:, 1:][where]   # (n,)
+
+    def chunk_logps(states, labels):
+        return TokenLogps.apply(output_layer(states), labels)
+
+    *chunks, last = zip(states.split(CHUNK), labels.split(CHUNK))
+    token_logps = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks]
+    token_logps = torch.cat([*token_logps, chunk_logps(*last)])  # (n,)
+    table = torch.zeros(in_completion.shape, device=tokens.device).index_put(where, token_logps)
+    return table.sum(1)
+
+
+class TokenLogps(torch.autograd.Function):
+    """logits (n, vocab), labels (n,) -> log-probabilities of the labels, float32 (n,).
+
+    As -cross_entropy, except that the backward pass writes the gradient over the saved
+    log-probabilities: one (n, vocab) tensor less, of the largest of all.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        logps = logits.float().log_softmax(1)
+        ctx.save_for_backward(logps, labels)
+        ctx.dtype = logits.dtype
+        return logps.gather(1, labels[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logps, labels = ctx.saved_tensors
+        out = logps.exp_().mul_(-gradient[:, None])  # d logp_y / d logit_v = [v = y] - p_v
+        return out.scatter_add_(1, labels[:, None], gradient[:, None]).to(ctx.dtype), None
 
 
 def shard(policy, dtype, device):
@@ -470,7 +610,6 @@ def shard(policy, dtype, device):
     sharded across ranks (FSDP2). No rank ever holds more on its device than its part and one parameter
     or layer.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     source = policy.model.source.pop()
     precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
     blocks = set(policy.model._no_split_modules or ())
@@ -495,6 +634,16 @@ def shard(policy, dtype, device):
             buffer.copy_(from_rank_0(name, buffer))
             dist.broadcast(buffer, 0)
     return policy
+
+
+def sync_gradients(policy, sync):
+    """Whether the next backward pass averages gradients over the ranks: only that of a step's last
+    micro-batch need do it. Call it before the forward pass.
+    """
+    if isinstance(policy, FSDPModule):
+        policy.set_requires_gradient_sync(sync)
+    elif isinstance(policy, DistributedDataParallel):
+        policy.require_backward_grad_sync = sync
 
 
 def checkpoint_activations(model):

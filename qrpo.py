@@ -31,7 +31,6 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 # ---- the loss ----
@@ -41,8 +40,9 @@ def qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards,
     """( R - beta log Z - beta log(pi/pi_ref) )^2 with R = f(quantile of the reward), eq. 11 of the paper.
 
     beta (1,) or (batch,); logps, ref_logps, rewards (batch,); ref_rewards (batch, num_ref_rewards) ->
-    (batch,). The defaults are the loss as published (the three lines above). transform, quantile and among_refs: see `target_log_ratios`. norm: a name in NORMS, the
-    squared error (mse) or the absolute one (mae). Raises ValueError for an unknown name.
+    (batch,). The defaults are the loss as published (the three lines above). transform, quantile and
+    among_refs: see `target_log_ratios`. norm: a name in NORMS, the squared error (mse) or the absolute one
+    (mae). Raises ValueError for an unknown name.
     """
     targets = target_log_ratios(beta, rewards, ref_rewards, transform, quantile, among_refs)  # R/beta - log Z
     if norm not in NORMS:
@@ -277,51 +277,15 @@ def rebel_loss(beta, chosen_log_ratios, rejected_log_ratios, chosen_rewards, rej
 
 # ---- log-probabilities ----
 
-CHUNK = 1024  # positions whose logits exist at a time: 0.5 GB in float32 for a vocabulary of 128k
+def completion_logps(logits, tokens, prompt_lens, lens):
+    """log pi(y|x), summed over the completion's tokens, in float32; (batch,).
 
-
-def completion_logps(hidden, tokens, prompt_lens, lens, output_layer):
-    """log pi(y|x), summed over the completion's tokens in float32; (batch,).
-
-    hidden: (batch, time, dim), the last hidden states of right-padded tokens (batch, time); the state
-    at t predicts the token at t+1. prompt_lens, lens: (batch,) tokens of the prompt, and of prompt and
-    completion together. The mask comes from these lengths alone, so pad may equal eos. output_layer:
-    maps (n, dim) to logits (n, vocab). It runs at completion positions only, CHUNK of them at a time,
-    and once more in the backward pass (except for the last chunk, where the backward pass begins), so
-    that no (batch, time, vocab) tensor ever exists.
+    logits: (batch, time, vocab), of right-padded tokens (batch, time); those at t predict the token at t+1.
+    prompt_lens, lens: (batch,) tokens of the prompt, and of prompt and completion together. The mask comes
+    from these lengths alone, so pad may equal eos. model.py computes the same without ever holding all of the
+    logits (`chunked_logps`).
     """
+    logps = logits[:, :-1].float().log_softmax(-1).gather(2, tokens[:, 1:, None])[:, :, 0]  # (batch, time-1)
     position = torch.arange(1, tokens.shape[1], device=tokens.device)
-    in_completion = (position >= prompt_lens[:, None]) & (position < lens[:, None])  # (batch, time-1)
-    where = in_completion.nonzero(as_tuple=True)  # waits for a GPU, so only once
-    states = hidden[:, :-1][where]  # (n, dim)
-    labels = tokens[:, 1:][where]   # (n,)
-
-    def chunk_logps(states, labels):
-        return TokenLogps.apply(output_layer(states), labels)
-
-    *chunks, last = zip(states.split(CHUNK), labels.split(CHUNK))
-    token_logps = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks]
-    token_logps = torch.cat([*token_logps, chunk_logps(*last)])  # (n,)
-    table = torch.zeros(in_completion.shape, device=tokens.device).index_put(where, token_logps)
-    return table.sum(1)
-
-
-class TokenLogps(torch.autograd.Function):
-    """logits (n, vocab), labels (n,) -> log-probabilities of the labels, float32 (n,).
-
-    As -cross_entropy, except that the backward pass writes the gradient over the saved
-    log-probabilities: one (n, vocab) tensor less, of the largest of all.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        logps = logits.float().log_softmax(1)
-        ctx.save_for_backward(logps, labels)
-        ctx.dtype = logits.dtype
-        return logps.gather(1, labels[:, None])[:, 0]
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logps, labels = ctx.saved_tensors
-        out = logps.exp_().mul_(-gradient[:, None])  # d logp_y / d logit_v = [v = y] - p_v
-        return out.scatter_add_(1, labels[:, None], gradient[:, None]).to(ctx.dtype), None
+    in_completion = (position >= prompt_lens[:, None]) & (position < lens[:, None])
+    return logps.where(in_completion, 0).sum(1)

@@ -39,8 +39,8 @@ from tqdm import tqdm
 import formats
 import rows
 import sandbox
-from model import (context_length, get_device, get_dtype, identity, keep_freed_memory, load, load_tokenizer,
-                   load_weights, render)
+from model import (context_length, get_device, get_dtype, keep_freed_memory, load, load_tokenizer,
+                   load_weights, model_fingerprint, render)
 
 REWARD_OF = {"ref_completions": "ref_rewards", "samples": "sample_rewards", "completion": "reward",
              "chosen": "chosen_reward", "rejected": "rejected_reward",
@@ -297,7 +297,7 @@ GROUP = 64  # batches whose completions are sorted by length together; a kill lo
 
 def model_settings(args):
     path = args.reward.removeprefix("model:")
-    return {"reward": args.reward, "files": rows.fingerprint(identity(path)), "max_length": args.max_length,
+    return {"reward": args.reward, "files": model_fingerprint(path), "max_length": args.max_length,
             "dtype": args.dtype}
 
 

@@ -13,7 +13,6 @@ state of the run in OUT/resume and exit with code 75: start the same command aga
 """
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -32,7 +31,8 @@ import rows
 from dataset import REGIMES, Meter, get_batch, micro_batches
 from model import (Policy, add_lora, any_rank, barrier, checkpoint_activations, cosine, flops_per_token,
                    get_device, get_dtype, keep_freed_memory, load_model, load_skeleton, load_state,
-                   load_tokenizer, peak_flops, save_model, save_state, shard, start_processes, sync_gradients)
+                   load_tokenizer, model_fingerprint, peak_flops, save_model, save_state, shard,
+                   start_processes, sync_gradients)
 from qrpo import qrpo_loss
 
 # -----------------------------------------------------------------------------
@@ -278,10 +278,10 @@ if args.ref_model:
     reference = Policy(load(args.ref_model, weights_dtype, device, args.trust_remote_code))
     if args.shard:
         reference = shard(reference, dtype, device)
-numbers = [args.ref_model or args.model, str(dtype), str(weights_dtype), args.shard]
+settings = [model_fingerprint(args.ref_model or args.model), str(dtype), str(weights_dtype), args.shard]
 for data in filter(None, (train_data, eval_data)):
     with autocast:
-        data.ref_logps = dataset.cached_logps(reference, data, cache, numbers, micro_batch_tokens, device)
+        data.ref_logps = dataset.cached_logps(reference, data, cache, settings, micro_batch_tokens, device)
 del reference
 
 # -----------------------------------------------------------------------------
@@ -296,9 +296,9 @@ if world > 1 and not args.shard:
 # -----------------------------------------------------------------------------
 # the record of the run, and its metrics
 
-rows.check_run(out, config, args.resume)  # now also that the data are the same
 tracker = None
 if main_process:
+    rows.check_run(out, config, args.resume)  # now also that the data are the same
     metrics_file = rows.open_part(out / "metrics.jsonl")
     # drop what was logged after the checkpoint; the evaluation before step 0 is done again, too
     rows.keep_while(metrics_file, lambda row: row["step"] <= start_step and start_step > 0)
@@ -306,10 +306,10 @@ if main_process:
     if args.track:
         tracker = rows.Tracker(args.track, out, config)
     kind = "pairs" if size == 2 else "completions"
-    print(f"{out}: from step {start_step} to {num_steps}, each of about {num_examples // steps_per_epoch} {kind} "
-          f"and {train_data.lens.sum() // steps_per_epoch:,} tokens, on {world} x {device.type} in {dtype}; "
-          f"{memory / 1e9:.2f} GB per process for weights, gradients and AdamW, and more for activations",
-          flush=True)
+    print(f"{out}: from step {start_step} to {num_steps}, each of about {num_examples // steps_per_epoch} "
+          f"{kind} and {train_data.lens.sum() // steps_per_epoch:,} tokens, on {world} x {device.type} in "
+          f"{dtype}; {memory / 1e9:.2f} GB per process for weights, gradients and AdamW, and more for "
+          "activations", flush=True)
 
 
 def log(row):

@@ -31,9 +31,9 @@ import qrpo
 import rows
 import score
 from dataset import Meter, get_batch, micro_batches
-from model import (Policy, context_length, cosine, decode, end_ids, get_device, get_dtype, keep_freed_memory,
-                   load_model, load_state, load_tokenizer, row_prompt_ids, save_model, save_state,
-                   start_processes, sync_gradients)
+from model import (Policy, barrier, context_length, cosine, decode, end_ids, get_device, get_dtype,
+                   keep_freed_memory, load_model, load_state, load_tokenizer, row_prompt_ids, save_model,
+                   save_state, start_processes, sync_gradients)
 from qrpo import qrpo_loss
 
 # -----------------------------------------------------------------------------
@@ -81,7 +81,7 @@ dtype = get_dtype(args.dtype, device)
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 micro_batch_tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 1024)
 config = {name: value for name, value in vars(args).items() if name not in FREE}
-config |= {"loss": "qrpo", "quantile": "exact", "has_targets": True}  # as train.py records it, for evaluate.py
+config |= {"loss": "qrpo", "quantile": "exact", "has_targets": True}  # as train.py records, for evaluate.py
 rows.check_run(args.out, config, args.resume)
 
 tokenizer = load_tokenizer(args.model, args.trust_remote_code)
@@ -91,6 +91,7 @@ ends, context = end_ids(model, tokenizer), context_length(model)
 score_args = score.arguments(["--data=", "--out=", f"--reward={args.reward}", *shlex.split(args.score)])
 made_by = {"reward": args.reward, "fingerprint": rows.fingerprint(score_args.kind.settings(score_args))}
 reward_of = score_args.kind.load(score_args)
+barrier()  # all processes have looked into OUT before one writes there
 
 requests, ref_rewards = [], []  # what generate_refs.sample takes, a row each
 for row in rows.read(args.data, require=("prompt", "ref_rewards")):
@@ -103,8 +104,8 @@ for row in rows.read(args.data, require=("prompt", "ref_rewards")):
     ref_rewards.append([math.nan if reward is None else reward for reward in row["ref_rewards"]])
 width = max(map(len, ref_rewards))
 ref_rewards = np.array([r + [math.nan] * (width - len(r)) for r in ref_rewards], np.float32)  # (rows, width)
-config["data_fingerprint"] = rows.fingerprint([[request["prompt"] for request in requests], ref_rewards.tolist()])
-rows.check_run(args.out, config, args.resume)  # now also that the data are the same
+prompts = [request["prompt"] for request in requests]
+config["data_fingerprint"] = rows.fingerprint([prompts, ref_rewards.tolist()])
 
 
 def prompts_of(step):
@@ -137,12 +138,12 @@ def sample(step):
 
 def as_arrays(fresh, numbers):
     """The samples of a step as the arrays that dataset.get_batch takes from."""
-    prompts = [requests[numbers[i]]["prompt"] for i, *_ in fresh]
-    sequences = [prompt + ids for prompt, (_, ids, _, _) in zip(prompts, fresh)]
+    starts = [requests[numbers[i]]["prompt"] for i, *_ in fresh]
+    sequences = [start + ids for start, (_, ids, _, _) in zip(starts, fresh)]
     lens = np.array([len(sequence) for sequence in sequences], int)
     return SimpleNamespace(
         tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
-        starts=np.cumsum(lens) - lens, lens=lens, prompt_lens=np.array([len(p) for p in prompts], int),
+        starts=np.cumsum(lens) - lens, lens=lens, prompt_lens=np.array([len(start) for start in starts], int),
         rewards=np.array([reward for *_, reward in fresh], np.float32),
         row=np.array([i for i, *_ in fresh], int), ref_rewards=ref_rewards[numbers])
 
@@ -151,13 +152,15 @@ def as_arrays(fresh, numbers):
 # optimizer, and where the run continues
 
 policy = Policy(model)
-optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, ADAM_BETAS, weight_decay=0.0, fused=True)
+optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, ADAM_BETAS, weight_decay=0.0,
+                              fused=True)
 start_step = load_state(args.out / "resume", policy, optimizer)
 if world > 1:
     policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
 samples_file = rows.open_part(args.out / "samples" / f"part-{rank:05d}.jsonl")
 rows.keep_while(samples_file, lambda row: row["step"] <= start_step)
 if rank == 0:
+    rows.check_run(args.out, config, args.resume)  # now also that the data are the same
     metrics_file = rows.open_part(args.out / "metrics.jsonl")
     rows.keep_while(metrics_file, lambda row: row["step"] <= start_step)
     rows.write_run(args.out, config, finished=False)
@@ -167,7 +170,8 @@ if rank == 0:
 
 beta = torch.tensor([args.beta], device=device)
 best = (beta * qrpo.log_partition(beta)).item()  # no policy has a higher objective
-bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, unit="step", disable=rank != 0)
+bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, unit="step",
+           disable=rank != 0)
 for step in bar:
     started = time.time()
     fresh = sample(step)

@@ -189,6 +189,13 @@ def run(script, *flags, ranks=0, check=True, env=None):
     return done
 
 
+def ends_well(script, *flags):
+    """The script ends itself, early, with exit code 0."""
+    with pytest.raises(SystemExit) as end:
+        call(script, *flags)
+    assert not end.value.code
+
+
 def refused(capsys, says, script, *flags):
     """The script ends with exit code 2 and one line of error, which says all these things."""
     one_line_of_error(capsys, says, lambda: call(script, *flags))

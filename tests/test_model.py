@@ -10,6 +10,8 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate_refs
+import model as model_py
+import qrpo
 from conftest import call, make_tokenizer, write_rows
 from model import Policy, end_ids, load_model, load_tokenizer, pad, prompt_ids
 
@@ -87,9 +89,24 @@ def test_every_parameter_gets_a_gradient_and_groups_change_nothing(family):
     model, tokenizer = load_model(family, torch.float32, CPU), load_tokenizer(family)
     policy, batch = Policy(model), as_batch(*sampled(model, tokenizer))
     logps = policy(*batch)
-    torch.testing.assert_close(policy(*batch, groups=2), logps, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(Policy(model, length_groups=2)(*batch), logps, rtol=1e-5, atol=1e-4)
     logps.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("chunk", (1, 4, 1000))
+def test_logps_in_chunks_are_those_of_qrpo_with_their_gradients(family, monkeypatch, chunk):
+    """And so is the model's own forward when it is called a chunk at a time (`logits_of`)."""
+    monkeypatch.setattr(model_py, "CHUNK", chunk)
+    model = load_model(family, torch.float32, CPU)
+    tokens = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
+    prompt_lens, lens = torch.tensor([3, 1, 5]), torch.tensor([7, 12, 6])
+    ours = Policy(model)(tokens, prompt_lens, lens)
+    plain = qrpo.completion_logps(model(tokens, use_cache=False).logits, tokens, prompt_lens, lens)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-4)
+    weights = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(ours.sum(), weights), torch.autograd.grad(plain.sum(), weights)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
 
 
 class Waits(TorchDispatchMode):
@@ -109,10 +126,10 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("groups", (1, 2))
 def test_how_often_a_micro_batch_waits_for_its_device(tiny, groups):
     """Once and, in transformers, once more for every group, and twice for the completion positions."""
-    policy = Policy(load_model(tiny, torch.float32, CPU))
+    policy = Policy(load_model(tiny, torch.float32, CPU), groups)
     tokens, lens = torch.randint(1, 50, (4, 12)), torch.tensor([12, 9, 7, 5])
     with Waits() as waits:
-        policy(tokens, torch.full((4,), 3), lens, groups).sum().backward()
+        policy(tokens, torch.full((4,), 3), lens).sum().backward()
     assert waits.count <= 2 * groups + 2
 
 
