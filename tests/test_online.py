@@ -29,7 +29,7 @@ def weights(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tiny, rewarded, tmp_path_factory):
     out = tmp_path_factory.mktemp("online") / "run"
-    call("online.py", *flags(tiny, rewarded, out))
+    call("examples/online.py", *flags(tiny, rewarded, out))
     return out
 
 
@@ -64,14 +64,14 @@ def test_on_the_policys_own_samples_the_gradient_is_that_of_the_objective():
 
 
 def test_training_raises_the_objective(tiny, rewarded, tmp_path):
-    call("online.py", *flags(tiny, rewarded, tmp_path / "run", "--steps=100", "--prompts=30", "--samples=8",
-                               "--beta=0.3", "--learning_rate=5e-4"))
+    call("examples/online.py", *flags(tiny, rewarded, tmp_path / "run", "--steps=100", "--prompts=30",
+                                      "--samples=8", "--beta=0.3", "--learning_rate=5e-4"))
     objective = logged(tmp_path / "run", "objective")
     assert np.mean(objective[-10:]) > np.mean(objective[:2]) + 0.04
 
 
 def test_two_processes_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_path):
-    for rank in start_ranks(2, "online.py", *flags(tiny, rewarded, tmp_path / "two")):
+    for rank in start_ranks(2, "examples/online.py", *flags(tiny, rewarded, tmp_path / "two")):
         assert rank.wait() == 0
     for name in ("loss", "kl", "reward", "grad_norm"):
         two, one = logged(tmp_path / "two", name), logged(undisturbed, name)
@@ -81,28 +81,28 @@ def test_two_processes_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_p
 @pytest.mark.slow
 def test_a_run_killed_before_any_of_its_writes_ends_in_the_same_bits(tiny, rewarded, undisturbed, tmp_path):
     """Guards that nothing is lost: dozens of kills, each a start of the script."""
-    assert start_until_finished("online.py", *flags(tiny, rewarded, tmp_path / "run")) > 10
+    assert start_until_finished("examples/online.py", *flags(tiny, rewarded, tmp_path / "run")) > 10
     assert weights(tmp_path / "run") == weights(undisturbed)
     assert read_rows(tmp_path / "run" / "samples") == read_rows(undisturbed / "samples")
 
 
 def test_a_killed_run_ends_in_the_same_bits(tiny, rewarded, undisturbed, tmp_path):
     out = tmp_path / "run"
-    process = Process("online.py", *flags(tiny, rewarded, out))
+    process = Process("examples/online.py", *flags(tiny, rewarded, out))
     while process.running() and not (out / "resume.pt").exists():
         pass
     process.kill()
-    call("online.py", *flags(tiny, rewarded, out))
+    call("examples/online.py", *flags(tiny, rewarded, out))
     assert weights(out) == weights(undisturbed)
     assert logged(out, "loss") == logged(undisturbed, "loss")
 
 
 def test_other_rewards_settings_and_missing_beta_are_refused(tiny, rewarded, undisturbed, tmp_path, capsys):
-    refused(capsys, ["--learning_rate=0.001", "now 0.002"], "online.py",
+    refused(capsys, ["--learning_rate=0.001", "now 0.002"], "examples/online.py",
             *flags(tiny, rewarded, undisturbed, "--learning_rate=2e-3"))
     other = tmp_path / "other.py"
     other.write_text("def letters(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
-    refused(capsys, ["another reward"], "online.py",
+    refused(capsys, ["another reward"], "examples/online.py",
             *flags(tiny, rewarded, tmp_path / "run", f"--reward={other}:letters"))
     some = [flag for flag in flags(tiny, rewarded, tmp_path / "run") if not flag.startswith("--beta")]
-    refused(capsys, ["--beta"], "online.py", *some)
+    refused(capsys, ["--beta"], "examples/online.py", *some)

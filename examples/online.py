@@ -29,12 +29,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import dataset
-import generate_refs
-import qrpo
-import rows
-import score
-from model import (Policy, context_length, decode, end_ids, get_device, get_dtype, keep_freed_memory,
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dataset  # noqa: E402
+import generate_refs  # noqa: E402
+import qrpo  # noqa: E402
+import rows  # noqa: E402
+import score  # noqa: E402
+from model import (Policy, context_length, decode, end_ids, get_device, get_dtype, keep_freed_memory,  # noqa: E402
                    load_model, load_tokenizer, row_prompt_ids)
 
 # -----------------------------------------------------------------------------
