@@ -49,7 +49,7 @@ fi
 [ "$MODEL" ] && [ "$DATA" ] || fail "set both MODEL and DATA, or neither"
 
 # generate and score: completions of the model that training starts from
-one_a_line() { sed 's/ \+--/\n--/g' <<< "$1"; }  # flags, whose values may hold spaces
+one_a_line() { sed 's/ *$//; s/ \+--/\n--/g' <<< "$1"; }  # flags, whose values may hold spaces
 mapfile -t generate < <(one_a_line "--num_refs=16 ${GENERATE:-}")
 mapfile -t score < <(one_a_line "--reward=$REWARD ${SCORE:-}")
 for split in train test; do

@@ -35,7 +35,7 @@ if [ -z "${NPROC:-}" ]; then
     ! nvidia-smi &> /dev/null || NPROC=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
 
-one_a_line() { sed 's/ \+--/\n--/g' <<< "$1"; }  # flags, whose values may hold spaces
+one_a_line() { sed 's/ *$//; s/ \+--/\n--/g' <<< "$1"; }  # flags, whose values may hold spaces
 mapfile -t GENERATE < <(one_a_line "--seed=$SEED ${GENERATE:-}")
 mapfile -t SCORE < <(one_a_line "--reward=$REWARD ${SCORE:-}")
 mapfile -t EVALUATE < <(one_a_line "--field=samples ${EVALUATE:-}")
