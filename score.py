@@ -6,7 +6,7 @@ Reads rows with completions, and writes them to OUT with the rewards added: `ref
 
     --reward=tests          the share of the row's tests that the program passes, in the sandbox (sandbox.py)
     --reward=FILE.py:NAME   a function reward(prompts, completions, **columns) -> list of float or None
-    --reward=model:PATH     a sequence classifier with a `.score` output (as ArmoRM) or one logit
+    --reward=model:PATH     a sequence classifier with a `.score` output or one logit; or --model_class
 
 A reward that could not be computed is null; nulls are counted at the end. Rewards that a row already has
 are kept, except that those made by another reward are refused. A killed run continues; under torchrun the
@@ -39,8 +39,8 @@ from tqdm import tqdm
 import formats
 import rows
 import sandbox
-from model import (context_length, get_device, get_dtype, keep_freed_memory, load, load_tokenizer,
-                   load_weights, model_fingerprint, render)
+from model import (context_length, get_device, get_dtype, keep_freed_memory, load_tokenizer, load_weights,
+                   model_fingerprint, render)
 
 REWARD_OF = {"ref_completions": "ref_rewards", "samples": "sample_rewards", "completion": "reward",
              "chosen": "chosen_reward", "rejected": "rejected_reward",
@@ -65,6 +65,8 @@ def arguments(argv=None):
     add("--batch_tokens", type=int, default=0,
         help="model: padded tokens in a forward pass; memory grows with it. 0: 16384 on a GPU, 1024 on a CPU")
     add("--max_length", type=int, default=2048, help="model: cut its input to N tokens")
+    add("--model_class", help="model: FILE.py:CLASS that loads the checkpoint, where transformers has "
+        "none for it, such as paper/armorm.py:ArmoRM")
     add("--trust_remote_code", action="store_true", help="model: run code that comes with it")
     add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES),
         help="tests: auto is the first that works")
@@ -298,7 +300,7 @@ GROUP = 64  # batches whose completions are sorted by length together; a kill lo
 def model_settings(args):
     path = args.reward.removeprefix("model:")
     return {"reward": args.reward, "files": model_fingerprint(path), "max_length": args.max_length,
-            "dtype": args.dtype}
+            "dtype": args.dtype, "model_class": args.model_class}
 
 
 class RewardModel:
@@ -308,10 +310,9 @@ class RewardModel:
         self.device, self.path = get_device(), args.reward.removeprefix("model:")
         keep_freed_memory(self.device)
         self.tokenizer = load_tokenizer(self.path, args.trust_remote_code)
-        config = load(transformers.AutoConfig, self.path, trust_remote_code=args.trust_remote_code)
         kind = transformers.AutoModelForSequenceClassification
-        if config.architectures == ["LlamaForRewardModelWithGating"]:
-            from paper.armorm import ArmoRM as kind
+        if args.model_class:
+            kind, _ = load_function(args.model_class)
         dtype = get_dtype(args.dtype, self.device)
         model = load_weights(kind, self.path, dtype=dtype, trust_remote_code=args.trust_remote_code)
         self.model = model.to(self.device).eval()

@@ -1,7 +1,8 @@
 """ArmoRM, the paper's reward model (arXiv 2406.12845), loaded without its own code, which imports what
-transformers 5 no longer has. score.py takes this class for a checkpoint of that architecture:
+transformers 5 no longer has:
 
-    python score.py --data=out/refs --out=out/rewarded --reward=model:RLHFlow/ArmoRM-Llama3-8B-v0.1
+    python score.py --data=out/refs --out=out/rewarded --reward=model:RLHFlow/ArmoRM-Llama3-8B-v0.1 \
+        --model_class=paper/armorm.py:ArmoRM
 
 The score is a mixture of 19 attributes of the answer, each linear in the last token's state, whose
 weights a small network computes from the state at the end of the prompt. The names are those of the

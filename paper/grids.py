@@ -1,8 +1,8 @@
 """The sweeps of the paper (arXiv 2507.08068), and a miniature of them on the minicode dataset.
 
 A grid is a function without arguments that yields runs. A run is a dictionary: `name`, which says how it
-differs from the others; `folder`, where it writes; and `command`, a shell command that calls run.sh. A run
-that two grids share has the same name in both and is trained once. To see a grid, one run a line:
+differs from the others; `folder`, where it writes; and `command`, a shell command, here paper/pipeline.sh. A
+run that two grids share has the same name in both and is trained once. To see a grid, one run a line:
 
     python paper/sweep.py list chat
 """
@@ -11,10 +11,11 @@ from shlex import quote
 
 
 def run(name, out, arguments, **env):
-    """A run of run.sh with its reference data in OUT and everything of its own in OUT/NAME."""
+    """A run of pipeline.sh with its reference data in OUT and everything of its own in OUT/NAME."""
     env = {"OUT": out, "RUN": name, **env}
     settings = " ".join(f"{key}={quote(str(value))}" for key, value in env.items())
-    return {"name": name, "folder": f"{out}/{name}", "command": f"{settings} bash run.sh {arguments}"}
+    command = f"{settings} bash paper/pipeline.sh {arguments}"
+    return {"name": name, "folder": f"{out}/{name}", "command": command}
 
 
 # ---- full scale: refs and sft make reference data and models; chat, scaling and code compare methods ----
@@ -53,11 +54,12 @@ def start(model, data, sft):
     env = {
         "MODEL": path,
         "DATA": DATA[data],
-        "REWARD": "tests" if data == "leetcode" else REWARD_MODEL,
         "SEED": 27,
         "GENERATE": "--num_refs=50 --max_new_tokens=2048",
         "EVALUATE": f"--num_refs=3 --top_p=0.9 --temperature={temperature}",
     }
+    if data != "leetcode":
+        env |= {"REWARD": REWARD_MODEL, "SCORE": "--model_class=paper/armorm.py:ArmoRM"}
     return name, f"out/paper/{name}", env
 
 
@@ -135,6 +137,8 @@ def refs():
 
 # ---- the miniature: run.sh's default model and data, every method, three seeds ----
 
+DEFAULT = "--beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64"  # run.sh's, for minicode
+
 SEEDS = 0, 1, 2
 MINI_REGIMES = {  # about 80 steps of 64 completions: 5120 references, or a pair for each of 320 prompts
     "refs": "--train_on=refs --epochs=1",
@@ -174,7 +178,7 @@ def mini_qrpo(seed, quantile, beta, lr, regime):
 
 
 def mini_run(seed, name, flags, batch_size=64):
-    arguments = f"train {flags} --batch_size={batch_size} --eval_every=20"
+    arguments = f"train {DEFAULT} {flags} --batch_size={batch_size} --eval_every=20"
     return run(f"{name}-seed{seed}", f"out/mini/seed{seed}", arguments, SEED=seed, EVALUATE="--num_refs=8")
 
 
@@ -185,7 +189,7 @@ def mini_refs():
 
 # ---- the frontier: reward against KL, of every method over its beta or learning rate ----
 
-FRONTIER = [  # name, flags; beside run.sh's learning rate of 3e-4, 2 epochs and batches of 64
+FRONTIER = [  # name, flags beside DEFAULT
     ("forward_kl-beta0.1", "--loss=forward_kl --quantile=exact --beta=0.1"),
     ("qrpo-beta0.1", "--loss=qrpo --beta=0.1"),
     ("sft-lr3e-4", "--loss=sft --min_reward=1 --epochs=4"),
@@ -200,10 +204,9 @@ FRONTIER = [  # name, flags; beside run.sh's learning rate of 3e-4, 2 epochs and
     ("simpo-beta5", "--loss=simpo --beta=5 --learning_rate=1e-4"),
     ("forward_kl-beta0.2", "--loss=forward_kl --quantile=exact --beta=0.2"),
     ("qrpo-beta0.2", "--loss=qrpo --beta=0.2"),
-    ("tup", "--loss=tup"),
     ("dpo_norm-beta5", "--loss=dpo_norm --beta=5 --learning_rate=1e-4"),
 ]
-ONLINE = "forward_kl-beta0.1",  # continued on fresh samples, as the default run
+ONLINE = "qrpo-beta0.1", "forward_kl-beta0.1"  # continued on fresh samples
 PAIRS = "dpo", "dpo_norm", "rebel", "simpo"
 PAIR_FLAGS = " --train_on=best_worst --epochs=8 --batch_size=32"
 
@@ -218,7 +221,7 @@ def frontier():
         env = {}
         if name in ONLINE:
             env["ONLINE"] = "--learning_rate=3e-4 --max_new_tokens=64"
-        yield seed_run("frontier", seed, name, f"train {flags}", **env)
+        yield seed_run("frontier", seed, name, f"train {DEFAULT} {flags}", **env)
 
 
 def frontier_refs():
@@ -235,7 +238,7 @@ def seed_run(grid, seed, name, arguments, **env):
 # ---- the same where right programs are rare: minicode's harder variant, see data/minicode/prepare.py ----
 
 HARD = {name: flags for name, flags in FRONTIER if name in (
-    "forward_kl-beta0.1", "qrpo-beta0.1", "sft-lr3e-4", "sft-lr1e-4", "dpo-beta0.3-lr1e-4", "tup",
+    "forward_kl-beta0.1", "qrpo-beta0.1", "sft-lr3e-4", "sft-lr1e-4", "dpo-beta0.3-lr1e-4",
     "qrpo-beta0.5", "forward_kl-beta0.5")}
 HARD |= {  # most rewards tie here
     "qrpo-exact-beta0.1": "--loss=qrpo --quantile=exact",
@@ -247,7 +250,7 @@ HARD_ENV = {"MODEL": "data/hardcode/model", "DATA": "data/hardcode", "GENERATE":
 
 def hard():
     for seed, name in product(SEEDS, HARD):
-        flags = f"--beta=0.1 --learning_rate=3e-4 --epochs=2 --batch_size=64 {HARD[name]}"
+        flags = f"{DEFAULT} {HARD[name]}"
         env = dict(HARD_ENV)
         if name.partition("-")[0] in PAIRS:
             flags += PAIR_FLAGS
@@ -261,7 +264,7 @@ def hard_refs():
         yield seed_run("hard", seed, "refs", "refs", **HARD_ENV)
 
 
-# ---- length (figure 4): stories260K in data/stories/model; most stories end after 150 to 400 tokens ----
+# ---- length (figure 4): tests/data/stories260K; most stories end after 150 to 400 tokens ----
 
 STORIES_BETAS = {"qrpo": ("0.03", "0.1"), "dpo": ("0.1", "0.3"), "rebel": ("1", "3"), "simpo": ("2", "10")}
 
@@ -285,7 +288,7 @@ def stories_refs():
 def stories_run(seed, name, arguments):
     env = {
         "SEED": seed,
-        "MODEL": "data/stories/model",
+        "MODEL": "tests/data/stories260K",
         "DATA": "data/stories",
         "REWARD": "data/stories/reward.py:happy",
         "GENERATE": "--num_refs=8 --max_new_tokens=400",

@@ -26,7 +26,7 @@ import rows  # noqa: E402
 METRICS = "reward", "gain", "full_marks", "kl", "objective", "lc_reward", "length", "win_rate"
 NOT_A_SETTING = "seed", "steps", "data_fingerprint"  # in run.json; they follow from the seed and its data
 UNUSED = {"dpo": ["quantile"], "dpo_norm": ["quantile"], "rebel": ["quantile"], "simpo": ["quantile"],
-          "tup": ["quantile", "beta"], "sft": ["quantile", "beta"]}
+          "sft": ["quantile", "beta"]}
 
 
 # ---- runs on disk ----

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-LEETCODE = REPO.parent / "shared/data/leetcode/LeetCodeDataset-v0.3.1-test.jsonl.gz"
+LEETCODE = REPO / "tests/data/leetcode/LeetCodeDataset-v0.3.1-test.jsonl.gz"
 sys.path.insert(0, str(REPO))
 import sandbox  # noqa: E402
 

@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads sleep
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a network, or waits for one
 ROOT = Path(__file__).resolve().parent.parent
-MATERIAL = ROOT.parent / "shared" / "data"  # real data, where they are present
+MATERIAL = ROOT / "tests/data"  # real data; its README.md names sources and licences
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -39,11 +39,6 @@ tqdm.tqdm.monitor_interval = 0  # no thread that could hold it during a fork
 
 
 # ---- which tests run ----
-
-def needs(name):
-    """Skip a test where shared/data/NAME is not present."""
-    return pytest.mark.skipif(not (MATERIAL / name).exists(), reason=f"{name} is not here")
-
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long by nature; runs only with SLOW=1 in the environment")

@@ -12,12 +12,13 @@ import torch
 
 from conftest import ROOT
 
-PATTERNS = "*.py", "data/*/prepare.py", "paper/*.py", "tests/bench*.py", "tests/kills.py"
+PATTERNS = ("*.py", "data/*/prepare.py", "examples/online.py", "paper/*.py", "tests/bench*.py",
+            "tests/kills.py")
 
 
 def test_the_derivation_prints_the_numbers_that_it_states():
     try:
-        failed, tried = doctest.testfile(str(ROOT / "DERIVATION.md"), module_relative=False)
+        failed, tried = doctest.testfile(str(ROOT / "docs/derivation.md"), module_relative=False)
     finally:
         torch.set_default_dtype(torch.float32)
     assert failed == 0 and tried > 30

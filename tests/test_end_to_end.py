@@ -1,40 +1,7 @@
-"""The scripts one after another, as a user runs them, from nothing to a better model."""
-import json
-
-import pytest
+"""The scripts one after another, as a user runs them, on a model that somebody trained."""
 import transformers
 
-from conftest import MATERIAL, call, needs, read_rows, run, write_rows
-
-
-@pytest.mark.slow
-def test_minicode_from_nothing_to_a_better_model(tmp_path):
-    """Guards the README's first command: whoever runs it sees the pass rate rise, with real processes and the
-    sandbox, and the objective ends between the reference model's and its bound.
-    """
-    t = tmp_path
-    run("data/minicode/prepare.py", f"--out={t}", "--steps=400")
-
-    def sample(model, data, out, *flags):
-        run("generate_refs.py", f"--model={model}", f"--data={data}", f"--out={out}", "--num_refs=8",
-            "--max_new_tokens=48", *flags)
-        run("score.py", f"--data={out}", f"--out={out}_scored", "--reward=tests")
-
-    for split in ("train", "test"):
-        sample(t / "model", t / f"{split}.jsonl", t / split)
-    run("train.py", f"--model={t}/model", f"--data={t}/train_scored", f"--out={t}/qrpo",
-        "--learning_rate=3e-4", "--batch_size=64")
-    sample(t / "qrpo", t / "test_scored", t / "samples", "--field=samples")
-    run("evaluate.py", f"--model={t}/qrpo", f"--ref_model={t}/model", f"--data={t}/samples_scored",
-        f"--out={t}/qrpo")
-    results = json.loads((t / "qrpo" / "results.json").read_text())
-    gain, error = results["mean reward"]["difference"]
-    assert gain > 0.02 and gain > 3 * error
-    objective = results["optimality"]["objective"][0]
-    assert results["quantile reward"]["reference"][0] < objective < results["optimality"]["best_possible"]
-    for picture in ("curves", "calibration", "results", "optimum"):
-        assert (t / "qrpo" / f"{picture}.png").stat().st_size > 10_000
-
+from conftest import MATERIAL, call, read_rows, write_rows
 
 PROMPTS = ("Once upon a time, there was a", "Lily and Tom went to the", "The dog was sad because",
            "One day, a boy named Ben", "Sara had a big", "Max was a")
@@ -45,7 +12,6 @@ def happy(prompts, completions, **columns):
 """
 
 
-@needs("stories260K")
 def test_a_trained_storyteller_becomes_happier(tmp_path):
     """A really trained model, whose BOS is an end token and whose pad token is its unknown token."""
     model, t = MATERIAL / "stories260K", tmp_path

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from conftest import MATERIAL, ROOT, call, make_tokenizer, needs, read_rows, run, write_rows
+from conftest import MATERIAL, ROOT, call, make_tokenizer, read_rows, run, write_rows
 
 
 def chat(question, answer):
@@ -197,7 +197,6 @@ def test_leetcode_keeps_20_tests_and_2048_tokens_and_says_what_runs_before(tiny,
     assert row["completion"] == f"```python\n{table[0]['completion']}```"
 
 
-@needs("leetcode")
 def test_leetcode_canonical_solutions_get_full_marks(tmp_path):
     run("data/leetcode/prepare.py", f"--source={MATERIAL / 'leetcode'}", f"--out={tmp_path}", "--tokenizer=")
     rows = read_rows(tmp_path / "test.jsonl")
@@ -223,7 +222,6 @@ def test_gsm8k_final_number():
     assert reward.correct(["p"] * 2, completions, answer=[7.0, 7.0]) == [1, 0]
 
 
-@needs("gsm8k")
 def test_gsm8k_model_answers_are_offline_data(tiny, tmp_path):
     file = MATERIAL / "gsm8k/example_model_solutions.jsonl.gz"
     run("data/gsm8k/prepare.py", f"--source={file}", f"--out={tmp_path}")
@@ -243,8 +241,6 @@ def test_gsm8k_model_answers_are_offline_data(tiny, tmp_path):
     assert scored == {row["id"]: row["reward"] for row in train + test}
 
 
-@needs("gsm8k")
-@needs("stories260K")
 def test_gsm8k_trains_on_model_answers(tmp_path):
     run("data/gsm8k/prepare.py", f"--source={MATERIAL / 'gsm8k/example_model_solutions.jsonl.gz'}",
         f"--out={tmp_path}")
@@ -256,7 +252,6 @@ def test_gsm8k_trains_on_model_answers(tmp_path):
     assert len(log) >= 3 and log[-1]["log_ratio"] != 0
 
 
-@needs("gsm8k")
 def test_gsm8k_questions(tmp_path):
     run("data/gsm8k/prepare.py", f"--source={MATERIAL / 'gsm8k/test.jsonl'}", f"--out={tmp_path}")
     rows = read_rows(tmp_path / "test.jsonl")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qrpo
-from conftest import MATERIAL, ROOT, needs
+from conftest import MATERIAL, ROOT
 
 BETAS = (3e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 5.0)
 
@@ -65,7 +65,6 @@ def test_qrpo_loss_by_hand_and_quantiles_count_ties():
     torch.testing.assert_close(loss, torch.tensor(expected))
 
 
-@needs("golden_losses.json")
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-5), (torch.float32, 2e-5)))
 def test_qrpo_matches_the_published_code(dtype, tolerance):
     for x, loss, beta, theirs in golden("qrpo"):
@@ -87,7 +86,6 @@ def test_qrpo_matches_the_published_code(dtype, tolerance):
             assert_near(qrpo.qrpo_loss(beta, logps, *rest, **settings), theirs, 1e-3, loss)
 
 
-@needs("golden_losses.json")
 def test_dpo_simpo_and_rebel_match_the_published_code():
     for x, loss, beta, theirs in golden("dpo", "simpo", "rebel"):
         logps = x["logps_chosen"], x["logps_rejected"]

@@ -18,7 +18,7 @@ from torch import nn
 import dataset
 import model as model_py
 import rows
-from conftest import (MATERIAL, ROOT, Process, call, make_tokenizer, needs, read_rows, refused, start_ranks,
+from conftest import (MATERIAL, ROOT, Process, call, make_tokenizer, read_rows, refused, start_ranks,
                       write_rows)
 from test_families import make
 from test_sharding import make_model, make_rows
@@ -141,7 +141,7 @@ def real_sentencepiece():
 
 
 @pytest.mark.parametrize("load",
-                         (sentencepiece, pytest.param(real_sentencepiece, marks=needs("stories260K"))))
+                         (sentencepiece, real_sentencepiece))
 @pytest.mark.parametrize("prompt, completion",
                          (("once upon a", " time"), ("there was", "time"), ("once ", "upon a"),
                                                 ("a", "\n no"), ("yes ", " no"), ("a ti", "me")))
@@ -303,7 +303,7 @@ def test_armorm_gives_the_scores_of_its_published_code(tmp_path):
     for limit in (2048, 45):
         out = tmp_path / str(limit)
         call("score.py", f"--data={data}", f"--out={out}", f"--reward=model:{tmp_path / 'armo'}",
-             f"--max_length={limit}")
+             f"--max_length={limit}", f"--model_class={ROOT / 'paper/armorm.py'}:ArmoRM")
         for row in read_rows(out):
             start = model_py.prompt_ids(tokenizer, row["prompt"])
             for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):

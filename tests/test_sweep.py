@@ -371,8 +371,8 @@ def test_two_nodes_share_a_run(cluster, tmp_path, tiny):
     out = tmp_path / "out"
     settings = (f"OUT={out} RUN=trains MODEL={tiny} DATA={tmp_path} REWARD={tmp_path}/reward.py:letters "
                 "MASTER_ADDR=localhost NPROC=1 GENERATE='--num_refs=4 --max_new_tokens=8'")
-    grid = write_grid(tmp_path, {"refs": f"{settings} bash run.sh refs",
-                                 "trains": f"{settings} bash run.sh train "
+    grid = write_grid(tmp_path, {"refs": f"{settings} bash paper/pipeline.sh refs",
+                                 "trains": f"{settings} bash paper/pipeline.sh train "
                                  "--epochs=100 --batch_size=24 --learning_rate=1e-4"})
     sweep("submit", grid, "--only=refs", "--sbatch=--nodes=2", env=cluster.env)
     wait_for(lambda: states(grid, env=cluster.env)["refs"][0] == "done")
