@@ -4,7 +4,7 @@ or `chosen` and `rejected`).
 Reads rows with completions, and writes them to OUT with the rewards added: `ref_rewards` and
 `sample_rewards` (lists), `reward`, `chosen_reward`, `rejected_reward`. Three kinds of reward:
 
-    --reward=tests          the share of the row's tests that the program passes, in the sandbox (sandbox.py)
+    --reward=tests          the share of the row's tests that the program passes, in the sandbox (sandbox/)
     --reward=FILE.py:NAME   a function reward(prompts, completions, **columns) -> list of float or None
     --reward=model:PATH     a sequence classifier with a `.score` output or one logit; or --model_class
 
@@ -36,7 +36,6 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import formats
 import rows
 import sandbox
 from model import (context_length, get_device, get_dtype, keep_freed_memory, load_tokenizer, load_weights,
@@ -73,7 +72,7 @@ def arguments(argv=None):
     add("--packages", default=sandbox.PACKAGES, help="tests: import names of installed packages that "
                                                      "programs and tests may use, such as numpy")
     add("--block", default="answer", choices=tuple(sandbox.BLOCKS),
-        help="tests: which code block of an answer is the program; see sandbox.py")
+        help="tests: which code block of an answer is the program; see sandbox/formats.md")
     add("--unsafe", action="store_true", help="tests: run without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
         add(f"--{name}", type=type(default), default=default, help=f"tests: {text}")
@@ -147,7 +146,7 @@ def tests_settings(args):
 
 def tests_rewards(args, todo):
     """Share of the row's tests passed, in [0,1]; None where there is no verdict. Formats:
-    docs/test_formats.md.
+    sandbox/formats.md.
     """
     waiting = {}  # row id: [row, rewards so far, how many are missing]
     slowest = []  # verdicts
@@ -155,7 +154,7 @@ def tests_rewards(args, todo):
     def programs():
         for row, completions in todo:
             try:
-                tests = formats.normalize(row)
+                tests = sandbox.normalize(row)
             except ValueError as error:
                 rows.fail(f"{row['__at__']}: --reward=tests: {error}")
             waiting[row["id"]] = [row, [None] * len(completions), len(completions)]

@@ -20,6 +20,7 @@ REPO = Path(__file__).resolve().parents[1]
 LEETCODE = REPO / "tests/data/leetcode/LeetCodeDataset-v0.3.1-test.jsonl.gz"
 sys.path.insert(0, str(REPO))
 import sandbox  # noqa: E402
+from sandbox import host, runtimes  # noqa: E402
 
 
 def trivial(count):
@@ -84,11 +85,11 @@ def main():
     parser.add_argument("--trivial", type=int, default=5000, help="number of trivial programs (default %(default)s)")
     parser.add_argument("--bad", type=int, default=20, help="bad programs of a kind (default %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="workers; 0: one for each core given (default 0)")
-    parser.add_argument("--runtime", default="auto", help="see sandbox.py (default auto)")
+    parser.add_argument("--runtime", default="auto", help="see python -m sandbox -h (default auto)")
     parser.add_argument("--unsafe", action="store_true", help="without isolation, for comparison")
     args = parser.parse_args()
     if not args.unsafe:
-        sandbox.choose(args.runtime, sandbox.IMAGE, sandbox.PACKAGES)
+        host.choose(args.runtime, runtimes.IMAGE, runtimes.PACKAGES)
     cases = {"trivial": trivial(args.trivial)}
     for name, code in {"loops": "pass", "sleepers": "time.sleep(1)"}.items():
         cases[f"with {args.bad} {name}"] = mixed(trivial(1000), args.bad, code)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sandbox  # noqa: E402
+from sandbox import host  # noqa: E402
 
 PROGRAMS = {  # what each of the programs does beside its answer
     "plain": "", "busy": "sum(range(10 ** 6))", "sleeps": "time.sleep(0.03)", "starts threads":
@@ -51,7 +52,7 @@ def processes():
 
 
 def is_worker(line):
-    return b"sandbox_worker.py" in line and not line.startswith(b"bwrap")
+    return b"/inside\0" in line and not line.startswith(b"bwrap")
 
 
 def disturb(done, wanted, rng, counts):
@@ -72,7 +73,7 @@ def main():
     parser.add_argument("--faults", type=int, default=200, help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
-    sandbox.SILENCE, sandbox.TRIES = 4.0, 30  # many faults in a short time
+    host.SILENCE, host.TRIES = 4.0, 30  # many faults in a short time
     rng, counts, changed, runs, longest = random.Random(args.seed), collections.Counter(), 0, 0, 0.0
     expected = verdicts()
     while counts.total() < args.faults:

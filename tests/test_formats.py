@@ -1,4 +1,4 @@
-"""The test formats of docs/test_formats.md: ten problems in each, right and wrong programs; and code blocks in answers.
+"""The test formats of sandbox/formats.md: ten problems in each, right and wrong programs; and code blocks in answers.
 
     pytest tests/test_formats.py
 """
@@ -12,8 +12,8 @@ import zlib
 import pytest
 from test_sandbox import RUNTIME, dataset, verdicts, works
 
-import formats
 import sandbox
+from sandbox import formats
 
 pytestmark = pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")
 
@@ -280,7 +280,7 @@ ANSWERS = {  # name: (answer, the program by the rule `answer`, by the rule `fir
 def test_no_answer_takes_long_to_read(text, again):
     begun = time.process_time()
     for rule in sandbox.BLOCKS:
-        sandbox.first_block(text.format(again * 60_000), rule)
+        formats.first_block(text.format(again * 60_000), rule)
     assert time.process_time() - begun < 5
 
 
@@ -297,7 +297,7 @@ def test_numpy_values():
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_block_that_counts(name):
     answer, *wanted = ANSWERS[name]
-    got = [sandbox.first_block(answer, rule) for rule in ("answer", "first")]
+    got = [formats.first_block(answer, rule) for rule in ("answer", "first")]
     if name == "four":
         wanted = [f"{GOOD}\n# ```"] * 2
     assert [block and block.replace("\r", "").rstrip("\n ") for block in got] == wanted

@@ -8,6 +8,7 @@ import collections
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "tests/data"
 sys.path.insert(0, str(REPO))
 import sandbox  # noqa: E402
+from sandbox import host  # noqa: E402
+from sandbox.runtimes import NOBODY  # noqa: E402
 
 RUNTIME = {"runtime": os.environ.get("RUNTIME", "auto"), "image": os.environ.get("IMAGE", "python:3.11-slim")}
 SHORT = {"test_cpu": 1.0, "cpu": 3.0, "test_wall": 2.0, "wall": 5.0 + os.getpid() / 1e8, "memory": 512}  # no other's
@@ -48,7 +51,7 @@ ASKED = "def check(candidate):\n" + "".join(f" assert candidate({x}) == {31 * x 
 
 def works():
     try:
-        sandbox.choose(*RUNTIME.values(), "sortedcontainers")
+        host.choose(*RUNTIME.values(), "sortedcontainers")
         return True
     except RuntimeError:
         return False
@@ -257,7 +260,7 @@ def leftovers():
 
     Programs run as nobody where this is root: what others do in /dev/shm meanwhile does not count.
     """
-    users = {os.getuid() or sandbox.NOBODY, sandbox.NOBODY}
+    users = {os.getuid() or NOBODY, NOBODY}
     segments = Path("/proc/sysvipc/shm")
     shm = segments.read_text().count("\n") if segments.exists() else 0
     files = [name for name in os.listdir("/dev/shm") if owner(f"/dev/shm/{name}") in users]
@@ -573,44 +576,56 @@ def test_what_the_judge_cannot_judge_is_null(change):
 
 def test_a_lost_worker_is_replaced(monkeypatch):
     """The host kills a worker in the middle of a program: the verdict is as if it had not."""
-    asked, count = sandbox.Worker.ask, collections.Counter()
+    asked, count = host.Worker.ask, collections.Counter()
 
     def ask(worker, *rest):
         count["asked"] += 1
         if count["asked"] in (2, 5):
             os.killpg(worker.process.pid, signal.SIGKILL)
         return asked(worker, *rest)
-    monkeypatch.setattr(sandbox.Worker, "ask", ask)
+    monkeypatch.setattr(host.Worker, "ask", ask)
     got = verdicts([row(n, f"def f(x): return 31 * x + 7 + 0 * {n}") for n in range(9)])
     assert {v["verdict"] for v in got.values()} == {"pass"}
     assert count["asked"] in (10, 11)  # one of the two may have answered before it died
 
 
 def test_equal_programs_run_once(monkeypatch):
-    asked, count = sandbox.Worker.ask, collections.Counter()
-    monkeypatch.setattr(sandbox.Worker, "ask", lambda *a: count.update(n=1) or asked(*a))
+    asked, count = host.Worker.ask, collections.Counter()
+    monkeypatch.setattr(host.Worker, "ask", lambda *a: count.update(n=1) or asked(*a))
     got = list(sandbox.judge(({**HONEST, "id": n} for n in range(50)), **RUNTIME))
     assert sorted(v["id"] for v in got) == list(range(50)) and count["n"] == 1
 
 
 def test_without_isolation_it_refuses(monkeypatch, tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps(HONEST) + "\n")
-    line = [sys.executable, str(REPO / "sandbox.py"), f"--data={tmp_path}/data.jsonl", f"--out={tmp_path}/out.jsonl"]
-    done = subprocess.run(line, env={**os.environ, "PATH": ""}, capture_output=True, text=True)
+    line = [sys.executable, "-m", "sandbox", f"--data={tmp_path}/data.jsonl", f"--out={tmp_path}/out.jsonl"]
+    done = subprocess.run(line, env={**os.environ, "PATH": ""}, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and "Install bubblewrap" in done.stderr and "--unsafe" in done.stderr
     assert not (tmp_path / "out.jsonl").read_text()
-    done = subprocess.run(line + ["--unsafe"], env={**os.environ, "PATH": ""}, capture_output=True, text=True)
+    done = subprocess.run(line + ["--unsafe"], env={**os.environ, "PATH": ""}, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads((tmp_path / "out.jsonl").read_text())["reward"] == 1
-    assert " programs/s" in done.stderr and "mean_reward=1.0000" in done.stderr
+    assert " programs/s, mean reward 1.0000" in done.stdout
+
+
+def test_the_package_works_when_copied_alone(tmp_path):
+    """With the standard library only (python -S), in a folder that holds nothing else."""
+    shutil.copytree(REPO / "sandbox", tmp_path / "sandbox", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data.jsonl").write_text(json.dumps(HONEST) + "\n")
+    line = [sys.executable, "-S", "-m", "sandbox", "--data=data.jsonl", "--out=out.jsonl", "--packages="]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.jsonl").read_text())["reward"] == 1
+    line = [sys.executable, "-S", "-c", "from sandbox import judge; import sandbox; assert sandbox.judge is judge"]
+    subprocess.run(line, cwd=tmp_path, check=True)
 
 
 def test_killed_run_continues(tmp_path):
     """SIGKILL twice on the way: every row has one verdict in the end."""
     rows = [row(n, f"import time\ndef f(x): time.sleep(0.02); return 31 * x + 7 + 0 * {n}") for n in range(60)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    line = [sys.executable, str(REPO / "sandbox.py"), f"--data={tmp_path}/data.jsonl", f"--out={tmp_path}/out.jsonl"]
+    line = [sys.executable, "-m", "sandbox", f"--data={tmp_path}/data.jsonl", f"--out={tmp_path}/out.jsonl"]
     for after in (5, 20):
-        run = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(line, cwd=REPO, stderr=subprocess.DEVNULL)
         while not (tmp_path / "out.jsonl").exists() or (tmp_path / "out.jsonl").read_bytes().count(b"\n") < after:
             assert run.poll() is None
             time.sleep(0.02)
@@ -618,6 +633,6 @@ def test_killed_run_continues(tmp_path):
         run.wait()
     with open(tmp_path / "out.jsonl", "a") as file:
         file.write('{"id": 59, "rew')  # what a kill in the middle of a write leaves
-    subprocess.run(line, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(line, check=True, cwd=REPO, stderr=subprocess.DEVNULL)
     got = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sorted(v["id"] for v in got) == list(range(60)) and {v["reward"] for v in got} == {1}

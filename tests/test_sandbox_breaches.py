@@ -12,7 +12,7 @@ import pytest
 from test_sandbox import ASKED, NODES, RUNTIME, SHORT, in_call, at_import, probe, row, verdicts, works
 
 import sandbox
-import sandbox_worker
+from sandbox.inside import worker
 
 pytestmark = [pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")]
 RIGHT = "def f(x): return 31 * x + 7"
@@ -98,7 +98,7 @@ def test_threads_that_come_and_go_cost_the_supervisor_no_descriptors(monkeypatch
     threads = "import threading\nwhile True: threading.Thread(target=int).start()"
     other = subprocess.Popen([sys.executable, "-c", threads])
     try:
-        run = sandbox_worker.Run.__new__(sandbox_worker.Run)
+        run = worker.Run.__new__(worker.Run)
         run.sides = [other.pid]
         before = len(os.listdir("self/fd"))
         for _ in range(3000):
@@ -165,7 +165,7 @@ FORGERIES = {
     "the test's Any": APPROX + "def f(x): return Any()",
     "in a list": APPROX + "def f(x): return [Any()]",
     "by its name alone": "class C: pass\nC.__name__ = C.__qualname__ = 'Any'\ndef f(x): return C()",
-    "a class of the judge": "class C: pass\nC.__name__ = 'Thing'\ndef f(x): return C()",
+    "a class of the judge": "class C: pass\nC.__name__ = 'CandidateObject'\ndef f(x): return C()",
     "an exception of the test": "class Wrong(Exception): pass\ndef f(x): raise Wrong",
     "unittest.mock.ANY": "from unittest.mock import ANY\ndef f(x): return ANY",
     "a callable": "def f(x): return f",

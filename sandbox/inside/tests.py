@@ -2,9 +2,9 @@
 what can fail.
 
 In: the source of a test module. Out: code in which each test is a block `with __judge__.test():`,
-and their number. Run by the judge (sandbox_worker.py) only: no program is near.
+and their number. Run by the judge only: no program is near.
 
-    python -c 'import sandbox_tests as t; print(t.Tests("def check(c):\\n assert c(1) == 2", "f").total)'
+    python -c 'from sandbox.inside.tests import Tests; print(Tests("assert f(1) == 2", "f").total)'
 """
 import ast
 

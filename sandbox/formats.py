@@ -1,11 +1,11 @@
 """Test formats: from the columns of known data sets to what the sandbox runs: preamble, test,
 entry_point, solution.
 
-In: a row of one of the formats in docs/test_formats.md. Out: a dict of four strings; `solution`
+In: a row of one of the formats in formats.md. Out: a dict of four strings; `solution`
 (the row's own, which shows whether its tests can be passed at all) may be None. ValueError, with a
 reason, for a row of no known format.
 
-    python -c 'import formats; print(formats.normalize({"test_list": ["assert f(1) == 2"]})["test"])'
+    python -c 'import sandbox; print(sandbox.normalize({"test_list": ["assert f(1) == 2"]})["test"])'
 """
 import ast
 import base64
@@ -13,6 +13,8 @@ import builtins
 import io
 import json
 import pickle
+import re
+import textwrap
 import zlib
 
 # What the programs of contests may use without importing it, as in the benchmarks themselves.
@@ -255,3 +257,42 @@ def calls_of_methods(inputs, outputs):
 FORMATS = {"test_list": from_asserts, "test": from_check,
            "input_output": from_input_output, "inputs": from_columns,
            "public_test_cases": from_live_code_bench}
+
+
+# ---- the program in an answer ----
+
+# At the start of a line, or after other text if it is marked as Python. No part may take quadratic time.
+FENCE = re.compile(r"(?:^([ \t]*)|(?<!`)(?=```+py\w{0,5}[ \t\r]*\n))(```+(?!`)|~~~+(?!~))"
+                   r"[ \t]{0,9}\{?\.?([\w+#-]{0,20})(?:[^\n`]*\n|(?= .*```))", re.MULTILINE | re.IGNORECASE)
+PYTHON = ("python", "python3", "py", "py3")
+BLOCKS = {  # rule: what it means
+    "answer": "the first Python block after the last </think>, or else the first that names no language",
+    "first": "the first block marked python, as in the paper",
+}
+
+
+def first_block(text, rule="answer"):
+    """The program in a model's answer: the first closed block of code that the rule asks for (see
+    BLOCKS), or None."""
+    if rule == "answer":
+        text = text.rpartition("</think>")[2]
+        if text.lstrip().startswith("<think>"):  # the answer never came
+            return None
+    unmarked = None
+    position = 0
+    while start := FENCE.search(text, position):
+        mark = start[2]
+        end = re.compile(rf"(?<!{mark[0]}){mark}{mark[0]}*[ \t\r]*$", re.MULTILINE).search(text, start.end())
+        if not end:
+            break
+        block = text[start.end():end.start()]
+        if start[1] != "":
+            block = textwrap.dedent(block)
+        elif "\n" not in block:
+            block = block.lstrip(" ")
+        if start[3].lower() in PYTHON:
+            return block
+        if not start[3] and unmarked is None:
+            unmarked = block
+        position = end.end()
+    return unmarked if rule == "answer" else None

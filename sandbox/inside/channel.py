@@ -1,7 +1,7 @@
-"""The line between a test and the program it tests: two processes that exchange values as plain
+"""The channel between a test and the program it tests: two processes that exchange values as plain
 data (JSON).
 
-sandbox_worker.py uses it in both: the judge runs the tests, the candidate runs the program. Neither
+Both ends use it: the judge runs the tests, the candidate runs the program. Neither
 trusts the other.
 In: values and the names of operations. Out: length-prefixed JSON on a pipe, and the same values on
 the other side.
@@ -10,7 +10,7 @@ What is plain data travels by value: numbers, text, containers, dates, instances
 the row's preamble. All else stays where it is, and the other side gets a `Remote`, which can be
 called. An iterator travels in pieces.
 
-    python -c 'import sandbox_line; print(sandbox_line.KINDS.keys())'
+    python -c 'from sandbox.inside import channel; print(channel.KINDS.keys())'
 """
 import array
 import binascii
@@ -40,15 +40,15 @@ TYPES = {
 }
 
 
-class Same:
+class Unchanged:
     """Stands for an argument that cannot be sent back, such as an iterator."""
 
 
-class Frozen(list):
+class WithoutIterators(list):
     """Values whose iterators are left alone."""
 
 
-class Rest:
+class RestOfIterator:
     """What remains of an iterator: it stays here."""
 
     def __init__(self, iterator):
@@ -124,14 +124,14 @@ SLOT = types.MemberDescriptorType
 class Remote:
     """What stayed on the other side: this side knows a reference to it, and can call it."""
 
-    def __init__(self, line, reference):
-        self.__dict__.update(_line=line, _reference=reference)
+    def __init__(self, channel, reference):
+        self.__dict__.update(_channel=channel, _reference=reference)
 
     def __call__(self, *args, **keywords):
-        return self._line.ask("call", [self, list(args), list(keywords), list(keywords.values()), {}])
+        return self._channel.ask("call", [self, list(args), list(keywords), list(keywords.values()), {}])
 
 
-class Line:
+class Channel:
     """One end of two pipes. Each end may ask while it owes an answer: a program calls a function of
     the test."""
 
@@ -141,7 +141,7 @@ class Line:
         self.source, self.target, self.classes = source, target, classes
         self.longest = {"send": 1 << 31, "receive": 1 << 31}  # bytes of a message
         self.depth = limits["depth"]
-        self.things, self.numbers = [], {}  # what stays here: the other side knows it by number
+        self.kept, self.numbers = [], {}  # what is not sent: the other side knows it by number
         self.remotes = {}  # what stays there, by number
         # Instances of the preamble's classes that both sides know in this call, and their positions by id
         self.objects, self.positions = [], {}
@@ -190,7 +190,7 @@ class Line:
     def pack_rare(self, value, kind):
         if isinstance(value, Remote):
             return value._reference
-        if kind is Frozen:
+        if kind is WithoutIterators:
             self.frozen = True
             try:
                 return [self.pack(item) for item in value]
@@ -198,7 +198,7 @@ class Line:
                 self.frozen = False
         if isinstance(value, collections.abc.Iterator) and not callable(value):
             return {"same": 0} if self.frozen else {"iterator": self.pack(self.piece(value, FIRST))}
-        if kind is Rest:
+        if kind is RestOfIterator:
             return self.refer(value.iterator)
         if kind.__module__ == "numpy" and hasattr(value, "tolist"):
             return {"numpy": [str(value.dtype), list(value.shape), self.pack(value.tolist())]}
@@ -214,9 +214,9 @@ class Line:
 
     def refer(self, value):
         """A reference to what is not sent."""
-        number = self.numbers.setdefault(id(value), len(self.things))
-        if number == len(self.things):
-            self.things.append(value)
+        number = self.numbers.setdefault(id(value), len(self.kept))
+        if number == len(self.kept):
+            self.kept.append(value)
         return {"there": number}
 
     def piece(self, iterator, count):
@@ -229,8 +229,8 @@ class Line:
         except BaseException as error:
             if not items:
                 raise
-            return [items, Rest(raising(error))]
-        return [items, Rest(iterator) if len(items) == count else None]
+            return [items, RestOfIterator(raising(error))]
+        return [items, RestOfIterator(iterator) if len(items) == count else None]
 
     # ---- and back: an exception for whatever pack() does not write ----
 
@@ -273,7 +273,7 @@ class Line:
         return self.stream(*self.unpack(body, depth))
 
     def unpack_same(self, body, depth):
-        return Same
+        return Unchanged
 
     def unpack_numpy(self, body, depth):
         dtype, shape, items = body
@@ -290,9 +290,9 @@ class Line:
         return self.remotes[body]
 
     def unpack_here(self, body, depth):
-        if type(body) is not int or not 0 <= body < len(self.things):
-            raise ValueError("no such thing")
-        return self.things[body]
+        if type(body) is not int or not 0 <= body < len(self.kept):
+            raise ValueError("no such reference")
+        return self.kept[body]
 
     def class_of(self, name, meta):
         cls = self.classes[name]
@@ -492,7 +492,7 @@ def restore(old, new):
     """Give one's own argument the contents that a call left in the other side's copy of it: the
     argument to keep."""
     kind = type(old)
-    if new is Same or old is new:
+    if new is Unchanged or old is new:
         return old
     if kind is not type(new):
         return new

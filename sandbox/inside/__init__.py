@@ -1,0 +1,1 @@
+"""What a container shows of this package: the worker, and what it needs."""

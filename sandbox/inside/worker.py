@@ -1,0 +1,306 @@
+"""A worker of the sandbox: the warm process in a container that runs programs against their tests,
+one after another.
+
+In: jobs on stdin, each as three numbers (sizes of the candidate's and of the judge's part,
+patience) and the two parts, in JSON. Out: lines on stdout: a verdict as JSON; while a program runs,
+a sign of life four times a second ("running" or "waiting"). host.py starts it (by __main__.py), and says
+what a verdict is.
+
+    supervisor (this process) --clone--> judge: runs the tests, compares, counts; stays for the same tests
+              |                            |  ^   channel.py: arguments out, values back
+              |                            v  |
+              +-------------- clone -----> candidate: runs one program
+
+Each clone has a pid namespace and a session of its own, no capabilities, limits, and a filter on
+system calls. The supervisor never reads a job: each clone takes its own part off the pipe. So a
+candidate's memory never held a test, nor anything of another program.
+"""
+import builtins
+import contextlib
+import gc
+import json
+import os
+import platform
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+from .candidate import Candidate, run_candidate
+from .confine import (LIBC, MACHINES, call_filter, clone, lock_down, module_space, mount_tmp, set_limits,
+                      silence, state_of_tmp, system, take, wall_off)
+from .judge import CandidateObject, Judge, run_judge
+from .tests import Tests
+
+TICK = 0.02  # s between two looks of the supervisor at its clocks
+HELD = 0.125  # share of the time in which the kernel holds a program that counts as waiting
+SIGN = 0.25  # s between two signs of life
+NICE = 5  # of a program that takes longer: behind the short ones, but a busy machine must not starve it
+WORDS = {"w": "wrong", "e": "exception", "m": "memory", "o": "output", "k": "killed"}
+WARM = """abc array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq
+    itertools json math numbers operator queue random re statistics string textwrap
+    threading time typing""".split()
+
+
+def rehearse(limits):
+    """Run what clones will run: Python adapts code as it runs, and its clones then share what they
+    would else adapt, and copy, each for itself.
+    """
+    job = {"preamble": "import math", "program": "def f(x, y):\n    return [x, y]", "entry_point": "f"}
+    test = "def check(candidate):\n    assert candidate(x=1) == [1, 2.0]\n"
+    replies, answer = os.pipe()
+    for _ in range(20):
+        candidate = Candidate(None, answer, limits)
+        candidate.start(json.loads(json.dumps(job)))
+        candidate.send('["ready", [], []]')
+        judge = Judge((None, replies, None), {}, Tests(test, "f"), limits)
+        judge.begin()
+        function = judge.remotes[0] = CandidateObject(judge, {"here": 0})
+        message = judge.dump("call", [function, [1, [2.0]], [], [], {}])
+        candidate.answer(*candidate.load(message.encode()))
+        judge.load(judge.receive())
+        exec(judge.tests.code, module_space())
+    os.close(replies)
+    os.close(answer)
+
+
+def supervise(options):
+    """The life of a worker: for each job on stdin two clones, and one line of JSON on stdout."""
+    limits, isolated = options["limits"], options["isolated"]
+    del sys.argv[1:]  # programs look at it
+    sys.path[:] = [path for path in sys.path[1:] if path.startswith(sys.base_prefix)] + options["path"]
+    os.closerange(3, 1024)
+    box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None,
+           "candidate": None, "tmp": None}
+    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    if isolated:
+        lock_down(options["root"])
+        if platform.machine() not in MACHINES:
+            raise OSError(f"no list of system calls for {platform.machine()}: "
+                          "add it to REFUSED, LIMITED and MACHINES")
+    os.fchdir(proc)  # it is hidden by now; this process looks at its clones there
+    os.close(proc)
+    system(LIBC.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
+    for name in WARM + options["warm"]:
+        with contextlib.suppress(ImportError):
+            __import__(name)
+    builtins.exit = builtins.quit = sys.exit  # as in an interactive Python, which contest programs rely on
+    rehearse(limits)
+    LIBC.mount, LIBC.capset  # looked up here, not in each clone
+    os.environ.clear()
+    os.environ.update(HOME="/tmp", LANG="C.UTF-8")
+    set_limits(limits, isolated)
+    seconds = int(limits["cpu"]) + 2  # where the supervisor's own look at the clock would fail
+    box |= {
+        "filter": call_filter() if platform.machine() in MACHINES else None,
+        "seconds": (seconds, seconds),
+        "disk": f"size={limits['disk']}m,nr_inodes={limits['files'] * 16},mode=777".encode(),
+    }
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    while True:
+        *sizes, patience = struct.unpack("IIf", take(12))
+        os.write(1, json.dumps(one_program(box, *sizes, patience)).encode() + b"\n")
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(box["candidate"], 0)  # not before: the host need not wait for its end
+
+
+def one_program(box, candidate_size, judge_size, patience):
+    """The verdict of one program. No judge_size: its tests are those of the last, and so is the
+    judge.
+
+    That judge met only candidates that kept to the rules; any other costs the judge its life. Exits
+    if a clone fails.
+    """
+    if box["isolated"] and (not box["tmp"] or state_of_tmp() != box["tmp"]):
+        mount_tmp(box)
+        box["tmp"] = state_of_tmp()
+    if judge_size:  # before the candidate, whose threads could use up the number of processes
+        end_judge(box)
+        box["channel"], theirs = socket.socketpair()
+        box["judge"] = clone_side(box, judge_size, theirs.fileno())
+        theirs.close()
+    requests, ask = os.pipe()
+    replies, answer = os.pipe()
+    results, report = os.pipe()
+    candidate = box["candidate"] = clone_side(box, candidate_size, requests, answer)
+    socket.send_fds(box["channel"], [b"+"], [ask, replies, report])
+    for pipe in (requests, ask, replies, answer, report):
+        os.close(pipe)
+    run = Run(box, results, patience)
+    run.watch()
+    os.close(results)
+    verdict = run.verdict()
+    os.kill(candidate, signal.SIGKILL)
+    if not verdict["kept"]:
+        end_judge(box)
+    return verdict
+
+
+def clone_side(box, size, *keep):
+    """Clone the candidate's side (two pipes to keep) or the judge's (one channel): its pid."""
+    is_judge = len(keep) == 1
+    pid = clone(box["isolated"], is_judge)
+    if pid:
+        return pid
+    try:
+        below = 3
+        for pipe in sorted(keep):
+            os.closerange(below, pipe)
+            below = pipe + 1
+        os.closerange(below, 256)
+        wall_off(box, is_judge)
+        if is_judge:
+            run_judge(size, socket.socket(fileno=keep[0]), box["limits"])
+        else:
+            job = json.loads(take(size))
+            os.write(keep[1], b"+")
+            silence()
+            run_candidate(job, *keep, box["limits"])
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(0)
+
+
+
+def end_judge(box):
+    if box["judge"]:
+        os.kill(box["judge"], signal.SIGKILL)
+        os.waitpid(box["judge"], 0)
+        box["channel"].close()
+        box["judge"] = None
+
+
+def exit_status(pid):
+    """The exit status of a child that has closed its pipes; None if it still lives."""
+    for _ in range(100):
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found:
+            return found.si_status if found.si_code != os.CLD_EXITED else 0
+        time.sleep(0.001)
+
+
+class Run:
+    """One program under test, as the supervisor watches it."""
+
+    def __init__(self, box, results, patience):
+        self.limits, self.results, self.patience = box["limits"], results, patience
+        self.sides = self.candidate, self.judge = box["candidate"], box["judge"]
+        self.data = b""  # the judge's report
+        self.stopped = ""  # why the candidate was stopped
+        self.judge_stopped = False
+        self.slow = False  # whether it was given a lower priority, which lasts
+        self.waited = 0.0  # s in which neither side computed
+        self.begun = self.clocks()
+
+    def clocks(self):
+        """Seconds: what both sides waited; CPU time of the candidate and of the judge, with all
+        their threads."""
+        return [self.waited, *(time.clock_gettime(~pid << 3 | 2) for pid in self.sides)]
+
+    def waits(self):
+        """The share of the time that counts as waiting. None where a thread runs or could run: a loaded
+        machine's delay is no waiting of a program. Little where the kernel holds one, as for a disk."""
+        states = set()
+        for thread in [f"{pid}/task/{thread}" for pid in self.sides for thread in os.listdir(f"{pid}/task")]:
+            with contextlib.suppress(OSError), open(f"{thread}/stat", "rb") as file:  # unless it has ended
+                states.add(file.read().rpartition(b")")[2][1:2])
+        return 0.0 if b"R" in states else HELD if b"D" in states else 1.0
+
+    def watch(self):
+        """Stop the program at its limits, until the judge is done. Say that it runs, every SIGN
+        seconds."""
+        os.set_blocking(self.results, False)
+        poller = select.poll()
+        for pipe in (self.results, 0):
+            poller.register(pipe, 0)  # only its end is an event
+        signed = seen = time.monotonic()
+        first, last, waited = self.begun, self.begun, 0.0
+        while True:
+            events = dict(poller.poll(TICK * 1000))
+            if 0 in events:  # the host has gone
+                self.kill(*self.sides)
+                sys.exit()
+            more = self.read()
+            if self.results in events:
+                return
+            now = time.monotonic()
+            self.waited += (now - seen) * self.waits()
+            seen, clocks = now, self.clocks()
+            if more and not self.stopped:
+                last = clocks
+            why = self.over(last, clocks, "test_") or self.over(first, clocks, "") or self.impatient(clocks)
+            if why and not self.stopped:  # the judge sees its pipe end, and reports the rest as failed
+                self.stopped, last, first = why, clocks, clocks
+                self.kill(*self.sides if why == "later" else [self.candidate])
+            elif why and why != "later":
+                self.judge_stopped = True
+                self.kill(self.judge)
+            if now - signed > SIGN:
+                os.write(1, b"waiting\n" if self.waited - waited > SIGN / 2 else b"running\n")
+                signed, waited = now, self.waited
+                self.slow = True
+                # Short programs first. And no clone can stop itself, so something else did if one is stopped.
+                for pid in self.sides:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.setpriority(os.PRIO_PGRP, pid, NICE)
+                    os.kill(pid, signal.SIGCONT)
+
+    def over(self, then, now, scope):
+        waited, *used = (b - a for a, b in zip(then, now))
+        if max(used) > self.limits[scope + "cpu"] or waited > self.limits[scope + "wall"]:
+            return "timeout"
+        return ""
+
+    def impatient(self, now):
+        return "later" if self.patience and sum(now) - sum(self.begun) > self.patience else ""
+
+    def read(self):
+        try:
+            more = os.read(self.results, 1 << 20)
+        except BlockingIOError:
+            return b""
+        self.data += more[:(1 << 20) - len(self.data)]
+        return more
+
+    def kill(self, *pids):
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def verdict(self):
+        """What host.py says of a verdict; `kept`: the judge may stay."""
+        used = self.clocks()
+        seconds = round(sum(used[1:]) - sum(self.begun[1:]) + self.waited, 3)
+        if self.stopped == "later":
+            return {"later": True, "kept": False}
+        report, _, fault = self.data.decode("ascii", "replace").partition("?")
+        codes, whole, detail = report[8:].partition("\n")
+        cut = not whole and not fault and not self.judge_stopped
+        if cut and exit_status(self.judge) in (None, 0, signal.SIGKILL):
+            sys.exit("the judge was killed from outside")
+        total = 0 if fault else int(report[:8] or "0", 16)
+        codes = codes[:total].ljust(total, "k")
+        word = WORDS.get(codes.replace(".", "")[:1], "pass") if total else "infra"
+        if word == "infra":
+            detail = fault or "the judge crashed"
+        if word == "killed":
+            word, how = self.death(used[1] - self.begun[1])
+            detail = f"test {codes.index('k') + 1}: {how}"
+        passed = codes.count(".")
+        return {"reward": passed / total if total else None, "passed": passed, "total": total,
+                "verdict": word, "detail": detail, "seconds": seconds,
+                "kept": not self.stopped and not self.slow and word in ("pass", "wrong", "exception")}
+
+    def death(self, seconds):
+        """(verdict, detail) of a candidate that has ended, or closed its pipes."""
+        status = None if self.stopped else exit_status(self.candidate)
+        if self.stopped or seconds > self.limits["cpu"]:
+            return "timeout", "stopped"
+        if status == signal.SIGKILL:  # nothing inside can do this
+            sys.exit("the program was killed from outside; is there too little memory?")
+        return "killed", f"signal {status}" if status else "exited"
+
