@@ -67,7 +67,6 @@ flag("--quantile", default="paper", choices=qrpo.QUANTILES,
      help="QRPO: paper, as published, or exact, which is also right when rewards tie")
 flag("--length_normalize", action="store_true",
      help="QRPO: divide beta by the tokens of the completion, to at most 0.1 (Apertus, arXiv 2509.14233)")
-flag("--gamma_beta_ratio", type=float, default=0.5, help="SimPO: margin in nats per token")
 
 flag = parser.add_argument_group("optimisation").add_argument
 flag("--learning_rate", type=rows.positive, default=1e-6,
@@ -99,8 +98,9 @@ flag("--track", choices=("wandb", "trackio"), help="also send the metrics there,
 flag("--dry_run", action="store_true", help="show some of the data and what the loss asks for, and exit")
 args = parser.parse_args()
 
-MAX_BETA = 0.1  # with --length_normalize
-WARMUP = 0.1    # of the steps, as the paper
+MAX_BETA = 0.1          # with --length_normalize
+GAMMA_BETA_RATIO = 0.5  # SimPO's margin in nats per token, as the paper
+WARMUP = 0.1            # of the steps, as the paper
 DRIFT_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # nats between two passes over one token
 # what a run may change when it is resumed; all else must stay as it was
 FREE = ("data", "eval_data", "out", "cache", "micro_batch_tokens", "shard", "gradient_checkpointing",
@@ -150,7 +150,7 @@ def rebel(b, logps):
 
 
 def simpo(b, logps):
-    return qrpo.simpo_loss(args.beta, args.gamma_beta_ratio, *pairs(logps), *pairs(b.lens - b.prompt_lens))
+    return qrpo.simpo_loss(args.beta, GAMMA_BETA_RATIO, *pairs(logps), *pairs(b.lens - b.prompt_lens))
 
 
 class Loss(NamedTuple):
