@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from tqdm import tqdm
 
 import rows
 from model import (Policy, any_rank, barrier, chunked_logps, completion_ids, context_length, decode, end_ids,
@@ -327,7 +326,7 @@ def build(folder, path, tokenizer, model, choices):
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:  # the columns grow on disk
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", *KINDS)}
-        for table in tqdm(in_processes(reader, chunks(path)), desc="read", unit="chunk", delay=5):
+        for table in rows.progress(in_processes(reader, chunks(path)), desc="read", unit="chunk", delay=5):
             for name, at in zip(table.pop("ids"), table.pop("at")):
                 if str(name) in seen:
                     rows.fail(f"{at}: id {name!r} already appears at {seen[str(name)]}; ids must be unique")
@@ -524,7 +523,7 @@ def all_logps(policy, data, budget, device):
     rank, world = rows.rank_and_world()
     logps = torch.zeros(len(data.lens), dtype=torch.float32, device=device)
     every = np.arange(len(data.lens))[:, None]
-    with tqdm(total=len(logps), desc="log-probabilities", unit="completion", disable=rank != 0) as bar:
+    with rows.progress(total=len(logps), desc="log-probabilities", unit="completion") as bar:
         for index, weight in micro_batches(data.lens, every, budget, rank, world):
             b = get_batch(data, index, device)
             found = policy(b.tokens, b.prompt_lens, b.lens)
