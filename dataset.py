@@ -235,9 +235,9 @@ class Reader:
             row["prompt_ids"] = row_prompt_ids(self.tokenizer, row)
             ref_rewards = self.ref_rewards(row)
             known = ref_rewards[~np.isnan(ref_rewards)]
-            made = row.get("made_by", {}).get("ref_completions")
-            if made and (made["temperature"], made["top_p"]) != (1, 1):
-                table["sampling"] = f"temperature {made['temperature']} and top_p {made['top_p']}"
+            how = other_distribution(row, "ref_completions")
+            if how:
+                table["sampling"] = how
             table["ids"].append(row.get("id", position))
             table["at"].append(at)
             table["ref_rewards"].append(ref_rewards)
@@ -257,6 +257,15 @@ class Reader:
         for name, kind in KINDS.items():
             table[name] = np.concatenate([np.empty(0, kind), *table[name]], dtype=kind)
         return table
+
+
+def other_distribution(row, field):
+    """How the completions in a field were sampled, if not from the model's own distribution; or None."""
+    made_by = row.get("made_by", {}).get(field, {})
+    how = f"temperature {made_by.get('temperature', 1)} and top_p {made_by.get('top_p', 1)}"
+    if made_by.get("temperature", 1) != 1 or made_by.get("top_p", 1) != 1:
+        return how
+    return None if made_by.get("own_distribution", True) else f"{how}, by another rule (token_probs)"
 
 
 def columns(prompt, groups, known_refs):
