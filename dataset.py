@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from tqdm import tqdm
 
 import rows
 from model import (Policy, any_rank, barrier, chunked_logps, completion_ids, context_length, decode, end_ids,
@@ -236,9 +235,9 @@ class Reader:
             row["prompt_ids"] = row_prompt_ids(self.tokenizer, row)
             ref_rewards = self.ref_rewards(row)
             known = ref_rewards[~np.isnan(ref_rewards)]
-            made = row.get("made_by", {}).get("ref_completions")
-            if made and (made["temperature"], made["top_p"]) != (1, 1):
-                table["sampling"] = f"temperature {made['temperature']} and top_p {made['top_p']}"
+            how = other_distribution(row, "ref_completions")
+            if how:
+                table["sampling"] = how
             table["ids"].append(row.get("id", position))
             table["at"].append(at)
             table["ref_rewards"].append(ref_rewards)
@@ -258,6 +257,15 @@ class Reader:
         for name, kind in KINDS.items():
             table[name] = np.concatenate([np.empty(0, kind), *table[name]], dtype=kind)
         return table
+
+
+def other_distribution(row, field):
+    """How the completions in a field were sampled, if not from the model's own distribution; or None."""
+    made_by = row.get("made_by", {}).get(field, {})
+    how = f"temperature {made_by.get('temperature', 1)} and top_p {made_by.get('top_p', 1)}"
+    if made_by.get("temperature", 1) != 1 or made_by.get("top_p", 1) != 1:
+        return how
+    return None if made_by.get("own_distribution", True) else f"{how}, by another rule (token_probs)"
 
 
 def columns(prompt, groups, known_refs):
@@ -327,7 +335,7 @@ def build(folder, path, tokenizer, model, choices):
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:  # the columns grow on disk
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", *KINDS)}
-        for table in tqdm(in_processes(reader, chunks(path)), desc="read", unit="chunk", delay=5):
+        for table in rows.progress(in_processes(reader, chunks(path)), desc="read", unit="chunk", delay=5):
             for name, at in zip(table.pop("ids"), table.pop("at")):
                 if str(name) in seen:
                     rows.fail(f"{at}: id {name!r} already appears at {seen[str(name)]}; ids must be unique")
@@ -524,7 +532,7 @@ def all_logps(policy, data, budget, device):
     rank, world = rows.rank_and_world()
     logps = torch.zeros(len(data.lens), dtype=torch.float32, device=device)
     every = np.arange(len(data.lens))[:, None]
-    with tqdm(total=len(logps), desc="log-probabilities", unit="completion", disable=rank != 0) as bar:
+    with rows.progress(total=len(logps), desc="log-probabilities", unit="completion") as bar:
         for index, weight in micro_batches(data.lens, every, budget, rank, world):
             b = get_batch(data, index, device)
             found = policy(b.tokens, b.prompt_lens, b.lens)

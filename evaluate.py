@@ -1,41 +1,44 @@
-"""Compare a trained policy with its reference model on held-out prompts, and with the best that its
-beta allows.
+"""Compare a trained policy with its reference model on held-out prompts, and with the best that its beta
+allows.
 
-Reads rewarded rows that hold completions of the reference model (`ref_completions`, `ref_rewards`) and
-of the policy (`samples`, `sample_rewards`), and both models. Prints a table, and writes to OUT
-results.json, samples.npz (log-ratio, quantile, reward and length of every sample) and pictures:
-results.png, optimum.png, calibration.png, and the training curves of the run, curves.png. report.html
-holds all of it, with the completions. Rewards that `score.py --name` added are shown, too.
+Reads rewarded rows that hold completions of the reference model (`ref_completions`, `ref_rewards`) and of
+the policy (`samples`, `sample_rewards`), and both models. Prints a table, and writes to OUT results.json,
+samples.npz (log-ratio, quantile, reward and length of every sample), pictures, and report.html: one page
+with all of this and the completions. Its template is evaluate.html.
 
     python evaluate.py --model=out/qrpo --ref_model=MODEL --data=out/qrpo/test/rewarded --out=out/qrpo
 
-Standard errors are over prompts. The KL is the mean log-ratio of the policy's own samples; it and the
-objective are left out if these were not sampled at temperature 1 and top_p 1, as they would be biased.
-QRPO maximises the objective E[R] - beta KL, where R is the transformed quantile of the reward (its
-`exact` cell among the reference rewards). No policy can exceed beta log Z.
+Standard errors are over prompts. The KL is the mean log-ratio of the policy's own samples. QRPO maximises the
+objective E[R] - beta KL, where R is the transformed quantile of the reward (its `exact` cell among the
+reference rewards). No policy can exceed beta log Z. The column "optimum" is what the best policy would have:
+the reference completions, each with its exact weight pi*/pi_ref.
 """
+import base64
 import json
 import math
+import re
+import secrets
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import matplotlib
 import numpy as np
 import torch
 
 import dataset
 import qrpo
-import report
 import rows
 from model import Policy, get_device, get_dtype, load_model, load_tokenizer
-from report import MODELS, label
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+MODELS = {"reference": ("ref_completions", "ref_rewards"), "policy": ("samples", "sample_rewards")}  # fields
 FORWARD_TOKENS = 8192  # padded tokens in a forward pass
-DIGITS = {"length, tokens": 1}  # to print; 4 of all others
+PROMPTS, COMPLETIONS = 1000, 8  # the most that the page shows: prompts, and completions of a model for each
 
 
 def arguments():
@@ -45,22 +48,27 @@ def arguments():
     add("--ref_model", required=True, help="the reference model")
     add("--data", required=True, help="rewarded rows with completions of both")
     add("--out", required=True, type=Path, help="folder for results and pictures")
-    add("--beta", type=float, help="of the objective (default: that of the QRPO run in --model, or none)")
+    add("--beta", type=rows.positive,
+        help="of the objective (default: that of the QRPO run in --model, or none)")
     add("--transform", choices=qrpo.TRANSFORMS, help="of the quantile (default: the run's, or identity)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of both models; auto: bfloat16 on a GPU")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     return parser.parse_args()
 
 
+# ---- read: the run, the rows, the log-ratios ----
+
 def load_run(args):
-    """The settings of the run that made --model, a run's folder or a checkpoint in one; {} if it is
-    neither. Fills in --beta and --transform.
+    """run.json of the run that made --model, which is a run's folder or a checkpoint in one; an empty config
+    if it is neither. Fills in --beta and --transform.
     """
     model = Path(args.model)
-    config = {}
+    run = {"config": {}}
     for path in (model.parent.parent / "run.json", model / "run.json"):
         if path.exists():
-            config = rows.load_json(path)["config"]
+            run = rows.load_json(path)
+    config = run["config"]
     if model.parent.name == "checkpoints":
         config["steps"] = int(model.name.removeprefix("step_"))
     # with a beta of its own for every completion there is no one objective
@@ -70,252 +78,340 @@ def load_run(args):
         args.transform = args.transform or config["transform"]
     args.transform = args.transform or "identity"
     args.template_args = config.get("template_args", {})
-    return config
+    return run
 
 
-# ---- rewards and log-ratios ----
-
-def prompt_means(completions, rewards):
-    """[mean reward, share of rewards of 1 or more, mean length in tokens] of one prompt; unknown
-    rewards left out.
+def read(path):
+    """What the rows say of themselves, as a namespace: made_by {model: the settings it was sampled with};
+    biased {model: how it was sampled, if not from its own distribution}; unknown {model: how many of its
+    rewards are}; opinions {NAME: {model: means of the prompts}}, of the rewards of `score.py --name=NAME`.
     """
-    known = np.array([reward for reward in rewards if reward is not None], float)
-    length = np.mean([len(c["token_ids"]) if "token_ids" in c else math.nan for c in completions])
-    if len(known) == 0:
-        return [math.nan, math.nan, length]
-    return [known.mean(), (known >= 1).mean(), length]
-
-
-def read_means(path):
-    """What the rows say, as a namespace: first, a row; opinions, its rewards ("" is the one trained on, and
-    "_judge" what `score.py --name=judge` added); means {(model, opinion): (prompts, 3)}, see `prompt_means`;
-    unknown {model: how many rewards are}; sampling {field: how, if not at temperature 1 and top_p 1}.
-    """
-    found = SimpleNamespace(means={}, unknown={model: 0 for model in MODELS}, sampling={}, first=None)
+    found = SimpleNamespace(made_by={}, biased={}, unknown={"reference": 0, "policy": 0}, opinions={})
     for row in rows.stream(path, require=("ref_completions", "ref_rewards", "samples", "sample_rewards")):
-        if found.first is None:
-            found.first = row
-            columns = [name for name in row if name.startswith("sample_rewards")]
-            found.opinions = sorted(name.removeprefix("sample_rewards") for name in columns)
+        if not found.made_by:  # the first row
+            names = [column.partition("sample_rewards_")[2] for column in row]
+            found.opinions = {name: {"reference": [], "policy": []} for name in names if name}
         for model, (field, column) in MODELS.items():
-            made = row.get("made_by", {}).get(field)
-            if made and (made["temperature"], made["top_p"]) != (1, 1):
-                found.sampling[field] = f"temperature {made['temperature']} and top_p {made['top_p']}"
-            for opinion in found.opinions:
-                rewards = row.get(column + opinion)
-                if not isinstance(rewards, list) or len(rewards) != len(row[field]):
-                    rows.fail(f"{row['__at__']}: needs as many {column}{opinion} as {field}; run score.py")
-                found.means.setdefault((model, opinion), []).append(prompt_means(row[field], rewards))
-                found.unknown[model] += rewards.count(None)
-    found.means = {key: np.array(means) for key, means in found.means.items()}
+            found.made_by[model] = row.get("made_by", {}).get(field, {})
+            how = dataset.other_distribution(row, field)
+            if how:
+                found.biased[model] = how
+            known = known_rewards(row, field, column)
+            found.unknown[model] += len(row[field]) - len(known)
+            for name, means in found.opinions.items():
+                known = known_rewards(row, field, f"{column}_{name}")
+                means[model].append(np.mean(known) if known else math.nan)
     return found
 
 
-def log_ratios(args, device):
-    """The samples and the references as arrays (see dataset.build), each with log_ratio (n,), log pi -
-    log pi_ref.
+def known_rewards(row, field, column):
+    """The rewards in a column of a row for the completions in a field, without unknown ones."""
+    rewards = row.get(column)
+    if not isinstance(rewards, list) or len(rewards) != len(row[field]):
+        rows.fail(f"{row['__at__']}: needs as many {column} as {field}; run score.py")
+    return [reward for reward in rewards if reward is not None]
+
+
+def load_completions(args, device):
+    """{model: its completions of known reward as arrays (see dataset.build)}, with length in tokens, full
+    (whether the reward is 1) and log_ratio, log pi - log pi_ref; each (n,).
     """
     tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
     dtype = get_dtype(args.dtype, device)
-    found, logps = {}, {"samples": [], "refs": []}
+    data = {}
+    logps = {}
     with tempfile.TemporaryDirectory() as cache:
         for path in (args.model, args.ref_model):
             model = load_model(path, dtype, device, args.trust_remote_code)
-            for name in logps:
-                if name not in found:
-                    choices = dataset.Choices(train_on=name, needs_reward=True)
-                    found[name] = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
-                values = dataset.all_logps(Policy(model), found[name], FORWARD_TOKENS, device)
-                logps[name].append(values.astype(float))
-            del model
-    for name, (policy, reference) in logps.items():
-        found[name].log_ratio = policy - reference
-    return found["samples"], found["refs"]
+            policy = Policy(model)
+            for name, train_on in (("reference", "refs"), ("policy", "samples")):
+                if name not in data:
+                    choices = dataset.Choices(train_on, needs_reward=True)
+                    data[name] = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
+                values = dataset.all_logps(policy, data[name], FORWARD_TOKENS, device)
+                logps[name, path] = values.astype(float)
+            del model, policy
+    for name, completions in data.items():
+        completions.log_ratio = logps[name, args.model] - logps[name, args.ref_model]
+        completions.length = completions.lens - completions.prompt_lens
+        completions.full = completions.rewards >= 1
+    return data
 
+
+# ---- measure ----
 
 def quantile_rewards(args, data):
-    """Adds to data the cells lo, hi of its completions' quantiles and R, their transformed rewards; all
+    """Adds to data the cells lo, hi of its completions' quantiles, and R, their transformed rewards. With a
+    beta, R is the soft average over the cell, and weight is pi*/pi_ref, 1 on average over the references. All
     numpy (n,).
     """
-    rewards = torch.tensor(data.rewards)
-    ref_rewards = torch.tensor(data.ref_rewards[data.row])
+    rewards = torch.tensor(data.rewards).double()
+    ref_rewards = torch.tensor(data.ref_rewards[data.row]).double()
     lo, hi = qrpo.quantile_cells(rewards, ref_rewards, torch.tensor(data.among_refs))
-    data.lo, data.hi = lo.numpy(), hi.numpy()
-    data.R = (data.lo + data.hi) / 2
+    R = (lo + hi) / 2
     if args.beta is not None:
         beta = torch.full_like(lo, args.beta)
-        data.R = (beta * qrpo.log_mean_exp(beta, args.transform, lo, hi)).numpy()
+        R = beta * qrpo.log_mean_exp(beta, args.transform, lo, hi)
+        log_Z = qrpo.log_partition(beta, args.transform)
+        data.weight = (R / beta - log_Z).exp().numpy()
+    data.lo, data.hi, data.R = lo.numpy(), hi.numpy(), R.numpy()
 
 
-def by_prompt(values, row):
-    """The means of values (n,) over the completions of every prompt that has any; row (n,)."""
-    prompts, place = np.unique(row, return_inverse=True)
-    return np.bincount(place, values) / np.bincount(place)
+def by_prompt(data, values, weights=1.0):
+    """The weighted mean of values (n,) over the completions of every prompt, (R,); NaN for one without."""
+    prompts = len(data.ids)
+    weights = np.broadcast_to(weights, len(values))
+    total = np.bincount(data.row, weights * values, prompts)
+    mass = np.bincount(data.row, weights, prompts)
+    with np.errstate(invalid="ignore"):
+        return total / mass
 
 
-BIASED = {  # what is said of rows that were not sampled at temperature 1 and top_p 1
-    "samples": "no KL and no objective, which are expectations over what the policy itself samples",
-    "ref_completions": "the quantiles are not those among the reference model's own completions",
+NUMBERS = {  # name: the array that it is the mean of
+    "mean reward": "rewards",
+    "full marks (reward 1)": "full",
+    "length, tokens": "length",
+    "ran out of tokens": "truncated",
+    "quantile reward": "R",
 }
+KL = "KL to reference, nats"
+DIGITS = {"length, tokens": 1}  # to print; 4 of all others
+
+
+def measure(args, held_out, data):
+    """{name: {column: its value for every prompt, (R,)}}. A column is a model, "difference" or "optimum"."""
+    reference, policy = data["reference"], data["policy"]
+    found = {}
+    for name, array in NUMBERS.items():
+        found[name] = compare(
+            by_prompt(reference, getattr(reference, array)),
+            by_prompt(policy, getattr(policy, array)))
+    if max(reference.rewards.max(), policy.rewards.max()) > 1:
+        del found["full marks (reward 1)"]
+    if not reference.truncated.any() and not policy.truncated.any():
+        del found["ran out of tokens"]
+    for name, means in held_out.opinions.items():
+        found[f"mean reward by {name}"] = compare(
+            np.array(means["reference"]),
+            np.array(means["policy"]))
+    if "policy" not in held_out.biased:
+        kl = by_prompt(policy, policy.log_ratio)
+        found[KL] = compare(0 * kl, kl)
+    if args.beta is not None:
+        add_optimum(args, found, reference)
+    return found
+
+
+def compare(reference, policy):
+    return {"reference": reference, "policy": policy, "difference": policy - reference}
+
+
+def add_optimum(args, found, reference):
+    """Adds the objective to what was measured, and the column of the optimum."""
+    for name, columns in found.items():
+        columns["optimum"] = columns["reference"] * math.nan  # unknown
+        if name in NUMBERS:
+            values = getattr(reference, NUMBERS[name])
+            columns["optimum"] = by_prompt(reference, values, reference.weight)
+    log_ratio = np.log(reference.weight)
+    found[KL]["optimum"] = by_prompt(reference, log_ratio, reference.weight)
+    R = found["quantile reward"]
+    found["objective"] = {
+        column: R[column] - args.beta * kl
+        for column, kl in found[KL].items()}
 
 
 def mean_and_se(values):
     """The mean and its standard error; NaN (prompts without a known reward) left out."""
     values = values[~np.isnan(values)]
-    se = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(se)
+    mean, se = math.nan, math.nan
+    if len(values):
+        mean = float(values.mean())
+    if len(values) > 1:
+        se = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean, se
 
 
-def compare(held_out, column, opinion=""):
-    """Means and standard errors of a column of `prompt_means`, and of its difference."""
-    before, after = (held_out.means[model, opinion][:, column] for model in MODELS)
-    return {"reference": mean_and_se(before), "policy": mean_and_se(after),
-            "difference": mean_and_se(after - before)}
+# ---- show ----
 
-
-def measure(args, held_out, samples, refs):
-    """The table {name: {column: (mean, standard error)}}, and what is known of the optimum ({} without a
-    beta).
-    """
-    table = {f"mean reward{label(opinion)}": compare(held_out, 0, opinion) for opinion in held_out.opinions}
-    if max(np.nanmax(refs.rewards), np.nanmax(samples.rewards)) <= 1:  # otherwise there are no full marks
-        table["full marks (reward 1)"] = compare(held_out, 1)
-    table["length, tokens"] = compare(held_out, 2)
-    ref_R, R = by_prompt(refs.R, refs.row), by_prompt(samples.R, samples.row)
-    kl = by_prompt(samples.log_ratio, samples.row)
-    table["quantile reward"] = {"reference": mean_and_se(ref_R), "policy": mean_and_se(R)}
-    if "samples" not in held_out.sampling:
-        table["KL to reference, nats"] = {"reference": (0.0, 0.0), "policy": mean_and_se(kl)}
-    if args.beta is None:
-        return table, {}
-    objective = mean_and_se(R - args.beta * kl)
-    table[f"- {args.beta:g} KL: objective"] = {"reference": mean_and_se(ref_R), "policy": objective}
-    best = args.beta * qrpo.log_partition(torch.tensor([args.beta]), args.transform).item()
-    return table, {"beta": args.beta, "transform": args.transform, "objective": objective,
-                   "quantile_reward": mean_and_se(R), "best_possible": best}
-
-
-def cells(name, columns):
-    """A line of the table as text, one cell for each of reference, policy and difference."""
-    digits = DIGITS.get(name, 4)
-    return [f"{mean:.{digits}f} +- {se:.{digits}f}" for mean, se in columns.values()]
-
-
-def show(table, optimality, held_out):
-    """Print the table, and what a reader of it should know."""
-    print(f"\n{len(held_out.means['policy', ''])} held-out prompts; mean +- standard error over prompts\n")
-    print(f"{'':24}{'reference':>18}{'policy':>18}{'difference':>18}")
+def as_text(table):
+    """The table as lines of cells, all text; the first line names the columns."""
+    lines = [["", *table["mean reward"]]]
     for name, columns in table.items():
-        print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells(name, columns)))
-    if optimality:
-        print(f"objective {optimality['objective'][0]:.4f} of a possible {optimality['best_possible']:.4f} "
-              "(beta log Z)")
-    for field, how in held_out.sampling.items():
-        print(f"{field} were sampled at {how}, not at 1 and 1: {BIASED[field]}")
-    if any(held_out.unknown.values()):
-        reference, policy = held_out.unknown.values()
-        print(f"omitted: unknown rewards of {reference} reference and {policy} policy samples")
-    first = held_out.first
+        digits = DIGITS.get(name, 4)
+        cells = [f"{mean:.{digits}f} ± {se:.{digits}f}" for mean, se in columns.values()]
+        # of one prompt there is no standard error
+        cells = [cell.removesuffix(" ± nan").replace("nan", "unknown") for cell in cells]
+        lines.append([name, *cells])
+    return lines
+
+
+BIASED = {
+    "reference": "the quantiles are not those among its own completions",
+    "policy": "no KL and no objective, which are means over what it samples itself",
+}
+
+
+SAME = ("dtype", "max_new_tokens", "engine", "template_args")  # with which both should be sampled
+
+
+def verdict(args, table):
+    """What the objective says, in words."""
+    objective = table["objective"]
+    reference, policy, optimum = (objective[column][0] for column in ("reference", "policy", "optimum"))
+    text = (f"Objective (quantile reward - {args.beta:g} KL): reference model {reference:.4f}, policy "
+            f"{policy:.4f}, best possible with these rewards and their ties {optimum:.4f}")
+    gain = policy - reference
+    possible = optimum - reference
+    if gain > 0 and possible > 1e-3:
+        text += f": {gain / possible:.0%} of the way"
+    return f"{text}."
+
+
+def oddities(held_out, data):
+    """What a reader should know before believing the numbers, in a few words each."""
+    found = []
+    for model, how in held_out.biased.items():
+        found.append(f"the {model} was sampled at {how}, not from its own distribution: {BIASED[model]}")
+    reference, policy = held_out.made_by.values()
+    for name in SAME:
+        if name in reference and name in policy and reference[name] != policy[name]:
+            found.append(f"sampled with another {name}: reference {reference[name]}, policy {policy[name]}")
+    for model, completions in data.items():
+        unknown, cut = held_out.unknown[model], completions.truncated.mean()
+        if unknown:
+            found.append(f"{unknown} of the {model}'s rewards are unknown and left out")
+        if cut > 0.05:
+            found.append(f"{cut:.0%} of the {model}'s completions ran out of tokens")
+    tied = (data["reference"].tied == 1).mean()
+    if tied > 0.2:
+        found.append(f"{tied:.0%} of the reference's rewards equal all others of their prompt: there is "
+                     "nothing to gain")
+    return found
+
+
+def show(content):
+    """Print the table, and the first completions to a prompt."""
+    print(f"\n{content['total']} held-out prompts; mean ± standard error over prompts\n")
+    lines = content["lines"]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for name, *numbers in lines:
+        numbers = map(str.rjust, numbers, widths[1:])
+        print(name.ljust(widths[0]), *numbers, sep="  ")
+    row = content["prompts"][0]
+    print(f"\nThe first completions of row {row['id']}:")
     for model, (field, _) in MODELS.items():
-        print(f"{model}'s first sample for row {first['id']}: {first[field][0]['text'][:200]!r}")
+        text = repr(row[field][0]["text"])
+        if len(text) > 200:
+            text = f"{text[:200]} ..."
+        print(f"{model:10}", text)
+    print(f"\n{content['verdict']}")
 
 
-def main():
-    args = arguments()
-    config = load_run(args)
-    held_out = read_means(args.data)
-    samples, refs = log_ratios(args, get_device())
-    for data in (samples, refs):
-        quantile_rewards(args, data)
-    if "samples" in held_out.sampling:
-        args.beta = None  # no objective: its KL is an expectation over what the policy itself samples
-
-    table, optimality = measure(args, held_out, samples, refs)
-    show(table, optimality, held_out)
-    results = {"step": config.get("steps"), "prompts": len(held_out.means["policy", ""]),
-               "unknown_rewards": list(held_out.unknown.values()), "sampled_at": held_out.sampling} | table
-    if optimality:
-        results["optimality"] = optimality
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    write(args, results, samples)
-    pictures = [draw_results(args.out, held_out, table)]
-    pictures += draw_run(args, config, results, samples, refs)
-    numbers = [[name, *cells(name, columns)] for name, columns in table.items()]
-    page = report.write(args, numbers, pictures, held_out.means, {"reference": refs, "policy": samples})
-    print(f"\n{page}, results.json, {', '.join(pictures)} in {args.out}")
-
+# ---- write ----
 
 def write(args, results, samples):
     """OUT/samples.npz and OUT/results.json."""
-    np.savez(args.out / "samples.npz", log_ratio=samples.log_ratio, length=samples.lens - samples.prompt_lens,
-             row=samples.row, reward=samples.rewards, lo=samples.lo, hi=samples.hi, row_ids=samples.ids)
+    with rows.replacing(args.out / "samples.npz") as new, open(new, "wb") as file:
+        np.savez(
+            file,
+            log_ratio=samples.log_ratio,
+            length=samples.length,
+            row=samples.row,
+            reward=samples.rewards,
+            lo=samples.lo,
+            hi=samples.hi,
+            row_ids=samples.ids)
     without_nan = json.loads(json.dumps(results), parse_constant=rows.constant)
     rows.write_json(args.out / "results.json", without_nan)
 
 
-# ---- pictures; each function writes one PNG and returns its name ----
+def page_rows(args, data, rewards):
+    """The rows that the page shows, in the order of the data: each with what is known of its prompt, `means`,
+    and log_ratios {model: of every completion, NaN if its reward is unknown}. rewards: see `measure`.
+    """
+    policy = data["policy"]
+    ids = policy.ids.tolist()
+    place = {name: i for i, name in enumerate(ids)}
+    if Path(args.data).is_dir():  # its rows are in the order in which they were done
+        ids.sort(key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
+    log_ratio = by_prompt(policy, policy.log_ratio)
+    found = dict.fromkeys(ids[:PROMPTS])
+    for row in rows.select(args.data, found.keys()):
+        name = str(row["id"])
+        at = place[name]
+        row["means"] = {column: values[at] for column, values in rewards.items()}
+        row["means"]["log_ratio"] = log_ratio[at]
+        row["log_ratios"] = {}
+        for model, (_, column) in MODELS.items():
+            here = data[model].row == at
+            known = iter(data[model].log_ratio[here])
+            row["log_ratios"][model] = [
+                math.nan if reward is None else next(known)
+                for reward in row[column]]
+        found[name] = row
+    return list(found.values())
+
+
+def write_page(args, pictures, content):
+    """OUT/report.html. Completions are untrusted: jinja2 escapes all text, and the Content-Security-Policy
+    lets no script run but the page's own.
+    """
+    images = {}
+    for path in pictures:
+        images[path.name] = base64.b64encode(path.read_bytes()).decode()
+    template = Path(__file__).with_name("evaluate.html").read_text()
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True)
+    page = environment.from_string(template).render(
+        args=args,
+        images=images,
+        models=MODELS,
+        most=COMPLETIONS,
+        nonce=secrets.token_hex(),
+        date=time.strftime("%d %B %Y, %H:%M"),
+        **content)
+    with rows.replacing(args.out / "report.html") as new:
+        new.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+# ---- draw: each function writes one PNG and returns its path ----
 
 def panels(n):
-    figure, axes = plt.subplots(1, n, figsize=(4 * n, 3.4), layout="constrained", squeeze=False)
-    return figure, axes[0]
+    """A figure of n panels, two side by side; returns it and these."""
+    lines = math.ceil(n / 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(9, 3.6 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[n:]:
+        axis.remove()
+    return figure, axes.flat[:n]
 
 
 def save(figure, path):
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    return path.name
+    return path
 
 
-CURVES = {"loss": "loss", "log_ratio": "log-ratio to the reference, nats", "kl": "KL to the reference, nats",
-          "objective": "objective on fresh samples", "grad_norm": "gradient norm"}  # how metrics begin: title
-
-
-def draw_run(args, config, results, samples, refs):
-    """The pictures of a run that has a beta, and of its training."""
-    pictures = []
-    if args.beta is not None:
-        pictures.append(draw_optimum(args, samples, refs, results))
-        pictures.append(draw_calibration(args, config.get("quantile", "exact"), refs))
-    if (args.out / "metrics.jsonl").exists():
-        pictures.append(draw_curves(args.out))
-    return pictures
-
-
-def draw_curves(out):
-    """The metrics over the steps: lines from training, points from held-out rows."""
-    log = list(rows.complete_lines(out / "metrics.jsonl"))
-    curves = {}  # metric: [(step, value)]
-    for row in log:
-        for name, value in row.items():
-            curves.setdefault(name, []).append((row["step"], value))
-    shown = [start for start in CURVES if any(name.startswith(start) for name in curves)]
-    figure, axes = panels(len(shown))
-    for axis, start in zip(axes, shown):
-        for name in sorted(curves):
-            if name.removeprefix("eval_").startswith(start):
-                style = "o--" if name.startswith("eval_") else "-"
-                axis.plot(*zip(*curves[name]), style, label=name, markersize=4, linewidth=1.2)
-        axis.set(xlabel="step", title=CURVES[start])
-        axis.legend(fontsize=8)
-    return save(figure, out / "curves.png")
-
-
-def draw_results(out, held_out, table):
-    """For each reward, left: means with three standard errors. Right: each prompt's, before and after."""
-    figure, axes = panels(2 * len(held_out.opinions))
-    for opinion, bars, points in zip(held_out.opinions, axes[0::2], axes[1::2]):
-        reference, policy = (held_out.means[model, opinion][:, 0] for model in MODELS)
-        name = f"mean reward{label(opinion)}"
-        for model in MODELS:
-            mean, se = table[name][model]
-            bars.bar(model, mean, yerr=3 * se, capsize=6)
-        bars.set(ylabel=name, title="held-out prompts (bars: 3 standard errors)")
-        points.scatter(reference, policy, s=12, alpha=0.6)
-        ends = [np.nanmin([reference, policy]), np.nanmax([reference, policy])]
-        points.plot(ends, ends, "k:", linewidth=1)
-        points.set(xlabel=f"reference model's {name}", ylabel="policy's", title="one point per prompt")
-    return save(figure, out / "results.png")
+def draw_results(args, rewards):
+    """Left: mean rewards. Right: each prompt's, before and after. rewards: see `measure`."""
+    figure, (bars, points) = panels(2)
+    for model in MODELS:
+        mean, se = mean_and_se(rewards[model])
+        bars.bar(model, mean, yerr=se, capsize=6)  # one standard error never reaches beyond the rewards
+    if "optimum" in rewards:
+        mean, _ = mean_and_se(rewards["optimum"])
+        bars.bar(f"optimum,\nbeta {args.beta:g}", mean, color="lightgrey")
+    bars.set(ylabel="mean reward", title="all prompts, ± standard error")
+    points.scatter(rewards["reference"], rewards["policy"], s=16, alpha=0.4)
+    points.axline((mean, mean), slope=1, color="k", linestyle=":", linewidth=1)
+    points.set(
+        xlabel="reference model's mean reward",
+        ylabel="policy's",
+        title="each prompt: above the line, it gained")
+    return save(figure, args.out / "results.png")
 
 
 def histogram(lo, hi, weights=None, bins=20):
@@ -327,58 +423,121 @@ def histogram(lo, hi, weights=None, bins=20):
     return np.average(inside.clip(0) / (hi - lo)[:, None], axis=0, weights=weights) * bins
 
 
-def draw_optimum(args, samples, refs, results):
-    """Left: density of the quantiles of the policy's samples, at the optimum in closed form, and at the
-    optimum that these ties allow. Right: the objective and its bound over the checkpoints, with
-    standard errors.
+def draw_optimum(args, results, data):
+    """Left: density of the quantiles of the policy's samples, and at the optimum. Right: the objective over
+    the checkpoints, between the reference model's and the best possible.
     """
-    best = results["optimality"]["best_possible"]
-    figure, (density, gap) = panels(2)
+    reference, policy = data["reference"], data["policy"]
+    best, _ = results["objective"]["optimum"]
+    start, _ = results["objective"]["reference"]
+    figure, (density, objective) = panels(2)
     edges = np.linspace(0, 1, 21)
-    density.stairs(histogram(samples.lo, samples.hi), edges, fill=True, alpha=0.5, label="policy")
-    weights = np.exp((refs.R - best) / args.beta)  # pi*/pi_ref
-    density.stairs(histogram(refs.lo, refs.hi, weights), edges, color="C3", label="optimum, with these ties")
-    t = torch.linspace(0, 1, 201)
-    curve = ((qrpo.TRANSFORMS[args.transform].f(t) - best) / args.beta).exp()
-    density.plot(t, curve, "k--", linewidth=1.2, label="optimum, continuous reward")
-    density.axhline(1, color="k", linestyle=":", linewidth=1, label="reference model")
-    density.set(xlabel="quantile among the reference rewards", ylabel="density", title="held-out samples")
+    reached = histogram(policy.lo, policy.hi)
+    optimum = histogram(reference.lo, reference.hi, reference.weight)
+    density.stairs(reached, edges, fill=True, alpha=0.5, label="policy")
+    density.stairs(optimum, edges, color="C3", label="optimum, with these rewards' ties")
+    density.axhline(1, color="k", linestyle=":", label="reference model")
+    density.set(
+        xlabel="quantile of the reward among the reference model's",
+        ylabel="density",
+        title="the policy's completions")
     density.legend(fontsize=8)
 
-    checkpoints = [rows.load_json(path) for path in sorted(args.out.glob("checkpoints/*/results.json"))]
-    points = [*checkpoints, results]
-    steps = [0] + [point["step"] or 0 for point in points]
-    for name in ("quantile_reward", "objective"):
-        start = results["quantile reward"]["reference"]
-        means, errors = zip(start, *(point["optimality"][name] for point in points))
-        gap.errorbar(steps, means, yerr=errors, fmt="o-", capsize=3, label=name.replace("_", " "))
-    gap.axhline(best, color="k", linestyle=":", label="best possible")
-    gap.set(xlabel="step", title="objective: quantile reward - beta KL")
-    gap.legend(fontsize=8)
+    points = [(0, start, 0)]  # step, objective, its standard error
+    checkpoints = sorted(args.out.glob("checkpoints/*/results.json"))
+    for path in [*checkpoints, args.out / "results.json"]:
+        point = rows.load_json(path)
+        if "objective" in point:
+            mean, se = point["objective"]["policy"]
+            points.append((point["step"] or 0, mean, se or 0))
+    objective.errorbar(*zip(*points), fmt="o-", capsize=3, label="policy, ± standard error")
+    objective.axhline(best, color="C3", linestyle="--", label="best possible")
+    objective.axhline(start, color="k", linestyle=":", label="reference model")
+    objective.set(
+        xlabel="training step",
+        title=f"objective: quantile reward - {args.beta:g} KL")
+    objective.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.93))
     return save(figure, args.out / "optimum.png")
 
 
-def draw_calibration(args, quantile, refs):
-    """Held-out references: the log-ratio that the loss asks for against the policy's, and the means
-    over tenths.
-    """
-    beta = torch.full((len(refs.rewards),), args.beta)
-    targets = qrpo.target_log_ratios(
-        beta, torch.tensor(refs.rewards), torch.tensor(refs.ref_rewards[refs.row]), args.transform, quantile,
-        torch.tensor(refs.among_refs)).numpy()
-    figure, (asked, reached) = panels(2)
-    asked.hist(targets, 50, alpha=0.6)
-    asked.axvline(0, color="k", linestyle=":")
-    asked.set(xlabel="target log-ratio, nats", ylabel="completions", title="what the loss asks for")
-    reached.scatter(targets, refs.log_ratio, s=4, alpha=0.2)
-    tenths = np.array_split(np.argsort(targets, kind="stable"), 10)
-    reached.plot([targets[t].mean() for t in tenths], [refs.log_ratio[t].mean() for t in tenths], "ko-",
-                 label="means over tenths")
-    ends = np.array([targets.min(), targets.max()])
-    reached.plot(ends, ends, "k:", label="target = reached")
-    reached.set(xlabel="target log-ratio, nats", ylabel="policy's log-ratio", title="held-out references")
-    reached.legend(fontsize=8)
-    return save(figure, args.out / "calibration.png")
+CURVES = {  # title: metrics of train.py and examples/online.py; those of held-out rows begin with eval_
+    "loss": ["loss"],
+    "log-ratio to the reference model, nats": ["log_ratio"],
+    "log-ratio of better and worse completions, nats": ["log_ratio_chosen", "log_ratio_rejected"],
+    "KL to the reference model, nats": ["kl"],
+    "objective, on fresh samples": ["objective"],
+    "norm of the gradient": ["grad_norm"],
+}
+
+
+def draw_curves(out, config):
+    """The metrics over the steps: lines from training, points from held-out rows."""
+    curves = {}  # metric: [(step, value)]
+    for row in rows.complete_lines(out / "metrics.jsonl"):
+        for name, value in row.items():
+            curves.setdefault(name, []).append((row["step"], value))
+    shown = {title: names for title, names in CURVES.items() if names[0] in curves}
+    regime = dataset.REGIMES.get(config.get("train_on"))
+    figure, axes = panels(len(shown))
+    for axis, (title, names) in zip(axes, shown.items()):
+        for i, name in enumerate(names):
+            label = name
+            if regime and regime.size == 1:  # no pairs: reward above, and below, the mean of its prompt
+                label = name.replace("chosen", "better").replace("rejected", "worse")
+            steps, values = zip(*curves[name])
+            axis.plot(steps, values, f"C{i}-", label=label, linewidth=1.2)
+            if f"eval_{name}" in curves:
+                steps, values = zip(*curves[f"eval_{name}"])
+                axis.plot(steps, values, f"C{i}o--", label=f"eval_{label}", markersize=4)
+        axis.set(xlabel="training step", title=title)
+        axis.legend(fontsize=8)
+    return save(figure, out / "curves.png")
+
+
+def main():
+    args = arguments()
+    run = load_run(args)
+    held_out = read(args.data)
+    if "policy" in held_out.biased:
+        args.beta = None  # no objective: its KL is an expectation over what the policy itself samples
+    data = load_completions(args, get_device())
+    for completions in data.values():
+        quantile_rewards(args, completions)
+
+    values = measure(args, held_out, data)
+    table = {}
+    for name, columns in values.items():
+        table[name] = {column: mean_and_se(of_prompts) for column, of_prompts in columns.items()}
+    content = {
+        "run": run,
+        "made_by": held_out.made_by,
+        "odd": oddities(held_out, data),
+        "lines": as_text(table),
+        "verdict": "" if args.beta is None else verdict(args, table),
+        "total": len(data["policy"].ids),
+        "prompts": page_rows(args, data, values["mean reward"]),
+    }
+    show(content)
+    results = {
+        "step": run["config"].get("steps"),
+        "beta": args.beta,
+        "transform": args.transform,
+        "prompts": content["total"],
+        "unknown_rewards": held_out.unknown,
+        "odd": content["odd"],
+    }
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    results |= table
+    write(args, results, data["policy"])
+    pictures = [draw_results(args, values["mean reward"])]
+    if args.beta is not None:
+        pictures.append(draw_optimum(args, results, data))
+    if (args.out / "metrics.jsonl").exists():
+        pictures.append(draw_curves(args.out, run["config"]))
+    write_page(args, pictures, content)
+    made = f"{args.out}: report.html for a browser, results.json, samples.npz, {len(pictures)} pictures"
+    print("; ".join([made, *content["odd"]]))
 
 
 if __name__ == "__main__":

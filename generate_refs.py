@@ -92,6 +92,13 @@ def token_probs(logits, args):
     return probs
 
 
+def own_distribution(args):
+    """Whether `token_probs` leaves the model's distribution as it is; if not, quantiles and KL are biased."""
+    logits = torch.linspace(-30, 0, 200_000)[None]  # as many tokens as any model has, some hardly possible
+    probs = token_probs(logits, args)
+    return torch.allclose(probs / probs.sum(), logits.softmax(-1), rtol=1e-3, atol=0)
+
+
 def keep_top_p(probs, top_p):
     """probs with 0 for every token after the one that crosses top_p, likeliest first."""
     k = 256  # far cheaper than sorting the vocabulary, and nearly always enough
@@ -326,7 +333,7 @@ def describe(path, trust_remote_code):
         generation_config = transformers.GenerationConfig.from_pretrained(path)
     except OSError:  # it has none of its own
         generation_config = transformers.GenerationConfig.from_model_config(config)
-    return types.SimpleNamespace(config=config, generation_config=generation_config)
+    return types.SimpleNamespace(config=config, generation_config=generation_config, dtype="bfloat16")
 
 
 def main():
@@ -365,7 +372,8 @@ def main():
     args.batch_size = min(args.batch_size, args.num_refs * max(1, len(left)))
     bar = tqdm(total=len(left), unit="prompt", desc="generate", smoothing=0,
                disable=rows.rank_and_world()[0] != 0)
-    made_by = {name: getattr(args, name) for name in ("model", "temperature", "top_p", "template_args")}
+    made_by = settings | {"dtype": str(model.dtype).removeprefix("torch."),
+                          "own_distribution": own_distribution(args)}
     total, start = 0, time.time()
     for row, completions in ENGINES[args.engine](model, requests, args, ends):
         prompt = row_prompt_ids(tokenizer, row)

@@ -335,6 +335,17 @@ def rank_and_world():
     return int(rank), int(world)
 
 
+def progress(*args, **kwargs):
+    """tqdm's bar, of the main process; where stderr is no terminal, a line a minute. Set its postfix with
+    refresh=False, and then update it.
+    """
+    kwargs.setdefault("disable", rank_and_world()[0] != 0)
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
+        kwargs |= {"delay": 60, "mininterval": 60, "maxinterval": 60, "miniters": 1, "bar_format": line}
+    return tqdm(*args, **kwargs)
+
+
 def stop_on_signals(handler=lambda signum, frame: sys.exit(75)):
     """What SIGTERM and SIGUSR1 do: by default, end with exit code 75, which means "start me again"."""
     for signum in (signal.SIGTERM, signal.SIGUSR1):

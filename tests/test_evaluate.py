@@ -1,11 +1,31 @@
-"""evaluate.py: gain, objective and bound against numbers worked out by hand, and every picture of a run."""
+"""evaluate.py: gain, objective and optimum against numbers worked out by hand, what it says of odd data, and
+every picture of a run.
+"""
+import inspect
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from conftest import call, read_rows, refused, write_rows
+
+
+def evaluate(tiny, folder, table, *flags):
+    """The results of rows in which the same model is policy and reference model."""
+    data = write_rows(folder / "data.jsonl", table)
+    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={folder}", *flags)
+    return json.loads((folder / "results.json").read_text())
+
+
+def as_policy(table):
+    """The same rows with the references as samples, too."""
+    for row in table:
+        row["samples"] = [dict(completion) for completion in row["ref_completions"]]
+        row["sample_rewards"] = list(row["ref_rewards"])
+        row["made_by"] |= {"samples": row["made_by"]["ref_completions"]}
+    return table
 
 
 def soft_quantile(reward, others, beta):
@@ -19,14 +39,13 @@ def test_the_objective_of_the_reference_model_itself_and_its_bound(tiny, rewarde
     table = read_rows(rewarded)
     for row in table:  # as if the policy were the reference model; one reward is unknown
         row["samples"], row["sample_rewards"] = row["ref_completions"][:3], [*row["ref_rewards"][:2], None]
-    data = write_rows(tmp_path / "data.jsonl", table)
-    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}",
-         "--beta=0.2")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["KL to reference, nats"]["policy"] == [0.0, 0.0] and results["unknown_rewards"] == [0, 30]
-    assert results["mean reward"]["policy"][0] == np.mean([row["sample_rewards"][:2] for row in table])
+    results = evaluate(tiny, tmp_path, table, "--beta=0.2")
+    assert results["KL to reference, nats"]["policy"] == [0.0, 0.0]
+    assert results["unknown_rewards"] == {"reference": 0, "policy": 30}
+    assert results["mean reward"]["policy"][0] == pytest.approx(
+        np.mean([row["sample_rewards"][:2] for row in table]))
     best = 0.2 * math.log(0.2 * math.expm1(5))
-    assert abs(results["optimality"]["best_possible"] - best) < 1e-6
+    assert results["objective"]["optimum"] == pytest.approx([best, 0], abs=1e-9)
 
     policy, reference = [], []
     for row in table:
@@ -34,21 +53,140 @@ def test_the_objective_of_the_reference_model_itself_and_its_bound(tiny, rewarde
         policy.append(np.mean([soft_quantile(r, refs, 0.2) for r in row["sample_rewards"][:2]]))
         others = [refs[:k] + refs[k + 1:] for k in range(4)]
         reference.append(np.mean([soft_quantile(r, other, 0.2) for r, other in zip(refs, others)]))
-    mean, error = results["optimality"]["objective"]
+    mean, error = results["objective"]["policy"]
     assert abs(mean - np.mean(policy)) < 1e-5 and abs(error - np.std(policy, ddof=1) / 30 ** 0.5) < 1e-5
     assert abs(results["quantile reward"]["reference"][0] - np.mean(reference)) < 1e-5
     saved = np.load(tmp_path / "samples.npz")
     assert len(saved["log_ratio"]) == 60 and (saved["lo"] < saved["hi"]).all()
 
 
-def test_one_prompt_has_no_standard_error(tiny, rewarded, tmp_path):
-    row = read_rows(rewarded)[0]
-    row |= {"samples": row["ref_completions"], "sample_rewards": row["ref_rewards"]}
-    data = write_rows(tmp_path / "one.jsonl", [row])
-    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}",
-         "--beta=0.2")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["mean reward"]["policy"] == [np.mean(row["ref_rewards"]), None]
+# all references of a prompt tie, many, or hardly any
+@pytest.mark.parametrize("spread, transform", [(1, "identity"), (2, "identity"), (3, "log"), (100, "log")])
+def test_the_optimum_is_the_reference_pool_tilted_exactly(tiny, rewarded, tmp_path, spread, transform):
+    beta = 0.3
+    table = as_policy(read_rows(rewarded)[:9])
+    draw = np.random.default_rng(0)
+    rewards, kls, lengths = [], [], []
+    for row in table:
+        refs = draw.integers(spread, size=4).astype(float)
+        row["ref_rewards"] = refs.tolist()
+        weights = []
+        for k, reward in enumerate(refs):  # e^{f(u)/beta}, on average over the cell, by a plain sum
+            others = np.delete(refs, k)
+            lo, hi = (others < reward).sum() / 4, ((others <= reward).sum() + 1) / 4
+            u = lo + (hi - lo) * (np.arange(10_000) + 0.5) / 10_000
+            weights.append(np.exp((u if transform == "identity" else np.log(u)) / beta).mean())
+        weights = np.array(weights) / np.sum(weights)
+        rewards.append(weights @ refs)
+        kls.append(weights @ np.log(4 * weights))
+        lengths.append(weights @ [len(completion["token_ids"]) for completion in row["ref_completions"]])
+    results = evaluate(tiny, tmp_path, table, f"--beta={beta}", f"--transform={transform}")
+    assert results["mean reward"]["optimum"][0] == pytest.approx(np.mean(rewards), rel=1e-4)
+    assert results["KL to reference, nats"]["optimum"][0] == pytest.approx(np.mean(kls), rel=1e-3, abs=1e-9)
+    assert results["length, tokens"]["optimum"][0] == pytest.approx(np.mean(lengths), rel=1e-4)
+
+
+def test_where_all_rewards_tie_it_says_that_there_is_nothing_to_gain(tiny, rewarded, tmp_path, capsys):
+    table = as_policy(read_rows(rewarded))
+    for row in table:
+        row["ref_rewards"] = row["sample_rewards"] = [0.0] * 4
+    results = evaluate(tiny, tmp_path, table, "--beta=0.1")
+    assert results["objective"]["reference"][0] == pytest.approx(results["objective"]["optimum"][0])
+    assert results["mean reward"]["optimum"] == [0, 0]
+    printed = capsys.readouterr().out
+    assert "reference model 0.7697, policy 0.7697, best possible" in printed and "of the way" not in printed
+    assert "100% of the reference's rewards equal all others" in printed.splitlines()[-1]
+
+
+def test_the_last_line_says_what_was_made_and_what_is_odd(tiny, rewarded, tmp_path, capsys):
+    table = as_policy(read_rows(rewarded))
+    for row in table:
+        row["made_by"]["ref_completions"] = row["made_by"]["ref_completions"] | {"dtype": "bfloat16"}
+        row["made_by"]["samples"] = row["made_by"]["samples"] | {"dtype": "float32"}
+        for completion in row["samples"]:
+            completion["finish_reason"] = "length"
+        for completion in row["ref_completions"]:
+            completion["finish_reason"] = "stop"
+    table[0]["sample_rewards"][:2] = [None, None]
+    table[1]["ref_rewards"][0] = None
+    results = evaluate(tiny, tmp_path, table, "--beta=0.1")
+    assert results["ran out of tokens"]["policy"][0] == 1
+    assert results["unknown_rewards"] == {"reference": 1, "policy": 2}
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{tmp_path}: report.html") and last.split("; ")[1:] == results["odd"]
+    for odd in ("sampled with another dtype: reference bfloat16, policy float32",
+                "1 of the reference's rewards", "2 of the policy's rewards",
+                "100% of the policy's completions ran out of tokens"):
+        assert odd in last
+    assert "reference's completions ran out" not in last
+
+
+@pytest.mark.parametrize("field, made_by", [
+    ("samples", {"temperature": 0.7, "own_distribution": False}), ("ref_completions", {"top_p": 0.9}),
+    ("samples", {"own_distribution": False})])
+def test_what_was_not_sampled_from_the_model_itself_is_said(tiny, rewarded, tmp_path, capsys, field, made_by):
+    table = as_policy(read_rows(rewarded)[:5])
+    for row in table:
+        row["made_by"][field] = {"temperature": 1.0, "top_p": 1.0} | made_by
+    results = evaluate(tiny, tmp_path, table, "--beta=0.1")
+    model = {"samples": "policy", "ref_completions": "reference"}[field]
+    odd = [text for text in results["odd"] if text.startswith(f"the {model} was sampled at temperature ")]
+    assert len(odd) == 1 and odd[0] in capsys.readouterr().out
+    for value in made_by.values():
+        assert str(value) in odd[0] or value is False
+    assert ("by another rule" in odd[0]) == (made_by == {"own_distribution": False})
+    assert ("objective" in results) == ("KL to reference, nats" in results) == (model == "reference")
+
+
+@pytest.mark.parametrize("own, flags", [
+    (True, ()), (False, ("--top_p=0.999",)), (False, ("--temperature=0",)), (False, ("--temperature=1.1",)),
+])
+def test_generate_refs_says_whether_it_sampled_from_the_model_itself(tiny, tmp_path, own, flags):
+    data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    call("generate_refs.py", f"--model={tiny}", f"--data={data}", f"--out={tmp_path / 'out'}", "--num_refs=1",
+         "--max_new_tokens=4", *flags)
+    made_by = read_rows(tmp_path / "out")[0]["made_by"]["ref_completions"]
+    assert made_by["own_distribution"] == own and made_by["dtype"] == "float32"
+
+
+def test_a_sampling_rule_that_somebody_adds_is_seen():
+    import generate_refs
+    code = inspect.getsource(generate_refs)
+    rule = "    return probs.where(probs >= 0.05 * probs.max(-1, keepdim=True).values, 0)\n"
+    changed = code.replace("    return probs\n", rule, 1)  # min-p, without a word elsewhere
+    for text, own in ((code, True), (changed, False)):
+        names = {"__name__": "generate_refs"}
+        exec(compile(text, "generate_refs.py", "exec"), names)
+        assert names["own_distribution"](SimpleNamespace(temperature=1, top_p=1)) == own
+
+
+def test_columns_of_large_numbers_stay_apart(tiny, rewarded, tmp_path, capsys):
+    table = as_policy(read_rows(rewarded)[:9])
+    for i, row in enumerate(table):
+        row["ref_rewards"] = [1e12 * i, 2e12, -3e12, 4e12]
+    evaluate(tiny, tmp_path, table, "--beta=0.1")
+    lines = capsys.readouterr().out.splitlines()
+    names = ["reference", "policy", "difference", "optimum"]
+    start = next(i for i, line in enumerate(lines) if line.split() == names)
+    for line in lines[start + 1:start + 6]:
+        assert line.count("±") == 4 and len(line.split("  ")) >= 5, line
+
+
+def test_error_bars_stay_within_the_rewards(tmp_path, monkeypatch):
+    import evaluate
+    figures = []
+    monkeypatch.setattr(evaluate, "save", lambda figure, path: figures.append(figure))
+    rewards = {"reference": np.array([0.0] * 9 + [1.0]), "policy": np.array([1.0] * 9 + [0.0])}
+    evaluate.draw_results(SimpleNamespace(out=tmp_path), rewards)
+    ends = [bar.get_segments()[0][:, 1] for bar in figures[0].axes[0].collections]
+    assert len(ends) == 2 and np.min(ends) == pytest.approx(0) and np.max(ends) == pytest.approx(1)
+
+
+def test_one_prompt_has_no_standard_error(tiny, rewarded, tmp_path, capsys):
+    row = as_policy(read_rows(rewarded)[:1])[0]
+    results = evaluate(tiny, tmp_path, [row], "--beta=0.2")
+    assert results["mean reward"]["policy"] == [pytest.approx(np.mean(row["ref_rewards"])), None]
+    assert "nan" not in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +214,14 @@ def test_a_trained_run_gains_and_all_its_pictures_are_drawn(tiny, trained, capsy
     results = json.loads((run / "results.json").read_text())
     gain, error = results["mean reward"]["difference"]
     assert gain > 3 * error
-    assert results["optimality"]["beta"] == 0.1  # the run's own
-    assert results["optimality"]["objective"][0] < results["optimality"]["best_possible"]
+    assert results["beta"] == 0.1  # the run's own
+    assert results["objective"]["policy"][0] < results["objective"]["optimum"][0]
     assert results["quantile reward"]["reference"][0] < results["quantile reward"]["policy"][0]
     assert results["KL to reference, nats"]["policy"][0] > 0
     printed = capsys.readouterr().out
-    for picture in ("curves", "calibration", "results", "optimum"):
-        assert (run / f"{picture}.png").stat().st_size > 10_000 and f"{picture}.png" in printed
+    assert "report.html for a browser, results.json, samples.npz, 3 pictures" in printed
+    for picture in ("curves", "results", "optimum"):
+        assert (run / f"{picture}.png").stat().st_size > 10_000
     assert json.loads((checkpoint / "results.json").read_text())["step"] == 40
 
 
@@ -100,8 +239,6 @@ def test_a_second_opinion_is_shown_beside_the_reward(tiny, trained, rewarded, tm
     assert second["difference"] == pytest.approx([-first["difference"][0], first["difference"][1]])
     assert second["policy"][0] == pytest.approx(5 - first["policy"][0])
     assert "mean reward by judge" in capsys.readouterr().out
-    from matplotlib import image
-    assert image.imread(tmp_path / "out" / "results.png").shape[1] == 4 * 4 * 120  # two panels a reward
 
     table = read_rows(tmp_path / "judged")
     assert [row["sample_rewards"] for row in table] == [
@@ -111,19 +248,32 @@ def test_a_second_opinion_is_shown_beside_the_reward(tiny, trained, rewarded, tm
     data = write_rows(tmp_path / "gap.jsonl", table)
     refused(capsys, ["gap.jsonl:4", "sample_rewards_judge"], "evaluate.py", *evaluation, f"--data={data}")
     call("evaluate.py", *evaluation, f"--data={write_rows(data, [table[0], *table[4:]])}")
-    assert "unknown rewards of 1 reference and 0 policy samples" in capsys.readouterr().out
+    rest = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert rest["unknown_rewards"] == {"reference": 0, "policy": 0}  # the judge's are not those trained on
+    known = [table[0]["ref_rewards_judge"][1:], *(row["ref_rewards_judge"] for row in table[4:])]
+    assert rest["mean reward by judge"]["reference"][0] == pytest.approx(np.mean(list(map(np.mean, known))))
 
 
-def test_references_that_are_texts_have_no_length_and_all_else_is_there(tiny, rewarded, tmp_path, capsys):
-    table = read_rows(rewarded)
+def test_references_may_be_texts_without_token_ids(tiny, rewarded, tmp_path):
+    table = as_policy(read_rows(rewarded))
     for row in table:
-        row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
-        row["made_by"] |= {"samples": row["made_by"]["ref_completions"]}
         row["made_by"]["ref_completions"] = row["made_by"]["ref_completions"] | {"from_text": True}
         row["ref_completions"] = [{"text": completion["text"]} for completion in row["ref_completions"]]
-    data = write_rows(tmp_path / "data.jsonl", table)
-    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={tmp_path}",
-         "--beta=0.1")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["length, tokens"]["policy"][0] > 0 and results["mean reward"]["difference"] == [0, 0]
-    assert results["length, tokens"]["reference"][0] is None and "nan" in capsys.readouterr().out
+    results = evaluate(tiny, tmp_path, table, "--beta=0.1")
+    assert results["mean reward"]["difference"] == [0, 0] and results["length, tokens"]["reference"][0] > 0
+
+
+def test_without_a_terminal_progress_is_a_line_a_minute(capsys):
+    import rows
+    bar = rows.progress(total=630, desc="work")
+    now = bar.start_t
+    bar._time = lambda: now  # a clock of its own
+    for second in range(630):
+        now += 1
+        bar.set_postfix_str(f"at {second}", refresh=False)
+        bar.update()
+    bar.close()
+    rows.progress(range(3)).close()  # too short to say anything
+    lines = capsys.readouterr().err.replace("\r", "").split("\n")
+    done = [*range(60, 601, 60), 630]
+    assert [line.split(",")[0] for line in lines if line] == [f"work: {n} of 630" for n in done]

@@ -108,7 +108,7 @@ def test_evaluation_at_another_temperature_prints_no_kl_and_training_says_so(tin
     call("evaluate.py", *evaluation, f"--data={data}")
     assert "temperature 0.6 and top_p 0.9" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
-    assert "mean reward" in results and "KL to reference, nats" not in results and "optimality" not in results
+    assert "mean reward" in results and "KL to reference, nats" not in results and "objective" not in results
 
     for row in table:
         row["made_by"]["ref_completions"]["temperature"] = 0.7

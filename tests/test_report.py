@@ -1,5 +1,5 @@
-"""report.html in a real browser: a heading sorts the prompts, hostile completions stay text, and nothing is
-loaded. Needs chromium, and skips where it is missing.
+"""report.html in a real browser: what it shows, on a desktop and a phone; hostile completions stay text, and
+nothing is loaded. Needs chromium, and skips where it is missing.
 """
 import json
 import os
@@ -18,6 +18,7 @@ DEADLINE = 120  # seconds that anything here may take
 
 HOSTILE = ("</pre></div><script>document.title = 'ran'</script><img src=x onerror=\"document.title='ran'\">"
            "<img src='http://127.0.0.1:9/leak'><b class=hostile>\"quoted\" & 'so' on\ud83d")
+LONG = "first" + "\n" * 20 + "last"
 
 
 class Browser:
@@ -100,20 +101,32 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def page(tiny, rewarded, tmp_path_factory):
-    """(a browser with the report of 12 rows, with a second opinion, the rows)."""
+    """(a browser with the report of 12 rows, the rows in the order of their ids). They stand in a folder, in
+    the order in which they were done.
+    """
     folder = tmp_path_factory.mktemp("report")
     table = read_rows(rewarded)[:12]
     for i, row in enumerate(table):
-        row["samples"] = row["ref_completions"][1:3]
+        row["id"] = f"task/{i}"
+        row["samples"] = [dict(completion) for completion in row["ref_completions"][1:3]]
+        row["samples"][0]["finish_reason"], row["samples"][1]["finish_reason"] = "stop", "length"
         row["sample_rewards"] = [(7 * i) % 12 / 4, 1.0]
         row["ref_rewards_judge"], row["sample_rewards_judge"] = [1.0] * 4, [i * 2.0, None]
         del row["made_by"]
-    table[4]["id"] = "<i>four</i>"
-    table[4]["samples"] = [{**table[4]["samples"][0]}, {**table[4]["samples"][1], "text": HOSTILE}]
+    table[4]["id"] = "task/4<i>four</i>"
+    table[4]["samples"][1]["text"] = HOSTILE
     table[5]["sample_rewards"] = [None, None]
-    data = write_rows(folder / "rows.jsonl", table)
-    call("evaluate.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={data}", f"--out={folder / 'out'}",
-         "--beta=0.1")
+    table[6]["prompt"] = LONG
+    (folder / "rows").mkdir()
+    write_rows(folder / "rows" / "part-00000.jsonl", table[7:] + table[:7])
+    config = {"beta": 0.1, "transform": "identity", "learning_rate": 0.00012345, "template_args": {}}
+    with open(folder / "run.json", "w") as file:
+        json.dump({"config": config | {"has_targets": True}, "command": "train.py --hostile=</td><i>"}, file)
+    checkpoint = folder / "checkpoints" / "step_000040"
+    checkpoint.parent.mkdir()
+    checkpoint.symlink_to(tiny)
+    call("evaluate.py", f"--model={checkpoint}", f"--ref_model={tiny}", f"--data={folder / 'rows'}",
+         f"--out={folder / 'out'}")
     browser = Browser(folder / "profile")
     try:
         browser.open(folder / "out" / "report.html")
@@ -122,54 +135,89 @@ def page(tiny, rewarded, tmp_path_factory):
         browser.close()
 
 
-def column(browser, i):
-    """The numbers of a column from top to bottom; None: NaN."""
-    return browser.get(f"[...document.querySelectorAll('#prompts tbody')].map("
-                       f"body => parseFloat(body.rows[0].cells[{i}].dataset.value))")
+def shown(browser, name):
+    """The numbers of the prompts from top to bottom, by which the buttons sort; None: NaN."""
+    return browser.get(f"[...document.querySelectorAll('article')].map("
+                       f"article => parseFloat(article.dataset.{name}))")
 
 
-def test_a_click_on_a_heading_sorts_the_prompts(page):
+def test_prompts_are_in_the_order_of_the_data_and_a_click_sorts_them(page):
     browser, table = page
-    headings = browser.get("[...document.querySelectorAll('#prompts th')].map(th => th.innerText)")
-    assert headings[:7] == ["row", "reference", "policy", "gain", "reference by judge", "policy by judge",
-                            "gain by judge"]
-    assert column(browser, 0) == list(range(12))
+    order = "[...document.querySelectorAll('article summary small:first-child')].map(id => id.textContent)"
+    assert browser.get(order) == [row["id"] for row in table]  # "task/10" after "task/9"
     known = [(7 * i % 12 / 4 + 1) / 2 for i in range(12) if i != 5]
-    browser.click("#prompts th:nth-child(3) button")
-    assert column(browser, 2)[:-1] == sorted(known, reverse=True) and column(browser, 0)[-1] == 5
-    browser.click("#prompts th:nth-child(3) button")
-    assert column(browser, 2)[:-1] == sorted(known) and column(browser, 0)[-1] == 5
-    assert browser.get("document.querySelector('#prompts th:nth-child(3)').ariaSort") == "ascending"
-    browser.click("#prompts th:nth-child(6) button")
-    assert column(browser, 5) == [2.0 * i for i in reversed(range(12))]
-    # the completions move with their prompt
-    first = browser.get("document.querySelector('#prompts tbody').innerText")
-    assert first.splitlines()[0].split("\t")[0] == str(table[11]["id"])
-    browser.click("#prompts th:nth-child(1) button")
-    browser.click("#prompts th:nth-child(1) button")
-    assert column(browser, 0) == list(range(12))
+    button = "#orders button[data-by=policy]"
+    browser.click(button)
+    assert shown(browser, "policy")[:-1] == sorted(known, reverse=True)
+    assert browser.get(order)[-1] == "task/5"  # unknown, so at the end
+    browser.click(button)
+    assert shown(browser, "policy")[:-1] == sorted(known) and browser.get(order)[-1] == "task/5"
+    assert browser.get(f"document.querySelector('{button}').ariaPressed") == "true"
+    assert browser.get("document.querySelectorAll('#orders [aria-pressed=true]').length") == 1
+    browser.click("#orders button[data-by=place]")
+    assert browser.get(order) == [row["id"] for row in table]
 
 
-def test_completions_are_shown_as_text_with_rewards_and_log_ratios(page):
+def test_a_prompt_is_whole_and_above_its_numbers_and_completions_before_pictures(page):
     browser, table = page
-    browser.click("#prompts tbody:nth-of-type(3) summary")
-    shown = browser.get("document.querySelector('#prompts tbody:nth-of-type(3) .models').innerText")
-    for row, k, field in ((table[2], 3, "ref_completions"), (table[2], 0, "samples")):
-        assert f"{len(row[field][k]['token_ids'])} tokens" in shown
-    assert f"reward {table[2]['sample_rewards'][0]:g}, reward by judge 4, log-ratio 0.000" in shown
-    assert "reward 1, reward by judge unknown, log-ratio" in shown
-    texts = browser.get("[...document.querySelectorAll('#prompts tbody:nth-of-type(5) .models pre')]"
+    assert browser.get("document.querySelectorAll('.prompt')[6].textContent").strip() == LONG
+    text = browser.get("document.querySelectorAll('article')[2].textContent")
+    prompt, completion = text.index(table[2]["prompt"]), text.index(table[2]["samples"][0]["text"])
+    assert prompt < text.index("mean reward") < completion
+    parts = browser.get("[...document.querySelectorAll('h2')].map(heading => heading.id)")
+    assert parts == ["numbers", "completions", "pictures", "settings"]
+
+
+def test_a_closed_prompt_that_is_cut_ends_in_a_sign_and_opens_whole(page):
+    browser, _ = page
+    height = "document.querySelectorAll('.prompt')[6].clientHeight"
+    closed = browser.get(height)
+    assert browser.get("getComputedStyle(document.querySelectorAll('.prompt')[6]).webkitLineClamp") == "3"
+    browser.click("article:nth-of-type(7) summary")
+    assert browser.get(height) > 5 * closed
+
+
+def test_completions_are_text_with_rewards_log_ratios_and_a_mark_where_they_were_cut(page):
+    browser, table = page
+    article = "document.querySelectorAll('article')[2]"
+    browser.get(f"{article}.querySelector('details').open = true")
+    text = browser.get(f"{article}.querySelector('.models').innerText")
+    first = f"{len(table[2]['samples'][0]['token_ids'])} tokens"
+    assert f"reward {table[2]['sample_rewards'][0]:g}, log-ratio 0, {first}" in " ".join(text.split())
+    marks = [browser.get(f"{article}.querySelectorAll('section')[{i}].querySelectorAll('mark').length")
+             for i in range(2)]
+    assert marks == [sum(c["finish_reason"] == "length" for c in table[2]["ref_completions"]), 1]
+    texts = browser.get("[...document.querySelectorAll('article')[4].querySelectorAll('pre')]"
                         ".map(pre => pre.textContent)")
     assert texts[-1] == HOSTILE.replace("\ud83d", "\\ud83d") and len(texts) == 6
-    assert browser.get("document.querySelectorAll('#prompts td')[0].textContent") == str(table[0]["id"])
+
+
+def test_the_page_says_which_run_and_settings_it_shows(page):
+    browser, _ = page
+    assert browser.get("document.title").endswith("step_000040: before and after training")
+    text = browser.get("document.body.innerText")
+    assert "0.00012345" in text and "train.py --hostile=</td><i>" in text
+    assert time.strftime("%B %Y") in text and "12 prompts" in text
+    assert "2 of the policy's rewards are unknown" in text
+
+
+def test_nothing_leaves_the_screen_of_a_phone(page):
+    browser, _ = page
+    for width in (360, 1200):
+        screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        browser("Emulation.setDeviceMetricsOverride", **screen)
+        beyond = browser.get("[...document.querySelectorAll('body *')].filter(element => "
+                             "element.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML)")
+        assert browser.get("innerWidth") == width and beyond == []
+    browser("Emulation.clearDeviceMetricsOverride")
 
 
 def test_nothing_in_a_completion_runs_and_nothing_is_loaded(page):
     browser, _ = page
     assert browser.get("document.title").startswith("/")  # a hostile script would have changed it
-    assert browser.get("document.querySelectorAll('script, .hostile, #prompts i, #prompts img').length") == 1
+    assert browser.get("document.querySelectorAll('script, .hostile, i, article img').length") == 1
     assert browser.get("[...document.images].every(image => image.naturalWidth > 0)")
-    assert browser.get("document.images.length") == 3  # the pictures
+    assert browser.get("document.images.length") == 2  # the pictures
     sent = [event["params"]["request"]["url"] for event in browser.events
             if event.get("method") == "Network.requestWillBeSent"]
     assert [url for url in sent if not url.startswith("data:")] == [browser.get("location.href")]
