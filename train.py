@@ -1,4 +1,4 @@
-"""Train a language model from pointwise rewards with QRPO, or on the same data with DPO, REBEL, SimPO or SFT.
+"""Train a language model from pointwise rewards with QRPO, or with another loss of LOSSES on the same data.
 
 Reads rewarded rows (score.py's output). Writes to OUT the trained model as a Hugging Face folder, run.json
 (settings and versions), metrics.jsonl, and with --save_every checkpoints/step_N, models of the same form. One
@@ -8,8 +8,9 @@ process, or several under torchrun:
     torchrun --nproc_per_node=8 train.py --model=... --data=... --out=... --shard --gradient_checkpointing
 
 The policy starts as the reference model, so ref_logps are its own log-probabilities before step 0, and no
-second model is in memory (except with --ref_model, until they are computed). SIGTERM and SIGUSR1 save the
-state of the run in OUT/resume and exit with code 75: start the same command again with --resume.
+second model is in memory (except with --ref_model, until they are computed). On SIGTERM or SIGUSR1 the run
+ends after the step in hand, saves its state in OUT/resume and exits with code 75 (torchrun itself with 1):
+start the same command again with --resume.
 """
 import math
 import os
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import dataset
 import qrpo
@@ -92,7 +92,8 @@ flag("--trust_remote_code", action="store_true", help="run model code that comes
 
 flag = parser.add_argument_group("run").add_argument
 flag("--eval_every", type=rows.whole, default=0, help="steps between evaluations; 0: only before and after")
-flag("--save_every", type=rows.whole, default=0, help="steps between checkpoints; 0: only the trained model")
+flag("--save_every", type=rows.whole, default=0,
+     help="steps between checkpoints (a model, and a state to resume from); 0: none before the end")
 flag("--resume", action="store_true", help="continue the run in OUT from where it last saved")
 flag("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
 flag("--dry_run", action="store_true", help="show some of the data and what the loss asks for, and exit")
@@ -171,31 +172,32 @@ LOSSES = {  # a new loss is a function and one entry
 if args.loss not in LOSSES:
     rows.fail(f"--loss={args.loss}: no such loss; choose from {', '.join(LOSSES)}")
 loss_terms, size, needs = LOSSES[args.loss]
-paired = REGIMES[args.train_on].size == 2
+paired_data = REGIMES[args.train_on].size == 2  # which a loss of single completions takes one by one
 
-rows.refuse(size == 2 and not paired,
+rows.refuse(size == 2 and not paired_data,
             f"--loss={args.loss} needs pairs, such as --train_on=best_worst, random_pairs or chosen_rejected")
 rows.refuse(args.loss == "forward_kl" and (args.train_on, args.quantile) != ("refs", "exact"),
             "--loss=forward_kl weighs what the reference model sampled, with weights that average to 1; give "
             "--train_on=refs and --quantile=exact")
-rows.refuse(args.loss == "sft" and paired,
+rows.refuse(args.loss == "sft" and paired_data,
             f"--loss=sft would also imitate the rejected completions of --train_on={args.train_on}; give "
             "--train_on=chosen, or refs with --min_reward")
-rows.refuse(paired and args.min_reward is not None,
+rows.refuse(paired_data and args.min_reward is not None,
             f"--min_reward selects single completions, --train_on={args.train_on} pairs; drop one")
 rows.refuse(args.lora and args.shard,
             "--lora does not go with --shard: its frozen weights are small enough for each rank; drop one")
 rows.refuse(args.shard and "RANK" not in os.environ,
             "--shard needs several processes: start it with torchrun --nproc_per_node=N train.py ...")
-rows.refuse(Path(args.out).resolve() in (Path(args.model).resolve(), Path(args.ref_model or "").resolve()),
+rows.refuse(Path(args.out).resolve() in [Path(p).resolve() for p in (args.model, args.ref_model) if p],
             f"--out={args.out} would overwrite the model there; give another folder")
+rows.refuse(args.dry_run and "RANK" in os.environ, "--dry_run is for one process: start it without torchrun")
 
 # -----------------------------------------------------------------------------
 # set-up: processes, device, precision, and the folder of the run
 
 rows.stop_on_signals()  # before the first step there is nothing to save
 device = get_device()
-keep_freed_memory(device)
+keep_freed_memory(device)  # a CPU reuses the large tensors of every step
 rank, world = start_processes(device)
 main_process = rank == 0
 dtype = get_dtype(args.dtype, device)
@@ -215,8 +217,9 @@ else:
 # data and policy
 
 tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
-load = load_skeleton if args.shard else load_model
+load = load_skeleton if args.shard else load_model  # a skeleton has no weights before `shard`
 weights_dtype = dtype if args.lora else torch.float32
+# in evaluation mode, and it stays there: no dropout
 model = load(args.model, weights_dtype, device, args.trust_remote_code)
 
 choices = dataset.Choices(
@@ -227,7 +230,7 @@ train_data = dataset.load(args.data, cache, args.model, tokenizer, model, choice
 eval_data = None
 if args.eval_data:
     eval_data = dataset.load(args.eval_data, cache, args.model, tokenizer, model, choices)
-if "ref_rewards" in needs and (train_data.tied == 1).all():
+if "ref_rewards" in needs and (train_data.tied == 1).all():  # tied: share of the other references
     rows.fail(f"{args.data}: no completion's reward differs from its other references', so there is nothing "
               "to learn; look at the reward, or sample more references")
 
@@ -263,7 +266,7 @@ adapter = None
 if args.lora:
     adapter = add_lora(model, args.lora, args.seed)
     flops *= 2 / 3  # frozen weights get no gradients
-policy = Policy(model, length_groups=size)
+policy = Policy(model, length_groups=size)  # the two of a pair differ in length: less padding in two groups
 # bytes: weights, gradients and two states of AdamW, in float32; or frozen weights
 memory = sum(p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters())
 if args.shard:
@@ -278,10 +281,10 @@ if args.ref_model:
     reference = Policy(load(args.ref_model, weights_dtype, device, args.trust_remote_code))
     if args.shard:
         reference = shard(reference, dtype, device)
-settings = [model_fingerprint(args.ref_model or args.model), str(dtype), str(weights_dtype), args.shard]
+key = [model_fingerprint(args.ref_model or args.model), str(dtype), str(weights_dtype), args.shard]
 for data in filter(None, (train_data, eval_data)):
     with autocast:
-        data.ref_logps = dataset.cached_logps(reference, data, cache, settings, micro_batch_tokens, device)
+        data.ref_logps = dataset.cached_logps(reference, data, cache, key, micro_batch_tokens, device)
 del reference
 
 # -----------------------------------------------------------------------------
@@ -289,7 +292,7 @@ del reference
 
 parameters = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=0.0, fused=True)
-start_step = load_state(out / "resume", policy, optimizer)
+start_step = load_state(out / "resume", policy, optimizer)  # 0 for a new run
 if world > 1 and not args.shard:
     policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
 
@@ -300,8 +303,9 @@ tracker = None
 if main_process:
     rows.check_run(out, config, args.resume)  # now also that the data are the same
     metrics_file = rows.open_part(out / "metrics.jsonl")
-    # drop what was logged after the checkpoint; the evaluation before step 0 is done again, too
-    rows.keep_while(metrics_file, lambda row: row["step"] <= start_step and start_step > 0)
+    # drop what was logged after the state was saved; an evaluation is the first thing after that
+    rows.keep_while(metrics_file, lambda row: row["step"] < start_step or (
+        row["step"] == start_step and "loss" in row))
     rows.write_run(out, config, finished=False)
     if args.track:
         tracker = rows.Tracker(args.track, out, config)
@@ -347,23 +351,17 @@ def evaluate(step):
     log({"step": step} | {f"eval_{name}": value for name, value in meter.means().items()})
 
 
-def drift_limit(lengths):
-    """The most nats per token that two passes over completions of these lengths may differ by rounding: the
-    errors of n tokens add up to about sqrt(n) of one's.
-    """
-    return DRIFT_LIMIT[dtype] * np.mean(1 / np.sqrt(lengths))
-
-
-def check(step, row, lengths, examples):
+def check(done, row, lengths, examples):
     """Stop where training would go on with what is wrong."""
-    limit = drift_limit(lengths)
-    if step == 0 and not args.ref_model and not row["drift"] < limit:  # it is still the reference model
-        rows.fail(f"step 0: the policy's log-probabilities are {row['drift']:.2g} nats per token from the "
+    # nats per token: the rounding errors of n tokens add up to about sqrt(n) of one's
+    limit = DRIFT_LIMIT[dtype] * np.mean(1 / np.sqrt(lengths))
+    if done == 1 and not args.ref_model and not row["drift"] < limit:  # it is still the reference model
+        rows.fail(f"step 1: the policy's log-probabilities are {row['drift']:.2g} nats per token from the "
                   f"reference's (limit {limit:.2g}). Most likely {cache} was made with another model (delete "
                   "it), or the model is not deterministic")
     if not math.isfinite(row["grad_norm"]):
         ids = sorted(set(train_data.ids[train_data.row[examples.reshape(-1)]].tolist()))
-        rows.fail(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; nothing was saved "
+        rows.fail(f"step {done}: loss {row['loss']}, gradient norm {row['grad_norm']}; nothing was saved "
                   "since the last checkpoint. Lower --learning_rate or raise --beta, and look at this step's "
                   f"rows, {', '.join(ids)}")
 
@@ -379,26 +377,34 @@ def request_stop(signum, frame):
     stop_requested = True
 
 
+def due(every, step):
+    return every > 0 and step % every == 0
+
+
 rows.stop_on_signals(request_stop)
-if start_step == 0 and eval_data:
-    evaluate(0)
-bar = tqdm(range(start_step, num_steps), initial=start_step, total=num_steps, desc=args.loss, unit="step",
-           disable=not main_process)
+bar = rows.progress(range(start_step, num_steps), initial=start_step, total=num_steps, desc=args.loss,
+                    unit="step")
 for step in bar:
+    if eval_data and (step == 0 or due(args.eval_every, step)):
+        evaluate(step)
+    if step > 0 and due(args.save_every, step):
+        save_model(model, args.model, out / "checkpoints" / f"step_{step:06d}", adapter)
+
     started = time.time()
+    lr = args.learning_rate * cosine(step, num_steps, WARMUP)
     for group in optimizer.param_groups:
-        group["lr"] = args.learning_rate * cosine(step, num_steps, WARMUP)
-    examples = examples_of(step)                                     # (n, size) completions, n <= batch_size
-    lengths = (train_data.lens - train_data.prompt_lens)[examples]   # (n, size) tokens of completion
+        group["lr"] = lr
+    examples = examples_of(step)                                    # (n, size) completions, n <= batch_size
+    lengths = (train_data.lens - train_data.prompt_lens)[examples]  # (n, size) tokens of completion
     batches = list(micro_batches(train_data.lens, examples, micro_batch_tokens, rank, world))
     meter = Meter()
-    for i, (index, weight) in enumerate(batches):            # weight 0: a filler for a rank without work
+    for i, (index, weight) in enumerate(batches):            # weight 1; 0: a filler for a rank without work
         sync_gradients(policy, i == len(batches) - 1)        # the ranks average once, at the end
         b = get_batch(train_data, index, device)             # tokens (B, T); lens, rewards, ... (B,)
-        b.mean_length = lengths.mean()
+        b.mean_length = lengths.mean()                       # for SFT
         with autocast:
             logps = policy(b.tokens, b.prompt_lens, b.lens)  # (B,) log pi(y|x), summed over completion tokens
-        # by default qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards)
+        # by default qrpo_loss(beta, logps, ref_logps, rewards, ref_rewards), see LOSSES
         loss = loss_terms(b, logps)                          # (B,), or (B / 2,) for pairs
         # times world, as the ranks average: the gradient is that of the step's mean, however it is split
         (loss.sum() * weight * world / len(examples)).backward()
@@ -410,11 +416,11 @@ for step in bar:
     optimizer.step()
     optimizer.zero_grad()
 
-    row = meter.means()  # waits for the device, with the whole step in its queue
-    check(step, row, lengths, examples)
+    row = meter.means()  # waits until the device has done the step
     done, seconds = step + 1, time.time() - started
+    check(done, row, lengths, examples)
     tokens_per_second = int(train_data.lens[examples].sum()) / seconds
-    row |= {"learning_rate": group["lr"], "epoch": done / steps_per_epoch, "seconds": seconds,
+    row |= {"learning_rate": lr, "epoch": done / steps_per_epoch, "seconds": seconds,
             "tokens_per_second": tokens_per_second}
     if peak_flops(device):
         row["mfu"] = flops * tokens_per_second / world / peak_flops(device)
@@ -422,23 +428,20 @@ for step in bar:
     bar.set_postfix(loss=f"{row['loss']:.4g}", log_ratio=f"{row['log_ratio']:.3g}",
                     tokens_s=f"{tokens_per_second:,.0f}")
 
-    last = done == num_steps
-    stop = any_rank(stop_requested) and not last
-    if eval_data and (last or args.eval_every and done % args.eval_every == 0):
-        evaluate(done)
-    save = args.save_every and done % args.save_every == 0
-    if save and not last:
-        save_model(model, args.model, out / "checkpoints" / f"step_{done:06d}", adapter)
-    if save or last or stop:
+    stop = any_rank(stop_requested) and done < num_steps
+    if stop or done == num_steps or due(args.save_every, done):
         save_state(out / "resume", done, policy, optimizer)
     if stop:
         bar.close()
-        print(f"{out}: told to stop; saved step {done}, start again with --resume", flush=True)
+        if main_process:
+            print(f"{out}: told to stop; saved step {done}, start again with --resume", flush=True)
         sys.exit(75)
 
 # -----------------------------------------------------------------------------
 # the trained model
 
+if eval_data:
+    evaluate(num_steps)
 save_model(model, args.model, out / ".trained", adapter)
 if main_process:
     rows.finish_run(out, config)

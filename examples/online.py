@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate_refs
@@ -170,8 +169,7 @@ if rank == 0:
 
 beta = torch.tensor([args.beta], device=device)
 best = (beta * qrpo.log_partition(beta)).item()  # no policy has a higher objective
-bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, unit="step",
-           disable=rank != 0)
+bar = rows.progress(range(start_step, args.steps), initial=start_step, total=args.steps, unit="step")
 for step in bar:
     started = time.time()
     fresh = sample(step)

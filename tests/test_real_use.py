@@ -18,8 +18,8 @@ from torch import nn
 import dataset
 import model as model_py
 import rows
-from conftest import (MATERIAL, ROOT, Process, call, make_tokenizer, read_rows, refused, start_ranks,
-                      write_rows)
+from conftest import (MATERIAL, ROOT, Process, call, ends_well, make_tokenizer, one_line_of_error, read_rows,
+                      refused, start_ranks, write_rows)
 from test_families import make
 from test_sharding import make_model, make_rows
 
@@ -117,7 +117,7 @@ def test_evaluation_at_another_temperature_prints_no_kl_and_training_says_so(tin
     call("evaluate.py", *evaluation, f"--data={data}")
     results = json.loads((tmp_path / "results.json").read_text())
     assert "KL to reference, nats" in results and "temperature 0.7" in capsys.readouterr().out
-    call("train.py", f"--model={tiny}", f"--data={data}", f"--out={tmp_path / 'run'}", "--dry_run")
+    ends_well("train.py", f"--model={tiny}", f"--data={data}", f"--out={tmp_path / 'run'}", "--dry_run")
     assert "sampled at temperature 0.7 and top_p 1.0" in capsys.readouterr().out
 
 
@@ -187,9 +187,9 @@ def test_the_answer_itself_is_trained_right_after_the_generation_prompt(tmp_path
     chat_tokenizer(name).save_pretrained(tmp_path / "model")
     chat = [{"role": "user", "content": "hi"}]
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": chat, "chosen": "yes ", "rejected": "no"}])
-    call("train.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'run'}",
-         "--dry_run",
-         "--train_on=chosen", "--loss=sft", "--template_args=" + json.dumps(template_args))
+    ends_well("train.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'run'}",
+              "--dry_run",
+              "--train_on=chosen", "--loss=sft", "--template_args=" + json.dumps(template_args))
     shown = re.search(r"hi<end>\n(.*?)>>>(.*?)<<<", capsys.readouterr().out, re.S)
     opened = {"thinks first": "<think>\n"}
     if template_args:
@@ -334,7 +334,7 @@ def test_a_roberta_classifier_reads_as_many_tokens_as_it_has_positions(tmp_path)
 # ---- the training loop ----
 
 @pytest.mark.parametrize("length", (1, 16))
-def test_the_gate_allows_the_rounding_of_one_token_and_less_per_token_of_many(tiny, tmp_path, length):
+def test_the_gate_allows_the_rounding_of_one_token_and_less_per_token_of_many(tiny, tmp_path, capsys, length):
     """0.028 nats was seen on one-token completions in bfloat16; the errors of n tokens add up to
     sqrt(n) of one.
     """
@@ -344,7 +344,14 @@ def test_the_gate_allows_the_rounding_of_one_token_and_less_per_token_of_many(ti
              "ref_completions": [completion] * 2} for i in range(8)]
     script = call("train.py", f"--model={tiny}", f"--data={write_rows(tmp_path / 'rows.jsonl', table)}",
                   f"--out={tmp_path / 'run'}", "--dtype=bfloat16", "--batch_size=8")
-    assert script["drift_limit"](script["lengths"]) == pytest.approx(0.3 / length ** 0.5)
+    limit = 0.3 / length ** 0.5
+    for drift in (0.99 * limit, 1.01 * limit):
+        row = {"drift": drift, "grad_norm": 1.0, "loss": 1.0}
+        if drift < limit:
+            script["check"](1, row, script["lengths"], script["examples"])
+        else:
+            one_line_of_error(capsys, [f"limit {limit:.2g}"], lambda: script["check"](
+                1, row, script["lengths"], script["examples"]))
 
 
 def test_all_steps_of_an_epoch_have_nearly_the_same_size(tiny, rewarded, tmp_path):

@@ -280,7 +280,7 @@ def test_reference_log_probabilities_of_another_model_are_refused(
     cache = shutil.copytree(undisturbed / "cache", tmp_path / "cache")
     path, = cache.glob("ref_logps-*.npy")
     np.save(path, np.load(path) + 0.5)
-    refused(capsys, ["step 0", str(cache), "made with another model"], "train.py",
+    refused(capsys, ["step 1", str(cache), "made with another model"], "train.py",
             *flags(tiny, rewarded, tmp_path / "run", f"--cache={cache}"))
 
 
