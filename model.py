@@ -137,12 +137,25 @@ def load_weights(kind, path, **kwargs):
 
 
 def load_model(path, dtype, device, trust_remote_code=False):
-    """The causal LM of a Hugging Face folder, in evaluation mode: in training, too, it has no dropout."""
+    """The causal LM of a Hugging Face folder. In training, too, it has no dropout."""
+    config = load(transformers.AutoConfig, path, trust_remote_code=trust_remote_code)
+    for part in (config, *vars(config).values()):  # a multimodal model has one for each of its parts
+        if isinstance(part, transformers.PretrainedConfig):
+            no_noise(part)
     kind = transformers.AutoModelForCausalLM
-    model = load_weights(kind, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_weights(kind, path, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
     model = model.to(device).eval()
     prepare(model)
     return model
+
+
+def no_noise(config):
+    """Set every probability of dropout to 0, and the noise of routers. Evaluation mode alone would not do:
+    layers that recompute their activations must be in training mode (`checkpoint_activations`).
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(config, name, 0.0)
 
 
 def load_skeleton(path, dtype, device, trust_remote_code=False):
@@ -649,7 +662,7 @@ def sync_gradients(policy, sync):
 def checkpoint_activations(model):
     """Recompute the activations of every layer in the backward pass: less memory, slower."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():  # these layers recompute only in training mode; dropout stays off
+    for module in model.modules():  # these layers recompute only in training mode
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
 
