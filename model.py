@@ -55,7 +55,7 @@ def start_processes(device):
     (rank, world).
     """
     rank, world = rows.rank_and_world()
-    if world > 1:
+    if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     return rank, world
@@ -169,6 +169,7 @@ def load_skeleton(path, dtype, device, trust_remote_code=False):
         facts = [(source.config, source.generation_config, source.backbone_name, frozen)]
     else:
         facts = [None]
+    barrier()  # rank 0 may read for long
     dist.broadcast_object_list(facts)
     config, generation_config, backbone_name, frozen = facts[0]
     with torch.device("meta"):

@@ -446,6 +446,6 @@ save_model(model, args.model, out / ".trained", adapter)
 if main_process:
     rows.finish_run(out, config)
     print(f"{out}: the trained model, run.json and metrics.jsonl")
-if world > 1:
+if dist.is_initialized():
     barrier()
     dist.destroy_process_group()

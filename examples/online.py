@@ -221,3 +221,6 @@ save_model(model, args.model, args.out / ".trained")
 if rank == 0:
     rows.finish_run(args.out, config)
     print(f"{args.out}: the trained model, run.json, metrics.jsonl and samples")
+if dist.is_initialized():
+    barrier()
+    dist.destroy_process_group()
