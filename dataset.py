@@ -379,7 +379,7 @@ def build(folder, path, tokenizer, model, choices):
     rows.write_json(folder / "about.json", {"fingerprint": digest.hexdigest()[:16], "summary": about})
 
 
-CHUNK = 1 << 22  # bytes of rows that a process takes at a time: a few rows of many long completions
+CHUNK_BYTES = 1 << 22  # of rows that a process takes at a time: a few rows of many long completions
 
 
 def chunks(path):
@@ -388,7 +388,7 @@ def chunks(path):
     for at, line in rows.lines(path):
         chunk.append((at, line))
         size += len(line)
-        if size >= CHUNK:
+        if size >= CHUNK_BYTES:
             yield first, chunk
             first, chunk, size = first + len(chunk), [], 0
     if chunk:

@@ -304,8 +304,8 @@ if main_process:
     rows.check_run(out, config, args.resume)  # now also that the data are the same
     metrics_file = rows.open_part(out / "metrics.jsonl")
     # drop what was logged after the state was saved; an evaluation is the first thing after that
-    rows.keep_while(metrics_file, lambda row: row["step"] < start_step or (
-        row["step"] == start_step and "loss" in row))
+    rows.keep_while(metrics_file, lambda line: line["step"] < start_step or (
+        line["step"] == start_step and "loss" in line))
     rows.write_run(out, config, finished=False)
     if args.track:
         tracker = rows.Tracker(args.track, out, config)
@@ -316,13 +316,13 @@ if main_process:
           "activations", flush=True)
 
 
-def log(row):
-    """Append to metrics.jsonl. NaN: nothing to log."""
+def log(step, values):
+    """Append a line to metrics.jsonl. NaN: nothing to log."""
     if main_process:
-        row = {name: value for name, value in row.items() if not math.isnan(value)}
-        rows.append(metrics_file, row)
+        line = {"step": step} | {name: value for name, value in values.items() if not math.isnan(value)}
+        rows.append(metrics_file, line)
         if tracker:
-            tracker.log(row)
+            tracker.log(line)
 
 
 def metrics(b, logps, loss):
@@ -348,20 +348,20 @@ def evaluate(step):
         with autocast:
             logps = policy(b.tokens, b.prompt_lens, b.lens)
         meter.add(metrics(b, logps, loss_terms(b, logps)), weight)
-    log({"step": step} | {f"eval_{name}": value for name, value in meter.means().items()})
+    log(step, {f"eval_{name}": value for name, value in meter.means().items()})
 
 
-def check(done, row, lengths, examples):
+def check(done, means, lengths, examples):
     """Stop where training would go on with what is wrong."""
     # nats per token: the rounding errors of n tokens add up to about sqrt(n) of one's
     limit = DRIFT_LIMIT[dtype] * np.mean(1 / np.sqrt(lengths))
-    if done == 1 and not args.ref_model and not row["drift"] < limit:  # it is still the reference model
-        rows.fail(f"step 1: the policy's log-probabilities are {row['drift']:.2g} nats per token from the "
+    if done == 1 and not args.ref_model and not means["drift"] < limit:  # it is still the reference model
+        rows.fail(f"step 1: the policy's log-probabilities are {means['drift']:.2g} nats per token from the "
                   f"reference's (limit {limit:.2g}). Most likely {cache} was made with another model (delete "
                   "it), or the model is not deterministic")
-    if not math.isfinite(row["grad_norm"]):
+    if not math.isfinite(means["grad_norm"]):
         ids = sorted(set(train_data.ids[train_data.row[examples.reshape(-1)]].tolist()))
-        rows.fail(f"step {done}: loss {row['loss']}, gradient norm {row['grad_norm']}; nothing was saved "
+        rows.fail(f"step {done}: loss {means['loss']}, gradient norm {means['grad_norm']}; nothing was saved "
                   "since the last checkpoint. Lower --learning_rate or raise --beta, and look at this step's "
                   f"rows, {', '.join(ids)}")
 
@@ -416,17 +416,17 @@ for step in bar:
     optimizer.step()
     optimizer.zero_grad()
 
-    row = meter.means()  # waits until the device has done the step
+    means = meter.means()  # waits until the device has done the step
     done, seconds = step + 1, time.time() - started
-    check(done, row, lengths, examples)
+    check(done, means, lengths, examples)
     tokens_per_second = int(train_data.lens[examples].sum()) / seconds
-    row |= {"learning_rate": lr, "epoch": done / steps_per_epoch, "seconds": seconds,
-            "tokens_per_second": tokens_per_second}
+    means |= {"learning_rate": lr, "epoch": done / steps_per_epoch, "seconds": seconds,
+              "tokens_per_second": tokens_per_second}
     if peak_flops(device):
-        row["mfu"] = flops * tokens_per_second / world / peak_flops(device)
-    log({"step": done} | row)
-    bar.set_postfix(loss=f"{row['loss']:.4g}", log_ratio=f"{row['log_ratio']:.3g}",
-                    tokens_s=f"{tokens_per_second:,.0f}")
+        means["mfu"] = flops * tokens_per_second / world / peak_flops(device)
+    log(done, means)
+    bar.set_postfix(loss=f"{means['loss']:.4g}", log_ratio=f"{means['log_ratio']:.3g}",
+                    tokens_s=f"{tokens_per_second:,.0f}", refresh=False)
 
     stop = any_rank(stop_requested) and done < num_steps
     if stop or done == num_steps or due(args.save_every, done):

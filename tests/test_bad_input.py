@@ -102,8 +102,8 @@ def test_of_many_bad_rows_the_first_is_named(loaded, tmp_path, capsys, monkeypat
     """Also if several processes read them."""
     good = {"prompt": "p", "completion": "a", "reward": 1, "ref_rewards": [0.5]}
     data = write_rows(tmp_path / "data.jsonl", [good] * 300 + [{"prompt": "p", "ref_rewards": [1]}] * 40)
-    for chunk in (dataset.CHUNK, 2000):
-        monkeypatch.setattr(dataset, "CHUNK", chunk)
+    for chunk in (dataset.CHUNK_BYTES, 2000):
+        monkeypatch.setattr(dataset, "CHUNK_BYTES", chunk)
         one_line_of_error(capsys, ["data.jsonl:301", "no 'completion'"],
                           lambda: build(tmp_path, data, loaded, train_on="completion"))
 

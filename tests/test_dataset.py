@@ -150,7 +150,7 @@ def test_several_processes_build_the_arrays_of_one(loaded, rewarded, tmp_path, m
     rewards = build(tmp_path, rewarded, loaded).rewards
     least = float(np.sort(rewards)[-left])
     one = build(tmp_path / "one", rewarded, loaded, min_reward=least)
-    monkeypatch.setattr(dataset, "CHUNK", 1000)  # bytes of rows for a process at a time: one or two rows
+    monkeypatch.setattr(dataset, "CHUNK_BYTES", 1000)  # of rows for a process at a time: one or two rows
     many = build(tmp_path / "many", rewarded, loaded, min_reward=least)
     assert 0 < len(one.rewards) < left + 5
     assert vars(one).keys() == vars(many).keys()
