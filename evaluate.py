@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 MODELS = {"reference": ("ref_completions", "ref_rewards"), "policy": ("samples", "sample_rewards")}  # fields
 FORWARD_TOKENS = 8192  # padded tokens in a forward pass
-PROMPTS, COMPLETIONS = 1000, 8  # the most that the page shows: prompts, and completions of a model for each
+PROMPTS, COMPLETIONS = 500, 4  # the most that the page shows: prompts, and completions of a model for each
 
 
 def arguments():
@@ -89,8 +89,9 @@ def read(path):
     found = SimpleNamespace(made_by={}, biased={}, unknown={"reference": 0, "policy": 0}, opinions={})
     for row in rows.stream(path, require=("ref_completions", "ref_rewards", "samples", "sample_rewards")):
         if not found.made_by:  # the first row
-            names = [column.partition("sample_rewards_")[2] for column in row]
-            found.opinions = {name: {"reference": [], "policy": []} for name in names if name}
+            columns = [column for column in row if column.startswith("sample_rewards_")]
+            names = [column.removeprefix("sample_rewards_") for column in columns]
+            found.opinions = {name: {"reference": [], "policy": []} for name in names}
         for model, (field, column) in MODELS.items():
             found.made_by[model] = row.get("made_by", {}).get(field, {})
             how = dataset.other_distribution(row, field)
@@ -142,8 +143,8 @@ def load_completions(args, device):
 
 def quantile_rewards(args, data):
     """Adds to data the cells lo, hi of its completions' quantiles, and R, their transformed rewards. With a
-    beta, R is the soft average over the cell, and weight is pi*/pi_ref, 1 on average over the references. All
-    numpy (n,).
+    beta, R is the soft average over the cell, and weight is pi*/pi_ref, 1 on average over the references.
+    All numpy (n,).
     """
     rewards = torch.tensor(data.rewards).double()
     ref_rewards = torch.tensor(data.ref_rewards[data.row]).double()
@@ -154,6 +155,7 @@ def quantile_rewards(args, data):
         R = beta * qrpo.log_mean_exp(beta, args.transform, lo, hi)
         log_Z = qrpo.log_partition(beta, args.transform)
         data.weight = (R / beta - log_Z).exp().numpy()
+    R[ref_rewards.isnan().all(1)] = math.nan  # without a known reference reward there is no quantile
     data.lo, data.hi, data.R = lo.numpy(), hi.numpy(), R.numpy()
 
 
@@ -250,8 +252,6 @@ BIASED = {
     "reference": "the quantiles are not those among its own completions",
     "policy": "no KL and no objective, which are means over what it samples itself",
 }
-
-
 SAME = ("dtype", "max_new_tokens", "engine", "template_args")  # with which both should be sampled
 
 

@@ -4,6 +4,7 @@ every picture of a run.
 import inspect
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,6 +122,32 @@ def test_the_last_line_says_what_was_made_and_what_is_odd(tiny, rewarded, tmp_pa
     assert "reference's completions ran out" not in last
 
 
+def test_a_prompt_without_a_known_reference_reward_has_no_quantile(tiny, rewarded, tmp_path):
+    table = as_policy(read_rows(rewarded)[:6])
+    whole = evaluate(tiny, tmp_path, table[1:], "--beta=0.1")
+    table[0]["ref_rewards"] = [None] * 4
+    results = evaluate(tiny, tmp_path, table, "--beta=0.1")
+    for name in ("quantile reward", "objective"):
+        assert results[name]["policy"] == pytest.approx(whole[name]["policy"])
+    assert results["mean reward"]["policy"] != whole["mean reward"]["policy"]
+
+
+@pytest.mark.parametrize("train_on, names", [("refs", "better worse"), ("best_worst", "chosen rejected")])
+def test_curves_name_pairs_only_where_there_are_pairs(tmp_path, monkeypatch, train_on, names):
+    import evaluate
+    figures = []
+    monkeypatch.setattr(evaluate, "save", lambda figure, path: figures.append(figure))
+    metrics = ["loss", "log_ratio", "log_ratio_chosen", "log_ratio_rejected", "grad_norm"]
+    log = [{"step": step} | {name: step / 7 for name in metrics} for step in (1, 2)]
+    log += [{"step": step} | {f"eval_{name}": step / 5 for name in metrics[:-1]} for step in (0, 2)]
+    write_rows(tmp_path / "metrics.jsonl", log)
+    evaluate.draw_curves(tmp_path, {"train_on": train_on})
+    panels = [[line.get_label() for line in axis.lines] for axis in figures[0].axes]
+    better, worse = (f"log_ratio_{name}" for name in names.split())
+    assert panels == [["loss", "eval_loss"], ["log_ratio", "eval_log_ratio"],
+                      [better, f"eval_{better}", worse, f"eval_{worse}"], ["grad_norm"]]
+
+
 @pytest.mark.parametrize("field, made_by", [
     ("samples", {"temperature": 0.7, "own_distribution": False}), ("ref_completions", {"top_p": 0.9}),
     ("samples", {"own_distribution": False})])
@@ -169,7 +196,7 @@ def test_columns_of_large_numbers_stay_apart(tiny, rewarded, tmp_path, capsys):
     names = ["reference", "policy", "difference", "optimum"]
     start = next(i for i, line in enumerate(lines) if line.split() == names)
     for line in lines[start + 1:start + 6]:
-        assert line.count("±") == 4 and len(line.split("  ")) >= 5, line
+        assert len(re.findall(r"(?<= )-?[\d.]+ ± [\d.]+(?= |$)", line)) == 4, line
 
 
 def test_error_bars_stay_within_the_rewards(tmp_path, monkeypatch):
