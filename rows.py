@@ -18,6 +18,7 @@ import importlib.metadata
 import inspect
 import json
 import marshal
+import math
 import multiprocessing
 import os
 import platform
@@ -77,36 +78,23 @@ def json_object(text):
     return value
 
 
-def positive(text):
-    """The type of a flag whose value is a number greater than 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
+def flag_type(kind, accepts, what):
+    """The type of a flag that takes some numbers only; what: which."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (accepts(value) and abs(value) < math.inf):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value
+    return convert
 
 
-def not_negative(text):
-    """The type of a flag whose value is a number of at least 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
-
-
-def count(text):
-    """The type of a flag whose value is a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def whole(text):
-    """The type of a flag whose value is a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
+positive = flag_type(float, lambda value: value > 0, "a number above 0")
+not_negative = flag_type(float, lambda value: value >= 0, "a number of at least 0")
+count = flag_type(int, lambda value: value >= 1, "a whole number of at least 1")
+whole = flag_type(int, lambda value: value >= 0, "a whole number of at least 0")
 
 
 # ---- reading ----
@@ -367,7 +355,10 @@ def check_run(out, config, resume):
     for name, value in config.items():
         before = record["config"].get(name)
         if before != value:
-            fail(f"{out}: was started with {name}={before}, now {value}; use the same, or another --out")
+            what = f"{name}={before}, now {value}"
+            if name == "data_fingerprint":
+                what = "other data (rows, rewards or tokenizer)"
+            fail(f"{out}: was started with {what}; use the same, or another --out")
     if record["finished"]:
         print(f"{out}: this run has finished, nothing to do")
         sys.exit(0)

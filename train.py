@@ -234,6 +234,12 @@ if "ref_rewards" in needs and (train_data.tied == 1).all():  # tied: share of th
     rows.fail(f"{args.data}: no completion's reward differs from its other references', so there is nothing "
               "to learn; look at the reward, or sample more references")
 
+all_tie = (train_data.tied == 1).mean()
+if args.loss == "qrpo" and args.quantile == "paper" and all_tie > 0.1 and main_process:
+    print(f"WARNING: {all_tie:.0%} of the completions have the same reward as all of their references. The "
+          f"paper's quantile asks each to rise by log(1/beta), {-math.log(args.beta):.1f} nats; "
+          "--quantile=exact asks for no change", flush=True)
+
 num_examples = len(train_data.lens) // size  # completions or pairs
 steps_per_epoch = math.ceil(num_examples / args.batch_size)  # all of nearly the same size
 num_steps = args.epochs * steps_per_epoch

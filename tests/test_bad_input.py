@@ -234,13 +234,17 @@ def test_an_output_of_another_version_of_the_reward_is_refused(good, tmp_path, c
 # ---- train.py ----
 
 @pytest.mark.parametrize("flags, says", (
-    (["--beta=0"], ("--beta must be greater than 0",)),
-    (["--beta=x"], ("--beta", "float")),
+    (["--beta=0"], ("--beta", "must be a number above 0")),
+    (["--beta=x"], ("--beta", "must be a number above 0")),
+    (["--learning_rate=inf"], ("--learning_rate", "must be a number above 0")),
+    (["--max_grad_norm=-1"], ("--max_grad_norm", "must be a number of at least 0")),
+    (["--seed=-1"], ("--seed", "must be a whole number of at least 0")),
+    (["--batch_size=1.5"], ("--batch_size", "must be a whole number of at least 1")),
     (["--epochs=0"], ("--epochs",)),
-    (["--num_candidates=-1"], ("--num_candidates must not be negative",)),
-    (["--learnig_rate=1"], ("did you mean --learning_rate",)),
+    (["--num_candidates=-1"], ("--num_candidates", "must be a whole number of at least 0")),
+    (["--learnig_rate=1"], ("--learnig_rate=1", "see --help")),
     (["--side=chosen"], ("--side",)),
-    (["--loss=ppo"], ("--loss", "'ppo'", "qrpo")),
+    (["--loss=ppo"], ("--loss=ppo", "qrpo")),
     (["--train_on=best_wurst"], ("--train_on", "best_worst")),
     (["--transform=cube"], ("--transform", "identity")),
     (["--loss=dpo"], ("--loss=dpo needs pairs", "best_worst")),
@@ -250,6 +254,7 @@ def test_an_output_of_another_version_of_the_reward_is_refused(good, tmp_path, c
     (["--data={tied}"], ("tied.jsonl: no completion's reward differs", "look at the reward")),
     (["--data={empty}"], ("holds no rows",)),
     (["--out={file}"], ("is a file",)),
+    (["--model=out", "--out=out"], ("would overwrite the model",)),
     (["--model=/no/model"], ("/no/model",))))
 def test_train_flags_and_data(tiny, rewarded, tmp_path, capsys, flags, says):
     (tmp_path / "file").write_text("x")
@@ -270,7 +275,7 @@ def test_a_run_that_is_not_finished_continues_with_its_own_settings_and_data_onl
     record = json.loads((out / "run.json").read_text()) | {"finished": False}
     rows.write_json(out / "run.json", record)
     refused(capsys, ["already holds a run", "--resume"], "train.py", *flags, "--beta=0.5")
-    refused(capsys, ["--beta=0.5, now 0.1"], "train.py", *flags, "--resume")
+    refused(capsys, ["beta=0.5, now 0.1"], "train.py", *flags, "--resume")
     write_rows(data, read_rows(rewarded)[:-1])
     refused(capsys, ["was started with other data"], "train.py", *flags, "--beta=0.5", "--resume")
     assert json.loads((out / "run.json").read_text()) == record
