@@ -37,7 +37,7 @@ SLEEPS = {
 
 
 @pytest.mark.parametrize("kind", SLEEPS)
-def test_16_calls_at_a_time_are_many_times_as_fast_and_give_the_same_rows(tmp_path, capsys, kind):
+def test_16_calls_at_a_time_are_many_times_as_fast_and_give_the_same_rows(tmp_path, kind):
     table = [{"prompt": "p", "ref_completions": [{"text": "a" * (i + k)} for k in range(4)]}
              for i in range(24)]
     reward = reward_file(tmp_path, SLEEPS[kind])
@@ -48,7 +48,6 @@ def test_16_calls_at_a_time_are_many_times_as_fast_and_give_the_same_rows(tmp_pa
         seconds.append(time.time() - started)
     assert found[0] == found[1] and found[0][23]["ref_rewards"] == [23, 24, 25, 26]
     assert seconds[0] > 9.6 and seconds[1] < seconds[0] / 4  # 15.7 times on a quiet machine
-    assert "rewards/s" in capsys.readouterr().err
 
 
 def test_no_more_calls_at_a_time_than_asked_for(tmp_path):
