@@ -33,12 +33,16 @@ import msgspec
 from tqdm import tqdm
 
 
+class Exit(SystemExit):
+    """The project's own end of a process. An exit() in a user's code is another."""
+
+
 def fail(message):
     """A mistake of the user's: one line on stderr, exit code 2."""
     if multiprocessing.parent_process():
-        raise SystemExit(message)  # in a worker process: the main one says it
+        raise Exit(message)  # in a worker process: the main one says it
     tqdm.write(f"error: {message}", file=sys.stderr)  # above a progress bar, not behind it
-    sys.exit(2)
+    raise Exit(2)
 
 
 def refuse(wrong, message):
@@ -310,6 +314,35 @@ def code_of(part):
     return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(part))))
 
 
+# ---- signals ----
+
+STOP = signal.SIGTERM, signal.SIGUSR1
+
+
+def stop(signum, frame):
+    raise Exit(75)  # what was written is complete: "start me again"
+
+
+def stop_on_signals(handler=stop):
+    """What SIGTERM and SIGUSR1 do: by default, end with exit code 75, which means "start me again"."""
+    for signum in STOP:
+        signal.signal(signum, handler)
+
+
+def end_in_forks():
+    """The signals end a fork, such as a worker of multiprocessing's Pool, as they end any process."""
+    for signum in STOP:
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+
+
+# A signal that comes during a fork waits for its end: Python would forget it.
+os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP),
+                    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP),
+                    after_in_child=end_in_forks)
+
+
 # ---- a stage: rows in, the same rows with more fields out ----
 
 def rank_and_world():
@@ -332,12 +365,6 @@ def progress(*args, **kwargs):
         line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
         kwargs |= {"delay": 60, "mininterval": 60, "maxinterval": 60, "miniters": 1, "bar_format": line}
     return tqdm(*args, **kwargs)
-
-
-def stop_on_signals(handler=lambda signum, frame: sys.exit(75)):
-    """What SIGTERM and SIGUSR1 do: by default, end with exit code 75, which means "start me again"."""
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, handler)
 
 
 def check_run(out, config, resume):

@@ -19,7 +19,7 @@ PROMPT = """Grade the answer to the request from 0 (useless) to 10 (perfect). Re
 <answer>
 {}
 </answer>"""
-TIMEOUT = 60  # seconds; without one, a call can hang for ever
+TIMEOUT = 300  # seconds; without one, a call can hang for ever
 
 
 def ask(question):
@@ -30,15 +30,25 @@ def ask(question):
                "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-        return json.load(reply)["choices"][0]["message"]["content"]
+        return json.load(reply)["choices"][0]["message"]["content"] or ""  # null if it only thought
 
 
 def text_of(chat):
     return chat if isinstance(chat, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in chat)
 
 
+def grade_in(reply):
+    """The one number from 0 to 10 in a reply, after its thoughts (7.5, 7/10, "7 out of 10"); or None."""
+    if "<think>" in reply and "</think>" not in reply:  # it ran out of tokens
+        return None
+    answer = re.sub(r"(/|\bof)\s*10(\.0)?\b", "", reply.rpartition("</think>")[2])
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", answer)
+    if len(numbers) != 1 or not 0 <= float(numbers[0]) <= 10:
+        return None
+    return float(numbers[0])
+
+
 def grade(prompts, completions, **columns):
     """A grade for each completion; None where the judge names none."""
     replies = [ask(PROMPT.format(text_of(p), text_of(c))) for p, c in zip(prompts, completions)]
-    found = [re.fullmatch(r"\D*(10|\d)\D*", reply) for reply in replies]
-    return [float(match[1]) if match else None for match in found]
+    return [grade_in(reply) for reply in replies]

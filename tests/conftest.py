@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items):
 
 def call(script, *flags):
     """Run a script in this process, as `python SCRIPT FLAGS` would. Returns its global names, a dict."""
-    argv, path, modules = sys.argv, sys.path.copy(), set(sys.modules)
+    argv, path, modules = sys.argv, sys.path.copy(), sys.modules.copy()
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = [str(script), *map(str, flags)]
     try:
@@ -73,9 +73,11 @@ def call(script, *flags):
         sys.argv, sys.path[:] = argv, path
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-        for name in set(sys.modules) - modules:  # a test's own modules are loaded again, as in a new process
-            if (getattr(sys.modules[name], "__file__", None) or "").startswith(tempfile.gettempdir()):
+        for name in set(sys.modules) - set(modules):  # modules of a reward are loaded again
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if file.startswith((tempfile.gettempdir(), str(ROOT / "data"), str(ROOT / "examples"))):
                 del sys.modules[name]
+        sys.modules.update(modules)  # a reward has taken the names of this project's
     gc.collect()  # closes the files of the script, which it has locked
     raise SystemExit(code)
 

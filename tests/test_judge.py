@@ -1,7 +1,10 @@
 """score.py --concurrency, and examples/judge.py against a real server: failures, 429s, time-outs, kills."""
 import collections
+import email.utils
 import json
+import math
 import re
+import runpy
 import signal
 import threading
 import time
@@ -34,7 +37,7 @@ SLEEPS = {
 
 
 @pytest.mark.parametrize("kind", SLEEPS)
-def test_16_calls_at_a_time_are_many_times_as_fast_and_give_the_same_rows(tmp_path, capsys, kind):
+def test_16_calls_at_a_time_are_many_times_as_fast_and_give_the_same_rows(tmp_path, kind):
     table = [{"prompt": "p", "ref_completions": [{"text": "a" * (i + k)} for k in range(4)]}
              for i in range(24)]
     reward = reward_file(tmp_path, SLEEPS[kind])
@@ -45,7 +48,6 @@ def test_16_calls_at_a_time_are_many_times_as_fast_and_give_the_same_rows(tmp_pa
         seconds.append(time.time() - started)
     assert found[0] == found[1] and found[0][23]["ref_rewards"] == [23, 24, 25, 26]
     assert seconds[0] > 9.6 and seconds[1] < seconds[0] / 4  # 15.7 times on a quiet machine
-    assert "rewards/s, 0 unknown" in capsys.readouterr().err
 
 
 def test_no_more_calls_at_a_time_than_asked_for(tmp_path):
@@ -79,14 +81,14 @@ def reward(prompts, completions, **columns):
 
 def test_failures_are_tried_again_and_then_null_and_counted(tmp_path, capsys):
     """A text that ends in 2 fails once; "2 1" and row 6 always; for "3 0" the function returns None."""
-    rows = score(tmp_path, reward_file(tmp_path, FLAKY), "--concurrency=4", "--retries=1")
+    rows = score(tmp_path, reward_file(tmp_path, FLAKY), "--concurrency=4", "--retries=1", "--accept_null")
     expected = [[1, 1, 2] for _ in range(7)]
     expected[2][1] = expected[3][0] = None
     expected[6] = [None] * 3
     assert [row["ref_rewards"] for row in rows] == expected
     out = capsys.readouterr().out
     assert "4 completions got no reward in 2 calls each" in out and "TimeoutError: no answer in time" in out
-    assert "16 rewards" in out and "5 unknown (null)" in out
+    assert "7 rows, 16 rewards" in out and "5 null" in out
 
 
 def test_an_outage_ends_the_run_and_its_rows_are_scored_when_it_continues(tmp_path, capsys):
@@ -98,7 +100,7 @@ def test_an_outage_ends_the_run_and_its_rows_are_scored_when_it_continues(tmp_pa
     switch.touch()
     data = write_rows(tmp_path / "in.jsonl", table)
     flags = f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={reward}", "--concurrency=4"
-    refused(capsys, ["rows failed (OSError: down)", "start again"], "score.py", *flags, "--retries=0")
+    refused(capsys, ["rows got no reward (OSError: down", "Start again"], "score.py", *flags, "--retries=0")
     before = {row["id"]: row["reward"] for row in read_rows(tmp_path / "out")}
     lost = {i for i, reward in before.items() if reward is None}  # failed before another succeeded
     assert before.keys() == {*range(12)} | lost and len(lost) < 4
@@ -108,12 +110,68 @@ def test_an_outage_ends_the_run_and_its_rows_are_scored_when_it_continues(tmp_pa
     assert after == {i: None if i in lost else i for i in range(30)}
 
 
+@pytest.mark.parametrize("answered", (0, 3))
+def test_a_judge_that_dies_and_comes_back_is_asked_only_for_what_is_missing(tmp_path, capsys, answered):
+    """Also if it dies before the first answer, or for the last few rows."""
+    reward = reward_file(tmp_path, f"""
+import os
+def reward(prompts, completions, **columns):
+    number = int(completions[0])
+    with open({str(tmp_path / "calls")!r}, "a") as calls:
+        print(number, file=calls)
+    if number >= {answered} and os.path.exists({str(tmp_path / "down")!r}):
+        raise OSError("down")
+    return [number]
+""")
+    table = [{"prompt": "p", "completion": str(i)} for i in range(6)]
+    command = (f"--data={write_rows(tmp_path / 'in.jsonl', table)}", f"--out={tmp_path / 'out'}",
+               f"--reward={reward}", "--concurrency=1", "--retries=0")
+    (tmp_path / "down").touch()
+    refused(capsys, [f"the last {6 - answered} rows got no reward (OSError: down"], "score.py", *command)
+    (tmp_path / "down").unlink()
+    (tmp_path / "calls").unlink()
+    call("score.py", *command)
+    assert {row["id"]: row["reward"] for row in read_rows(tmp_path / "out")} == {i: i for i in range(6)}
+    assert (tmp_path / "calls").read_text().split() == [str(i) for i in range(answered, 6)]
+
+
+def test_a_function_that_needs_the_main_thread_is_refused_at_once(tmp_path, capsys):
+    """Math-Verify does, for its time-outs. It says so when --concurrency is used, and works without."""
+    body = ("import signal\ndef reward(prompts, completions, **columns):\n    try:\n"
+            "        signal.signal(signal.SIGALRM, signal.SIG_DFL)\n    except ValueError as error:\n"
+            "        raise RuntimeError('no time-outs in threads') from error\n"
+            "    return [1] * len(prompts)\n")
+    reward = reward_file(tmp_path, body)
+    assert score(tmp_path, reward)[0]["ref_rewards"] == [1, 1, 1]
+    started = time.time()
+    command = f"--data={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'new'}", f"--reward={reward}"
+    refused(capsys, ["no time-outs in threads. Omit --concurrency"], "score.py", *command, "--concurrency=4")
+    assert time.time() - started < 10
+
+
+@pytest.mark.parametrize("kind", ("def", "async def"))
+@pytest.mark.parametrize("line", ("exit(0)", "raise StopIteration"))
+def test_exit_and_stop_iteration_are_failures_as_any_other(tmp_path, capsys, kind, line):
+    reward = reward_file(tmp_path, f"{kind} reward(prompts, completions, **columns):\n"
+                                   f"    if completions[0] == '3 1':\n        {line}\n    return [1]\n")
+    rows = score(tmp_path, reward, "--concurrency=4", "--retries=0")
+    assert [row["ref_rewards"] for row in rows] == [[1, None if i == 3 else 1, 1] for i in range(7)]
+    assert "1 completions got no reward" in capsys.readouterr().out
+
+
+def test_nobody_waits_for_calls_that_are_not_done(tmp_path):
+    """The end of a process waits for threads that are no daemons: Ctrl-C would take as long as a call."""
+    reward = reward_file(tmp_path, "import threading\ndef reward(prompts, completions, **columns):\n"
+                                   "    return [threading.current_thread().daemon]\n")
+    assert all(row["ref_rewards"] == [1, 1, 1] for row in score(tmp_path, reward, "--concurrency=4"))
+
+
 def test_a_function_that_is_wrong_and_a_negative_flag_are_refused(tmp_path, capsys):
     data = write_rows(tmp_path / "in.jsonl", ROWS * 2)
     flags = f"--data={data}", f"--out={tmp_path / 'out'}"
     reward = reward_file(tmp_path, "def reward(prompts, completions, **columns):\n    return [1.0, 2.0]\n")
-    refused(capsys, ["rows failed (ValueError: too many values"], "score.py", *flags, f"--reward={reward}",
-            "--concurrency=4", "--retries=0")
+    refused(capsys, ["in.jsonl:", "returned 2 rewards for the 1 completions"], "score.py", *flags,
+            f"--reward={reward}", "--concurrency=4")
     refused(capsys, ["--concurrency and --retries"], "score.py", *flags, f"--reward={reward}",
             "--concurrency=-1")
 
@@ -137,18 +195,25 @@ def test_a_killed_run_continues_and_sigterm_asks_for_it(tmp_path):
 
 # ---- a judge over HTTP ----
 
+LOCK = threading.Lock()
+
+
 class Endpoint(BaseHTTPRequestHandler):
     """Speaks enough of the chat completions protocol. Grades an answer by its number; fails as it says."""
     calls = collections.Counter()
+    served = collections.Counter()  # by the window of seconds in which they came
+    limit, window, as_date = 0, 1, False
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][0]["content"]
         answer = re.search(r"<answer>\n(?:assistant: )?(.*)\n</answer>", question)[1]
         number, what = answer.split()
-        with threading.Lock():
+        with LOCK:
             self.calls[answer] += 1
         first = self.calls[answer] == 1
+        if self.limit and self.too_many():
+            return None
         assert self.path == "/v1/chat/completions" and self.headers["Authorization"] == "Bearer secret"
         if what in ("429", "503") and first:
             return self.send_error(int(what))
@@ -161,6 +226,20 @@ class Endpoint(BaseHTTPRequestHandler):
         self.end_headers()
         message = {"role": "assistant", "content": reply}
         self.wfile.write(json.dumps({"choices": [{"message": message}]}).encode())
+
+    def too_many(self):
+        """Whether this window's calls are used up; then says when the next begins."""
+        now = time.time()
+        with LOCK:
+            self.served[now // self.window] += 1
+            if self.served[now // self.window] <= self.limit:
+                return False
+        begins = (now // self.window + 1) * self.window
+        self.send_response(429)
+        date = email.utils.formatdate(begins)
+        self.send_header("Retry-After", date if self.as_date else math.ceil(begins - now))
+        self.end_headers()
+        return True
 
     def log_message(self, *args):
         pass
@@ -175,6 +254,7 @@ def endpoint(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     Endpoint.calls.clear()
+    Endpoint.served.clear()
     yield server
     server.shutdown()
     server.server_close()
@@ -185,7 +265,7 @@ def test_the_example_judge_lives_through_what_a_server_does(tmp_path, endpoint, 
     and one without a grade.
     """
     (tmp_path / "judge.py").write_text(
-        (ROOT / "examples/judge.py").read_text().replace("TIMEOUT = 60", "TIMEOUT = 4"))
+        (ROOT / "examples/judge.py").read_text().replace("TIMEOUT = 300", "TIMEOUT = 4"))
     whats = "ok 429 503 cut slow dead vague".split()
     table = []
     for i, prompt in enumerate(("{x} </answer>", [{"role": "user", "content": "{x}"}])):
@@ -195,14 +275,38 @@ def test_the_example_judge_lives_through_what_a_server_does(tmp_path, endpoint, 
     for i, row in enumerate(rows):
         assert row["ref_rewards"] == [i, i + 1, i + 2, i + 3, i + 4, None, None]
     out = capsys.readouterr().out
-    assert "2 completions got no reward in 2 calls each" in out and "4 unknown" in out
+    assert "2 completions got no reward in 2 calls each" in out and "4 null" in out
     assert {Endpoint.calls[f"{k} {what}"] for k, what in enumerate(whats[1:6], 1)} == {2}
+
+
+@pytest.mark.parametrize("as_date", (False, True))
+def test_a_judge_with_a_rate_limit_answers_all_calls_when_it_says(endpoint, tmp_path, monkeypatch, as_date):
+    """60 calls at 20 in 2 seconds: a call that waits for its turn has not failed, so one retry is enough."""
+    for name, value in (("limit", 20), ("window", 2), ("as_date", as_date)):
+        monkeypatch.setattr(Endpoint, name, value)
+    table = [{"prompt": "p", "ref_completions": [{"text": f"{k} ok"} for k in range(3)]} for i in range(20)]
+    reward = f"{ROOT / 'examples/judge.py'}:grade"
+    rows = score(tmp_path, reward, "--concurrency=24", "--retries=1", table=table)
+    assert [row["ref_rewards"] for row in rows] == [[0, 1, 2]] * 20
+    assert len(Endpoint.served) >= 3
+
+
+REPLIES = {
+    "7": 7, "7.5": 7.5, "7/10": 7, "7.5 / 10": 7.5, "I would give it 7 out of 10.": 7, "**Grade: 10**": 10,
+    "8 of 10": 8, "10/10.": 10, "Grade: 8.": 8, "0": 0, "<think>2 or 3 mistakes</think>\n\n8": 8,
+    "2 or 3 mistakes\n</think>\n\n7/10": 7, "<think>8 or 9": None, "7 or 8": None, "11": None, "-3": None,
+    "": None, "I would not say": None, "7/100": None}
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_the_example_judge_finds_the_grade_in_a_reply(reply):
+    assert runpy.run_path(str(ROOT / "examples/judge.py"))["grade_in"](reply) == REPLIES[reply]
 
 
 def test_an_address_that_nobody_listens_at_ends_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     data = write_rows(tmp_path / "in.jsonl", [{"prompt": "p", "completion": "c"}] * 20)
-    refused(capsys, ["Connection refused", "see to the judge"], "score.py", f"--data={data}",
+    refused(capsys, ["Connection refused", "Start again when it works"], "score.py", f"--data={data}",
             f"--out={tmp_path / 'out'}", f"--reward={ROOT / 'examples/judge.py'}:grade", "--concurrency=4",
             "--retries=0")
     assert not read_rows(tmp_path / "out")

@@ -1,12 +1,16 @@
 """score.py: its three kinds of reward, and which rewards it keeps."""
 import json
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
 import transformers
+from tokenizers import processors
 
-from conftest import call, make_tokenizer, read_rows, refused, start_ranks, start_until_finished, write_rows
+from conftest import (call, make_tokenizer, one_line_of_error, read_rows, refused, start_ranks,
+                      start_until_finished, write_rows)
 
 ROWS = [{"prompt": f"p{i}", "extra": i, "ref_completions": [{"text": "ab" * (i + k)} for k in range(3)]}
         for i in range(7)]
@@ -63,11 +67,183 @@ def reward(prompts, completions, **columns):
     assert (rows[0]["chosen_reward"], rows[0]["rejected_reward"]) == (3, 2)
 
 
-@pytest.mark.parametrize("body, says", (
-    ("return [1.0]", "1 rewards for the 3"), ("return [float('nan')] * 3", "finite number")))
-def test_a_wrong_function_is_named_with_its_row(tmp_path, capsys, body, says):
-    file = reward_file(tmp_path, f"def reward(prompts, completions, **columns):\n    {body}\n")
-    refused(capsys, [says, "in.jsonl:1"], "score.py", *flags(tmp_path, ROWS, f"{file}:reward"))
+WRONG = {  # what a function returns for three completions, and what is said about it
+    "[1.0]": "1 rewards for the 3", "[1.0] * 4": "4 rewards for the 3",
+    "[float('nan')] * 3": "finite number", "[float('inf')] * 3": "finite number",
+    "1.0": "1.0, not a list of numbers", "None": "None, not a list of numbers",
+    "'000'": "it is a str", "b'000'": "it is a bytes", "{0: 1, 1: 2, 2: 3}": "it is a dict",
+    "{1, 2, 3}": "it is a set",
+    "['1.5'] * 3": "not a list of numbers", "[[1.0]] * 3": "not a list of numbers",
+    "[{'score': 1.0}] * 3": "not a list of numbers", "[10 ** 400] * 3": "not a list of numbers",
+    "1 / 0": "ZeroDivisionError: division by zero (r.py, line 2)", "exit()": "SystemExit",
+    "columns['answer']": "KeyError: 'answer' (r.py, line 2)",
+    "__import__('no_such_library')": "No module named 'no_such_library'"}
+
+
+@pytest.mark.parametrize("returns", WRONG)
+@pytest.mark.parametrize("kind", ("def", "async def"))
+def test_what_a_function_does_wrong_is_one_line_that_names_it_and_its_row(tmp_path, capsys, kind, returns):
+    file = reward_file(tmp_path, f"{kind} reward(prompts, completions, **columns):\n    return {returns}\n")
+    refused(capsys, [WRONG[returns], "in.jsonl:1", "r.py:reward"], "score.py",
+            *flags(tmp_path, ROWS, f"{file}:reward"))
+
+
+@pytest.mark.parametrize("line, says", (
+    ("exit(0)", "SystemExit: 0 (r.py, line 1)"), ("import no_such_library", "No module named 'no_such"),
+    ("def f(:", "SyntaxError"), ("length = 3", "no function 'reward'"), ("1 / 0", "ZeroDivisionError")))
+def test_a_reward_file_that_cannot_be_loaded_is_one_line(tmp_path, capsys, line, says):
+    reward = f"{reward_file(tmp_path, line)}:reward"
+    refused(capsys, [says, "r.py"], "score.py", *flags(tmp_path, ROWS, reward))
+
+
+@pytest.mark.parametrize("returns", (
+    "[len(c) for c in completions]", "(float(len(c)) for c in completions)", "numpy.array([2, 4, 6])",
+    "torch.tensor([2.0, 4, 6], dtype=torch.bfloat16, requires_grad=True)", "torch.tensor([[2], [4], [6]])",
+    "[fractions.Fraction(2), decimal.Decimal(4), numpy.float16(6)]"))
+def test_everything_that_holds_numbers_is_taken(tmp_path, returns):
+    file = reward_file(tmp_path, "import decimal, fractions, numpy, torch\n"
+                                 f"def reward(prompts, completions, **columns):\n    return {returns}\n")
+    assert score(tmp_path, [ROWS[1]], f"{file}:reward")[0]["ref_rewards"] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("concurrency", (0, 3))
+def test_a_function_may_change_what_it_is_given(tmp_path, concurrency):
+    """It gets copies: neither other completions nor the written rows have its changes."""
+    file = reward_file(tmp_path, """
+def reward(prompts, completions, words, **columns):
+    for messages, completion, mine in zip(prompts, completions, words):
+        messages += completion
+        completion[0]["content"] = "mine"
+        mine.pop()
+        columns["nested"][0]["a"].append(1)
+    return [len(messages) + 10 * len(mine) for messages, mine in zip(prompts, words)]
+""")
+    answer = [{"role": "assistant", "content": "yes"}]
+    row = {"prompt": [{"role": "user", "content": "hi"}], "words": ["a", "b"], "nested": {"a": []},
+           "ref_completions": [{"text": "a"}, {"text": "b"}], "chosen": answer, "rejected": answer}
+    done = score(tmp_path, [row], f"{file}:reward", f"--concurrency={concurrency}")[0]
+    assert done["ref_rewards"] == [12, 12] and done["chosen_reward"] == done["rejected_reward"] == 12
+    assert {name: done[name] for name in row} == row
+
+
+def test_a_function_gets_what_trls_trainers_give_it(tmp_path):
+    file = reward_file(tmp_path, """
+def reward(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns):
+    log_extra("extra", list(columns["extra"]))
+    log_metric("mean", 1.0)
+    assert trainer_state is None and all(c[0]["role"] == "assistant" for c in completions)
+    return [len(ids) for ids in completion_ids]
+""")
+    row = {"prompt": [{"role": "user", "content": "hi"}], "extra": 1, "trainer_state": "a column",
+           "ref_completions": [{"text": "a", "token_ids": [5] * n} for n in (3, 1)]}
+    assert score(tmp_path, [row], f"{file}:reward")[0]["ref_rewards"] == [3, 1]
+
+
+def test_async_functions_of_all_rows_share_one_event_loop(tmp_path):
+    """A client keeps connections, and these belong to the loop in which they were opened."""
+    file = reward_file(tmp_path, """
+import asyncio
+opened = []
+async def reward(prompts, completions, **columns):
+    if not opened:
+        opened.extend([asyncio.get_running_loop(), asyncio.get_running_loop().create_future()])
+        opened[1].set_result(1.0)
+    return [await opened[1] + (opened[0] is not asyncio.get_running_loop()) for _ in completions]
+""")
+    assert all(row["ref_rewards"] == [1, 1, 1] for row in score(tmp_path, ROWS, f"{file}:reward"))
+
+
+# ---- what a reward's file imports and starts ----
+
+POOLS = {
+    "fork": "multiprocessing.get_context('fork').Pool(2)",
+    "spawn": "multiprocessing.get_context('spawn').Pool(2)",
+    "forkserver": "ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('forkserver'))"}
+
+
+@pytest.mark.parametrize("method", POOLS)
+def test_a_function_may_use_processes(tmp_path, method):
+    """Workers find its module under its own name, and do not start score.py again."""
+    file = reward_file(tmp_path, f"""
+import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+def work(text):
+    return 100 * ("torch" in sys.modules and {method != "fork"}) + len(text)
+def reward(prompts, completions, **columns):
+    with {POOLS[method]} as pool:
+        return list(pool.map(work, completions))
+""", "graders.py")
+    for row in score(tmp_path, ROWS[:3], f"{file}:reward"):
+        assert row["ref_rewards"] == [len(c["text"]) for c in row["ref_completions"]]
+
+
+def test_a_fork_ends_by_a_signal_at_any_moment(tmp_path):
+    """As multiprocessing's Pool ends its workers: they do not inherit what score.py does at a signal."""
+    file = reward_file(tmp_path, """
+import multiprocessing, time
+def reward(prompts, completions, **columns):
+    codes = []
+    for _ in completions:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(10)
+        codes.append(child.exitcode)
+    return codes
+""")
+    assert all(row["ref_rewards"] == [-signal.SIGTERM] * 3 for row in score(tmp_path, ROWS, f"{file}:reward"))
+
+
+def test_a_signal_during_a_function_ends_the_run_with_75(tmp_path):
+    file = reward_file(tmp_path, """
+import os, signal
+def reward(prompts, completions, extra, **columns):
+    if extra[0] == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [1.0 for _ in completions]
+""")
+    with pytest.raises(SystemExit) as end:
+        score(tmp_path, ROWS, f"{file}:reward")
+    assert end.value.code == 75 and len(read_rows(tmp_path / "out")) == 3
+
+
+def test_the_names_of_this_project_are_free_for_a_reward(tmp_path, monkeypatch):
+    """For modules beside it, also in a package and when it is called, and for installed ones."""
+    installed = tmp_path / "site"
+    (installed / "evaluate").mkdir(parents=True)
+    (installed / "evaluate" / "__init__.py").write_text("VALUE = 1\n")
+    (tmp_path / "sandbox").mkdir()
+    (tmp_path / "sandbox" / "__init__.py").touch()
+    (tmp_path / "sandbox" / "part.py").write_text("VALUE = 2\n")
+    for i, name in enumerate(("model", "rows", "scoring", "train")):
+        (tmp_path / f"{name}.py").write_text(f"VALUE = {10 ** (i + 1)}\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
+    file = reward_file(tmp_path, """
+import evaluate, model, train
+from sandbox.part import VALUE
+def reward(prompts, completions, **columns):
+    import rows, scoring
+    return [evaluate.VALUE + VALUE + sum(m.VALUE for m in (model, rows, scoring, train))] * len(completions)
+""")
+    assert all(row["ref_rewards"] == [11113] * 3 for row in score(tmp_path, ROWS, f"{file}:reward"))
+
+
+def test_a_file_with_the_name_of_a_module_in_use_is_refused(tmp_path, capsys):
+    for name in ("json.py", "time.py", "torch.py"):
+        refused(capsys, ["give the file another name"], "score.py",
+                *flags(tmp_path, ROWS, f"{reward_file(tmp_path, LENGTH, name)}:length"))
+
+
+def test_a_name_of_a_reward_means_what_its_entry_says_or_is_an_error(monkeypatch, capsys):
+    import score as module
+    kinds = {"short": "short", "judge:URL": "judge"}
+    monkeypatch.setattr(module, "REWARDS", module.REWARDS | kinds)
+    assert module.kind_of("short") == "short" and module.kind_of("judge:http://a:1") == "judge"
+    assert module.kind_of("a:b/rewards.py:exact") is module.REWARDS["FILE.py:NAME"]
+    for wrong in ("shrt", "short:", "short:x", "judge", "judge:", "tests:x", "tests.py", "model", "model:",
+                  "rewards:exact", ""):
+        says = f"--reward={wrong}: must be tests, FILE.py:NAME, model:PATH, short or judge:URL"
+        one_line_of_error(capsys, [says], lambda: module.kind_of(wrong))
 
 
 # ---- tests ----
@@ -99,14 +275,84 @@ def reward_model(tmp_path_factory):
     return folder
 
 
-def test_a_reward_model_gives_its_logit_at_the_last_token(reward_model, tmp_path):
-    reward = score(tmp_path, ROWS, f"model:{reward_model}")[0]["ref_rewards"][2]
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_model)
+@pytest.mark.parametrize("pad", (None, "<eos>", "<bos>"))
+@pytest.mark.parametrize("size", (1, 100_000))
+def test_a_reward_model_gives_what_its_own_forward_gives_for_one_sequence(reward_model, tmp_path, pad, size):
+    """Which does not read the last token where that is the pad token, as after TRL's RewardTrainer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(reward_model)
-    text = "[user]p0<eos>[assistant]abab<eos>"
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    by_hand = model.score(model.model(ids).last_hidden_state[0, -1]).item()
-    assert abs(reward - by_hand) < 1e-5
+    folder = shutil.copytree(reward_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["pad_token_id"] = pad and tokenizer.convert_tokens_to_ids(pad)
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = score(tmp_path, ROWS[:3], f"model:{folder}", f"--batch_tokens={size}")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    for row in rows:
+        for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):
+            text = f"[user]{row['prompt']}<eos>[assistant]{completion['text']}<eos>"
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            assert reward == pytest.approx(model(ids).logits.item(), abs=1e-5)
+
+
+def test_a_reward_model_in_bfloat16_is_causal_and_its_scores_do_not_tie(tmp_path):
+    """Its head is computed in float32: alone, it gives tens of numbers to hundreds of completions."""
+    import score as module
+    tokenizer = make_tokenizer()
+    torch.manual_seed(1)
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=12, num_attention_heads=2,
+        num_labels=1, initializer_range=1.0))
+    model.score.weight.data *= 0.01
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    args = module.arguments([f"--reward=model:{tmp_path}", "--data=", "--out=", "--dtype=bfloat16"])
+    scorer = module.RewardModel(args)
+    assert scorer.causal
+    texts = [f"{i} is a number" for i in range(200)]
+    (_, rewards), = scorer([({"prompt": "p", "__at__": "1"}, texts)])
+    assert len(set(rewards)) == 200
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    hidden = model.model(tokenizer("p" + texts[7], return_tensors="pt").input_ids).last_hidden_state[0, -1]
+    by_hand = (hidden.float() @ model.score.weight[0].float()).item()
+    assert rewards[7] == pytest.approx(by_hand, abs=0.05 * torch.tensor(rewards).std().item())
+
+
+PAIRS = {
+    "bert": ({"type_vocab_size": 2}, "[CLS] $A [SEP] $B:1 [SEP]:1"),
+    "deberta-v2": ({"type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+                   "[CLS] $A [SEP] $B:1 [SEP]:1"),
+    "roberta": ({"type_vocab_size": 1, "pad_token_id": 1}, "[CLS] $A [SEP] [SEP] $B [SEP]"),
+    "electra": ({"embedding_size": 16}, "[CLS] $A [SEP] $B:1 [SEP]:1")}
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_an_encoder_without_a_chat_template_reads_a_pair_of_texts(tmp_path, family):
+    more, form = PAIRS[family]
+    tokenizer = make_tokenizer(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair=form,
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")])
+    torch.manual_seed(1)
+    config = transformers.CONFIG_MAPPING[family](
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_labels=1, initializer_range=0.3, **({"pad_token_id": tokenizer.pad_token_id} | more))
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = score(tmp_path, ROWS[:3], f"model:{tmp_path / 'model'}")
+    for row in rows:
+        for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):
+            inputs = tokenizer(row["prompt"], completion["text"], return_tensors="pt")
+            assert reward == pytest.approx(model(**inputs).logits.item(), abs=1e-5)
+
+
+def test_a_chat_that_a_reward_model_refuses_is_one_line_with_its_row(reward_model, tmp_path, capsys):
+    folder = shutil.copytree(reward_model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}")
+    chats = [[{"role": role, "content": "hi"}] for role in ("user", "system")]
+    table = [{"prompt": chat + chats[0], "completion": "c"} for chat in chats]
+    refused(capsys, ["in.jsonl:2", "no system role"], "score.py", *flags(tmp_path, table, f"model:{folder}"))
 
 
 @pytest.mark.parametrize("causal", (True, False))
@@ -225,6 +471,58 @@ def test_rewards_that_a_data_set_came_with_are_kept(tmp_path):
     row = {**ROWS[1], "chosen": "xxxx", "chosen_reward": 17}
     rows = score(tmp_path, [row], f"{file}:length")
     assert rows[0]["chosen_reward"] == 17 and rows[0]["ref_rewards"] == [2, 4, 6]
+
+
+def test_only_nulls_of_this_reward_are_asked_for_again(tmp_path):
+    """Where its own output is --data. Nulls that the data came with are another scorer's, and stay."""
+    file = reward_file(tmp_path, f"""
+import os
+def reward(prompts, completions, **columns):
+    with open({str(tmp_path / "calls")!r}, "a") as calls:
+        print(*completions, sep=chr(10), file=calls)
+    works = os.path.exists({str(tmp_path / "works")!r})
+    return [len(c) if works or len(c) != 4 else None for c in completions]
+""")
+    table = [{**row, "chosen": "abcd", "rejected": "x"} for row in ROWS]
+    table[5] |= {"ref_rewards": [None, 1.0, None]}
+    first = score(tmp_path, table, f"{file}:reward")
+    (tmp_path / "works").touch()
+    (tmp_path / "calls").unlink()
+    call("score.py", f"--data={tmp_path / 'out'}", f"--out={tmp_path / 'again'}", f"--reward={file}:reward")
+    again = sorted(read_rows(tmp_path / "again"), key=lambda row: row["id"])
+    assert [row["ref_rewards"] for row in first[:3]] == [[0, 2, None], [2, None, 6], [None, 6, 8]]
+    assert [row["ref_rewards"] for row in again[:3]] == [[0, 2, 4], [2, 4, 6], [4, 6, 8]]
+    assert {row["chosen_reward"] for row in first} == {None}
+    assert {row["chosen_reward"] for row in again} == {4}
+    assert again[5]["ref_rewards"] == [None, 1, None]
+    assert (tmp_path / "calls").read_text().split() == ["abab", "abcd"] * 3 + ["abcd"] * 4
+
+
+def test_a_function_that_gives_only_nulls_ends_the_run(tmp_path, capsys):
+    file = reward_file(tmp_path, "def reward(prompts, completions, **columns):\n"
+                                 "    return [None] * len(completions)\n")
+    command = flags(tmp_path, ROWS * 2, f"{file}:reward")
+    refused(capsys, ["the last 10 rows got no reward (all null)", "--accept_null"], "score.py", *command)
+    assert read_rows(tmp_path / "out") == []
+    call("score.py", *command, "--accept_null")
+    assert [row["ref_rewards"] for row in read_rows(tmp_path / "out")] == [[None] * 3] * 14
+
+
+def test_the_last_line_says_what_was_made_and_what_is_odd_about_it(tmp_path, capsys):
+    """The first row's two known references tie; the second row's three and its sample do not; and the third
+    row's only reference has no others.
+    """
+    file = reward_file(tmp_path, "def reward(prompts, completions, **columns):\n"
+                                 "    return [{'n': None}.get(c, len(c)) for c in completions]\n")
+    table = []
+    for texts in (["a", "b", "n"], ["aa", "aa", "aaa"], ["a"]):
+        cut = [{"text": text, "finish_reason": "length"} for text in texts]
+        table.append({"prompt": "p", "ref_completions": cut, "samples": [{"text": "n"}]})
+    table[1]["samples"] = [{"text": "aa", "finish_reason": "stop"}]
+    score(tmp_path, table, f"{file}:reward")
+    assert capsys.readouterr().out.strip().endswith(
+        "3 rows, 7 rewards, mean 1.7143; 3 null; 7 completions ran out of tokens; 33% of the rewards tie "
+        "with all of their references'")
 
 
 # ---- processes and kills ----

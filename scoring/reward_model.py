@@ -1,0 +1,167 @@
+"""A reward model as the reward of score.py: a sequence classifier with a `.score` output or one logit.
+
+    python score.py --data=out/refs --out=out/rewarded --reward=model:PATH
+"""
+import itertools
+import math
+
+import torch
+import transformers
+
+import rows
+from model import (context_length, get_device, get_dtype, keep_freed_memory, load_tokenizer, load_weights,
+                   model_fingerprint, render)
+from scoring.function import as_messages, load_function, text_of
+
+GROUP = 64  # batches whose completions are sorted by length together; a kill loses as many
+
+
+def model_settings(args):
+    path = args.reward.removeprefix("model:")
+    return {"reward": args.reward, "files": model_fingerprint(path), "max_length": args.max_length,
+            "dtype": args.dtype, "model_class": args.model_class}
+
+
+class RewardModel:
+    """A sequence classifier over the chat of prompt and completion. At every batch size it gives what the
+    model's own forward gives for one sequence: where its pad token is its end token, as TRL's RewardTrainer
+    saves it, the score at the last token that is not the end token.
+    """
+
+    def __init__(self, args):
+        self.device, self.path = get_device(), args.reward.removeprefix("model:")
+        keep_freed_memory(self.device)
+        self.tokenizer = load_tokenizer(self.path, args.trust_remote_code)
+        kind = transformers.AutoModelForSequenceClassification
+        if args.model_class:
+            kind, _ = load_function(args.model_class)
+        dtype = get_dtype(args.dtype, self.device)
+        model = load_weights(kind, self.path, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        self.model = float32_head(model).to(self.device).eval()
+        self.limit = min(args.max_length, context_length(model))
+        for name, module in model.named_modules():
+            # RoBERTa's positions begin after this index
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+                self.limit = min(self.limit, module.num_embeddings - module.padding_idx - 1)
+        self.budget = args.batch_tokens or (16384 if self.device.type == "cuda" else 1024)
+        self.cut = 0  # completions whose end was not seen
+        self.config = model.config.get_text_config()
+        self.config.use_cache = False
+        self.pad = self.config.pad_token_id  # the model's forward looks for the last token that is not it
+        self.causal = self.is_causal()
+        self.pairs = not (self.causal or self.tokenizer.chat_template or self.tokenizer.sep_token is None)
+        if self.pairs:
+            print(f"{self.path}: an encoder without a chat template; reads prompt and completion as a pair")
+
+    def tokens(self, row, completion):
+        """What the model reads, cut at the end: a list of (token id, 1 in the second of two texts); None if
+        nothing of the completion is in it.
+        """
+        prompt, texts, special = row["prompt"], [text_of(completion)], True
+        if self.tokenizer.chat_template:
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            try:
+                prompt = render(self.tokenizer, chat, add_generation_prompt=True)
+                texts, special = [render(self.tokenizer, chat + as_messages(completion))], False
+            except Exception as error:  # whatever a template raises
+                rows.fail(f"{row['__at__']}: the chat template of {self.path} refuses the row ({error})")
+        elif not isinstance(prompt, str):
+            rows.fail(f"{row['__at__']}: its prompt is a chat, and the tokenizer of {self.path} has no chat "
+                      "template")
+        elif self.pairs:
+            texts = [prompt, *texts]
+        else:
+            texts = [prompt + texts[0]]
+        found = self.tokenizer(*texts, add_special_tokens=special)
+        tokens = list(zip(found["input_ids"], found.get("token_type_ids", itertools.repeat(0))))
+        if len(tokens) > self.limit:
+            self.cut += 1
+            if len(self.tokenizer(prompt, add_special_tokens=False).input_ids) >= self.limit:
+                return None
+        return tokens[:self.limit]
+
+    @torch.no_grad()
+    def is_causal(self):
+        """Whether tokens look at earlier ones only, so that padding on the right needs no mask: attention
+        without one takes half the time.
+        """
+        ids = torch.arange(16, device=self.device)
+        changed = torch.cat([ids[:8], ids[8:] + 8])  # of the same shape, so rounding is the same in any dtype
+        try:
+            before, after = (
+                self.model(input_ids=part[None], output_hidden_states=True).hidden_states[-1][0, :8]
+                for part in (ids, changed))
+        except Exception:  # such a model may return whatever it likes
+            return False
+        return bool((before - after).abs().median() < 0.01 * before.std())
+
+    @torch.no_grad()
+    def scores(self, batch):
+        """One float for each list of `tokens` in the batch; None where the model gives NaN."""
+        pad = self.pad
+        if pad is None:  # one sequence is read to its end
+            used = {i for tokens in batch for i, _ in tokens}
+            pad = next(i for i in itertools.count() if i not in used)
+            self.config.pad_token_id = self.model.config.pad_token_id = pad
+        width = max(map(len, batch))
+        padded = [tokens + [(pad, 0)] * (width - len(tokens)) for tokens in batch]
+        ids, types = torch.tensor(padded).unbind(2)  # (batch, time)
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": None}
+        if not self.causal:
+            lengths = torch.tensor([len(tokens) for tokens in batch])
+            inputs["attention_mask"] = (torch.arange(width) < lengths[:, None]).long().to(self.device)
+        if types.any():
+            inputs["token_type_ids"] = types.to(self.device)
+        output = self.model(**inputs)
+        score = getattr(output, "score", None)
+        if score is None:
+            score = output.logits
+        if score.numel() != len(batch):
+            rows.fail(f"{self.path}: gives {score.numel() // len(batch)} numbers per completion; a reward "
+                      "model gives one")
+        return [None if math.isnan(value) else value for value in score.float().flatten().tolist()]
+
+    def score_all(self, sequences):
+        """Scores of many lists of tokens, in batches of similar length."""
+        scores = [None] * len(sequences)
+        known = [i for i, tokens in enumerate(sequences) if tokens]
+        # the longest first: if memory runs out, then at once
+        order = sorted(known, key=lambda i: -len(sequences[i]))
+        while order:
+            size = max(1, self.budget // max(1, len(sequences[order[0]])))
+            if self.config.is_encoder_decoder:  # it looks for end tokens, and padding may be such
+                size = 1
+            batch, order = order[:size], order[size:]
+            for i, score in zip(batch, self.scores([sequences[i] for i in batch])):
+                scores[i] = score
+        return scores
+
+    def __call__(self, todo):
+        """Yield (row, rewards) of an iterable of (row, completions)."""
+        group, sequences = [], []
+        for row, completions in itertools.chain(todo, [(None, [])]):
+            if row is None or sum(len(tokens or ()) for tokens in sequences) >= GROUP * self.budget:
+                scores = iter(self.score_all(sequences))
+                for scored, n in group:
+                    yield scored, list(itertools.islice(scores, n))
+                group, sequences = [], []
+            group.append((row, len(completions)))
+            sequences += [self.tokens(row, completion) for completion in completions]
+        if self.cut:
+            print(f"the ends of {self.cut} completions were not seen, beyond {self.limit} tokens")
+
+
+def float32_head(model):
+    """A model that computes in float32 what follows its base model: scores of 8 bits tie with each other."""
+    base = model.base_model
+    inside = set(base.parameters())
+    for parameter in model.parameters():
+        if parameter not in inside:
+            parameter.data = parameter.data.float()
+
+    def to_float32(module, inputs, output):
+        for name, value in output.items():
+            if torch.is_tensor(value):
+                output[name] = value.float()
+    base.register_forward_hook(to_float32)
+    return model
