@@ -109,7 +109,7 @@ def test_seed_0_gives_the_rows_that_published_figures_were_made_with(module):
 
 
 def test_bad_flags_are_named(tmp_path):
-    cases = {"--width=40": "multiple of 32", "--vocab_size=700": "259 to 600", "--step=3": "--steps"}
+    cases = {"--width=40": "multiple of 32", "--vocab_size=700": "259 to 600", "--step=3": "--step=3"}
     for flag, said in cases.items():
         command = [sys.executable, SCRIPT, f"--out={tmp_path}", flag]
         run = subprocess.run(command, capture_output=True, text=True)
