@@ -9,7 +9,9 @@ shows no sign of life is ended, and its program given to another.
 import collections
 import contextlib
 import functools
+import glob
 import hashlib
+import importlib.util
 import json
 import os
 import select
@@ -18,12 +20,11 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 
 from . import formats
 from .formats import BLOCKS, first_block
-from .runtimes import ENVIRONMENT, IMAGE, PACKAGES, RUNTIMES, command
+from .runtimes import ENVIRONMENT, IMAGE, PACKAGES, RUNTIMES, command, remedy
 
 FLAGS = {  # name: (default, what it means); the limits travel to the workers
     "test_cpu": (15.0, "CPU seconds a program may use for one test (its import counts to the first)"),
@@ -52,10 +53,11 @@ class Worker:
 
     def __init__(self, command):
         bare = os.path.basename(command[0]) == "podman"  # this needs the user's own environment
-        self.log = tempfile.TemporaryFile()
+        self.log = open(os.memfd_create("log"), "w+b")
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, bufsize=0,
             start_new_session=True, env=None if bare else ENVIRONMENT)
+        self.folders = json.loads(command[-1])["folders"]
         self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
@@ -106,6 +108,8 @@ class Worker:
         self.process.stdin.close()
         self.process.stdout.close()
         self.log.close()
+        for folder in glob.glob(f"{self.folders}/sandbox-{self.process.pid}-*") if self.folders else ():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def stop(workers):
@@ -264,40 +268,50 @@ def ready_workers(busy):
 
 # ---- what a user calls ----
 
+# A program that shows that it is alone, and can import what programs import, in the place in which they run
+PROBE = """
+import os, socket
+def probe(right):
+    forbidden = [os.fork, socket.socket, lambda: os.execv("/", ["x"]), lambda: open(HOST),
+                 lambda: open(HOST + ".new", "w"), lambda: os.listdir(os.path.dirname(HOST)),
+                 lambda: open("/proc/self/status"), lambda: os.environ["PATH"]]
+    for what in forbidden:
+        try:
+            what()
+            return "not isolated"
+        except (OSError, KeyError):
+            pass
+    import asyncio, csv, email.parser, encodings.idna, unittest.mock, uuid, xml.etree.ElementTree, zoneinfo
+    for name in PACKAGES:
+        __import__(name)
+    with open("x", "w") as file:
+        file.write("x")
+    return right
+"""
+PROBE_ROW = {"id": 0, "fenced": False, "entry_point": "probe",
+             "test": "def check(candidate):\n assert candidate(1) == 1\n assert candidate(2) == 3"}
+
+
 @functools.lru_cache(maxsize=None)
 def choose(runtime, image, packages):
     """The first runtime that isolates and judges rightly; said once on stderr. RuntimeError if none
     does."""
-    trial = f"HOST = {os.path.realpath(__file__)!r}" + """
-import os, socket
-def probe(right):
-    if os.path.exists("/proc/self") or os.path.exists(HOST) or os.environ.get("PATH"):
-        return "not isolated"
-    for forbidden in (os.fork, socket.socket, lambda: open("/box/new", "w"), lambda: os.execv("/", ["x"])):
-        try:
-            forbidden()
-            return "not isolated"
-        except OSError:
-            pass
-    return right
-"""
-    row = {"id": 0, "completion": trial, "fenced": False, "entry_point": "probe",
-           "test": "def check(candidate):\n assert candidate(1) == 1\n assert candidate(2) == 3"}
+    names = [name for name in packages.split(",") if name and importlib.util.find_spec(name)]
+    program = f"HOST = {os.path.realpath(__file__)!r}\nPACKAGES = {names}\n" + PROBE
     reasons = []
     for name in [runtime] if runtime != "auto" else RUNTIMES:
-        if not shutil.which(name):
-            reasons.append(f"{name} is not installed")
+        if name == "podman" and not shutil.which(name):
+            reasons.append("podman is not installed")
             continue
+        row = PROBE_ROW | {"completion": program}
         verdict, = run(Jobs([row], "answer"), command(name, image, packages, LIMITS), 1, LIMITS)
         if (verdict["passed"], verdict["total"]) == (1, 2):
-            print(f"sandbox: {name}", file=sys.stderr)
+            weaker = f" ({'; '.join(reasons)}), whose promises are weaker: see sandbox/README.md"
+            print(f"sandbox: {name}{weaker if name == 'landlock' and reasons else ''}", file=sys.stderr)
             return name
         reasons.append(f"{name}: {verdict['detail']}")
-    raise RuntimeError(
-        f"no sandbox works here: {'; '.join(reasons)}. Install bubblewrap (apt install bubblewrap, or "
-        "dnf) and see that user namespaces are allowed (sysctl user.max_user_namespaces), or run "
-        "programs that you trust with --unsafe"
-    )
+    raise RuntimeError(f"no sandbox works here: {'; '.join(reasons)}. What may help: {remedy()}; or run "
+                       "programs that you trust with --unsafe")
 
 
 def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, unsafe=False, block="answer",
@@ -317,7 +331,7 @@ def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, u
             raise RuntimeError(f"--{name} must be above 0")
     if block not in BLOCKS:
         raise RuntimeError(f"--block must be one of {', '.join(BLOCKS)}")
-    worker_command = command(None if unsafe else choose(runtime, image, packages), image, packages, limits)
+    worker_command = command("none" if unsafe else choose(runtime, image, packages), image, packages, limits)
     yield from run(Jobs(programs, block), worker_command, workers or cores(), limits)
 
 

@@ -1,15 +1,15 @@
 """How a worker is started: the command line of each runtime, and what of the host it shows.
 
-    python -c 'from sandbox import runtimes; print(runtimes.command("unshare", "", "numpy", {}))'
+    python -c 'from sandbox import runtimes; print(runtimes.command("namespaces", "", "numpy", {}))'
 """
 import importlib.util
 import json
 import os
 import sys
-from pathlib import Path
+import tempfile
 
 IMAGE, PACKAGES = "python:3.11-slim", "sortedcontainers"
-RUNTIMES = ("bwrap", "podman", "unshare")
+RUNTIMES = ("namespaces", "podman", "landlock")  # in the order in which they are tried
 # All that a worker has: the order of sets is the same in each, and no clone has to look up C functions anew.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1",
                "OPENBLAS_NUM_THREADS": "1"}
@@ -31,6 +31,8 @@ def extras(packages):
     pairs = [(f"{HERE}/inside", "/box/inside")]
     for name in filter(None, packages.split(",")):
         spec = importlib.util.find_spec(name)
+        if not spec and packages != PACKAGES:
+            raise RuntimeError(f"--packages={packages}: no package {name!r} is installed for {sys.executable}")
         if spec and spec.origin:
             path = os.path.dirname(spec.origin) if spec.submodule_search_locations else spec.origin
             found = [path, f"{os.path.dirname(path)}/{name}.libs"]  # a wheel's shared libraries
@@ -39,41 +41,45 @@ def extras(packages):
 
 
 def command(runtime, image, packages, limits):
-    """The command line of a worker in a container of that runtime (None: in no container)."""
-    options = {"limits": limits, "isolated": runtime is not None, "root": [], "path": ["/box"],
-               "warm": [name for name in packages.split(",") if name]}
-    root = os.geteuid() == 0
-    own = [os.path.realpath(sys.executable), "-S", "-s", "-B", "/box/inside"]
-    if runtime is None:
-        own[-1] = f"{HERE}/inside"
-        options["path"] = [os.path.dirname(path) for path, _ in extras(packages)[1:]]
-        start = []
-    elif runtime == "bwrap":
-        start = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
-                 "--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent", "--new-session",
-                 "--cap-drop", "ALL"]
-        # Real root needs no user namespace here; it becomes nobody inside, once Python runs.
-        start += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user"]
-        parents = {str(parent) for _, inside in visible(packages) for parent in Path(inside).parents}
-        for parent in sorted(parents - {inside for _, inside in visible(packages)} - {"/"}):
-            start += ["--perms", "0755", "--dir", parent]  # else they would be root's alone
-        for path, inside in visible(packages):
-            start += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, inside]
-        start += ["--proc", "/proc", "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]
-    elif runtime == "unshare":
-        start = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts",
-                 "--mount-proc"]
-        start += [] if root else ["--user", "--map-root-user"]
-        options["root"] = visible(packages)
-        own[-1] = f"{HERE}/inside"
-    else:
-        own[0] = "python3"
-        start = ["podman", "run", "--rm", "--interactive", "--network=none", "--read-only", "--cap-drop=ALL",
-                 f"--user={NOBODY}:{NOBODY}", "--security-opt=no-new-privileges",
+    """The command line of a worker with that runtime; "none": no isolation."""
+    options = {"limits": limits, "walls": "namespaces" if runtime == "podman" else runtime, "visible": [],
+               "path": ["/box"], "warm": [name for name in packages.split(",") if name],
+               "folders": tempfile.gettempdir() if runtime == "landlock" else ""}
+    own = [os.path.realpath(sys.executable), "-S", "-s", "-B", f"{HERE}/inside"]
+    start = []
+    if runtime == "podman":
+        own = ["python3", *own[1:4], "/box/inside"]
+        start = ["podman", "run", "--rm", "--interactive", "--pull=never", "--network=none", "--read-only",
+                 "--cap-drop=ALL", f"--user={NOBODY}:{NOBODY}", "--security-opt=no-new-privileges",
                  "--security-opt=seccomp=unconfined",
                  "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096", "--http-proxy=false"]
         start += [f"--env={name}={value}" for name, value in ENVIRONMENT.items()]
         start += [f"--volume={path}:{inside}:ro" for path, inside in extras(packages)]
         start += ["--rootfs"] * os.path.isdir(image)  # a root file system, unpacked
         start += [image]
+    else:
+        options["visible"] = visible(packages)
+        if runtime != "namespaces":  # packages are where the host has them
+            options["path"] = [os.path.dirname(path) for path, _ in extras(packages)[1:]]
     return start + own + [json.dumps(options)]
+
+
+def remedy():
+    """What would give this machine namespaces, or Landlock, in words."""
+    def setting(name):
+        try:
+            with open(f"/proc/sys/{name}") as file:
+                return file.read().strip()
+        except OSError:
+            return None
+    marks = os.path.exists("/.dockerenv"), os.path.exists("/run/.containerenv")
+    if any(marks) or "KUBERNETES_SERVICE_HOST" in os.environ:
+        return ("start the container with --security-opt seccomp=unconfined --security-opt systempaths="
+                "unconfined (Kubernetes: seccompProfile Unconfined, procMount Unmasked)")
+    if setting("user/max_user_namespaces") == "0":
+        return "sudo sysctl user.max_user_namespaces=10000"
+    if setting("kernel/apparmor_restrict_unprivileged_userns") == "1":
+        return "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0, or a profile with `userns,`"
+    if setting("kernel/unprivileged_userns_clone") == "0":
+        return "sudo sysctl kernel.unprivileged_userns_clone=1"
+    return "a kernel of 5.13 or newer that was started with Landlock (lsm=landlock,...)"

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from test_sandbox import ASKED, NODES, RUNTIME, SHORT, in_call, at_import, probe, row, verdicts, works
+from test_sandbox import ASKED, NAMED, NODES, RUNTIME, SHORT, in_call, at_import, probe, row, verdicts, works
 
 import sandbox
 from sandbox.inside import worker
@@ -132,19 +132,21 @@ def test_no_locks_and_no_notes_on_shared_files():
     attempts = ["fcntl.flock(file, fcntl.LOCK_SH) or 1", "fcntl.lockf(file, fcntl.LOCK_SH) or 1",
                 "fcntl.fcntl(folder, fcntl.F_NOTIFY, 1) or 1", "fcntl.fcntl(file, fcntl.F_SETLEASE, 0) or 1",
                 "fcntl.fcntl(file, 1036, b'\\0' * 8) or 1"]
-    program = probe(attempts, "import fcntl\nfile = open(os.__file__)\nfolder = os.open('/', os.O_RDONLY)\n")
+    program = probe(attempts, "import fcntl\nfile = open(os.__file__)\nfolder = os.open('.', os.O_RDONLY)\n")
     assert verdicts([row(1, program, "def check(candidate):\n assert candidate(0) == []")])[1]["verdict"] == "pass"
 
 
 @pytest.mark.parametrize("mark", [
-    "open('/tmp/a', 'w').write('x')", "os.mkdir('/tmp/d')", "os.symlink('/', '/tmp/s')", "os.chmod('/tmp', 0o700)",
-    "open('/tmp/a', 'w').close(); os.remove('/tmp/a')", "os.utime('/tmp', (5, 5))", "os.mkfifo('/tmp/f')",
-    "open('/tmp/a', 'wb').write(bytes(15 << 20))", "[os.mkdir(f'/tmp/{n}') for n in range(900)]",
-    "os.chmod('/tmp', 0)"])
-def test_tmp_is_new_for_each_program(mark):
-    finds = in_call("s = os.stat('/tmp')\nreturn [os.listdir('/tmp'), s.st_mode & 0o777, "
-                    "time.time() - s.st_mtime < 100, os.statvfs('/tmp').f_bavail * 4096 >> 20]")
-    test = "def check(candidate):\n assert candidate(0) == [[], 0o777, True, 16]"
+    "open('a', 'w').write('x')", "os.mkdir('d')", "os.symlink('/', 's')", "os.chmod('.', 0o700)",
+    "open('a', 'w').close(); os.remove('a')", "os.utime('.', (5, 5))", "os.mkfifo('f')",
+    "open('a', 'wb').write(bytes(15 << 20))", "[os.mkdir(f'{n}') for n in range(900)]", "os.chmod('.', 0)",
+    "[(os.mkdir('d'), os.chdir('d')) for n in range(700)]", "os.mkdir('d'); open('d/x', 'w'); os.mkdir('e', 0)"])
+def test_the_folder_is_new_for_each_program(mark):
+    """A program's folder is /tmp, or under Landlock one of its own, whose size nothing limits."""
+    finds = in_call("s = os.stat('.')\nfree = os.statvfs('.').f_bavail * 4096 >> 20\n"
+                    "return [os.listdir('.'), time.time() - s.st_mtime < 100]"
+                    + " + [s.st_mode & 0o777, free]" * NAMED)
+    test = "def check(candidate):\n assert candidate(0) == [[], True" + ", 0o777, 16" * NAMED + "]"
     rows = [row(n, (at_import(mark) if n % 2 == 0 else finds) + f"# {n}", ASKED if n % 2 == 0 else test)
             for n in range(4)]
     assert [v["reward"] for _, v in sorted(verdicts(rows, workers=1).items())] == [0, 1] * 2

@@ -128,10 +128,11 @@ class Candidate(Channel):
 def script(codes):
     """A function that runs a whole program on a text, to its very end: what the program prints."""
     os._exit = sys.exit
+    folder = os.getcwd()
 
     def run(text):
         silence()  # the last run may have closed what it read
-        with open("/tmp/.in", "w+b") as stdin, open("/tmp/.out", "w+b") as stdout:
+        with open(f"{folder}/.in", "w+b") as stdin, open(f"{folder}/.out", "w+b") as stdout:
             stdin.write(text.encode("utf-8", "surrogateescape"))
             stdin.seek(0)
             os.dup2(stdin.fileno(), 0)
@@ -141,7 +142,7 @@ def script(codes):
             sys.__stdout__ = sys.stdout
             try:
                 space = module_space("__main__")
-                space["__file__"] = "/tmp/main.py"
+                space["__file__"] = f"{folder}/main.py"
                 for code in codes:
                     exec(code, space)
             except SystemExit as end:

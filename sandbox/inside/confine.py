@@ -1,6 +1,7 @@
-"""The walls around a clone: what it may see, call and use. Linux on x86_64 and aarch64.
+"""What every clone is held by, whatever the walls around it: limits, and a filter on system calls. Linux
+on x86_64 and aarch64. The walls are in namespaces.py and landlock.py; those of --unsafe are here.
 
-    python -c 'from sandbox.inside import confine; print(len(confine.call_filter()))'
+    python -c 'from sandbox.inside import confine; print(len(confine.call_filter(False)), "bytes")'
 """
 import contextlib
 import ctypes
@@ -14,9 +15,7 @@ import struct
 import sys
 import types
 
-NOBODY = 65534
 LIBC = ctypes.PyDLL(None, use_errno=True)  # PyDLL keeps the interpreter lock, which a clone must inherit held
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
 CLONE_THREAD, CLONE_FILES = 0x10000, 0x400
 # System calls that no program needs, as numbers: processes, other processes, mounts and namespaces,
 # sockets except for socketpair, messages that carry descriptors, memory that no limit counts
@@ -34,8 +33,16 @@ REFUSED = {
         60 170 112 171 266 161 162 116 92 58 42 18
         211 269 208 32 140 30 118 119 122 274 76 77 75""",
 }
-# Calls that succeed and do nothing: they would make the host write its disks, and nothing in /tmp needs them
+# Calls that succeed and do nothing: they would make the host write its disks, and no program needs them
 IDLE = {"x86_64": "26 74 75 162 277 306", "aarch64": "227 82 83 81 84 267"}  # msync, fsync, sync, syncfs, ...
+# What only matters where no pid namespace and no read-only mount is around: signals that carry data or go
+# to a thread, timers that send signals, owners, extended attributes, truncate() by path
+EXPOSED = {
+    "x86_64": "129 297 200 222 92 93 94 260 188 189 190 197 198 199 76",
+    "aarch64": "138 240 130 107 54 55 5 6 7 14 15 16 45",
+}
+# Nor may modes and times change there, but no copy should fail for it: chmod, utime and their kin do nothing
+EXPOSED_IDLE = {"x86_64": "90 91 268 132 235 261 280", "aarch64": "52 53 88"}
 # Calls of many meanings: (numbers on x86_64 and aarch64, position of the argument, the values that
 # it may have).
 LIMITED = {
@@ -59,23 +66,53 @@ def system(result, what):
     return result
 
 
-def call_filter():
-    """The seccomp program of a clone, ready for prctl(). Refused calls fail with EPERM, unknown
-    ones with ENOSYS."""
+LOAD, EQUAL, AT_LEAST, ANY_BIT, GIVE = 0x20, 0x15, 0x35, 0x45, 0x06  # instructions of a filter
+ALLOW, KILL, REFUSE, UNKNOWN, SUCCEED = ((GIVE, 0, 0, code) for code in (
+    0x7FFF0000, 0x80000000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 0x50000))
+OWN_PID = 0x7A5A5A5A  # stands in a filter for the pid of the clone that installs it
+
+
+def argument(position, half=0):
+    """The instruction that loads an argument of the call, or its upper half."""
+    return LOAD, 0, 0, 16 + 8 * position + 4 * half
+
+
+def rules_for_exposed():
+    """{number: code} of calls where no namespace is around: signals only to oneself, and none that looks
+    like the host's; no open() that truncates what it may only read (before Linux 6.2 Landlock lets it)."""
+    column, machine = MACHINES[platform.machine()][0], platform.machine()
+    rules = {int(number): [REFUSE] for number in EXPOSED[machine].split()}
+    rules |= {int(number): [SUCCEED] for number in EXPOSED_IDLE[machine].split()}
+    for numbers, position in (((62, 129), 1), ((234, 131), 2)):  # kill, tgkill: position of the signal
+        rules[numbers[column]] = [argument(0), (EQUAL, 0, 3, OWN_PID), argument(position),
+                                  (EQUAL, 1, 0, signal.SIGKILL), (EQUAL, 0, 1, signal.SIGSTOP), REFUSE, ALLOW]
+    for number, position in ((2, 1), (257, 2)) if column == 0 else ((56, 2),):  # open, openat: of the flags
+        rules[number] = [argument(position), (ANY_BIT, 0, 2, os.O_TRUNC), (ANY_BIT, 1, 0, os.O_ACCMODE),
+                         REFUSE, ALLOW]
+    return rules
+
+
+def call_filter(exposed):
+    """The seccomp program of a clone, ready for install(). Refused calls fail with EPERM, unknown ones
+    with ENOSYS. exposed: whether no namespace is around the clone."""
     column, machine, clone = MACHINES[platform.machine()]
-    load, equal, at_least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill, refuse, unknown = ((give, 0, 0, code) for code in (
-        0x7FFF0000, 0x80000000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS))
-    calls = {NEWER - 1: [allow]} | {number: [allow] for number in NEEDED}
-    calls |= {int(number): [refuse] for number in REFUSED[platform.machine()].split()}
-    calls |= {int(number): [(give, 0, 0, 0x50000)] for number in IDLE[platform.machine()].split()}
+    calls = {NEWER - 1: [ALLOW]} | {number: [ALLOW] for number in NEEDED}
+    calls |= {int(number): [REFUSE] for number in REFUSED[platform.machine()].split()}
+    calls |= {int(number): [SUCCEED] for number in IDLE[platform.machine()].split()}
     for numbers, position, values in LIMITED.values():
-        tests = [(equal, len(values) - n, 0, value) for n, value in enumerate(values)]
-        calls[numbers[column]] = [(load, 0, 0, 16 + 8 * position), *tests, refuse, allow]
-    calls[clone] = [(load, 0, 0, 16), (bits, 0, 1, CLONE_THREAD), (bits, 1, 0, CLONE_FILES), refuse, allow]
-    rules = {0: [allow]}  # each holds from its number up to the next
+        tests = [(EQUAL, len(values) - n, 0, value) for n, value in enumerate(values)]
+        calls[numbers[column]] = [argument(position), *tests, REFUSE, ALLOW]
+    calls[clone] = [argument(0), (ANY_BIT, 0, 1, CLONE_THREAD), (ANY_BIT, 1, 0, CLONE_FILES), REFUSE, ALLOW]
+    # RLIMIT_CPU stays what it is, in silence: at the hard limit the kernel ends a process as the host would
+    calls[(160, 164)[column]] = [argument(0), (EQUAL, 0, 1, 0), SUCCEED, ALLOW]  # setrlimit
+    calls[(302, 261)[column]] = [argument(0), (EQUAL, 0, 6, 0), argument(1), (EQUAL, 0, 5, 0),  # prlimit64
+                                 argument(2), (EQUAL, 0, 4, 0), argument(2, 1), (EQUAL, 1, 2, 0),
+                                 REFUSE, ALLOW, SUCCEED]
+    if exposed:
+        calls |= rules_for_exposed()
+    rules = {0: [ALLOW]}  # each holds from its number up to the next
     for number, code in sorted(calls.items()):
-        rules |= {number: code, number + 1: [unknown if number + 1 >= NEWER else allow]}
+        rules |= {number: code, number + 1: [UNKNOWN if number + 1 >= NEWER else ALLOW]}
 
     def search(rules):
         """By halves: the kernel tries a filter on every call there is when a clone installs it."""
@@ -83,35 +120,37 @@ def call_filter():
             return rules[0][1]
         low, high = rules[:len(rules) // 2], rules[len(rules) // 2:]
         code = search(low)
-        return [(at_least, len(code), 0, high[0][0]), *code, *search(high)]
+        return [(AT_LEAST, len(code), 0, high[0][0]), *code, *search(high)]
 
-    code = [(load, 0, 0, 4), (equal, 1, 0, machine), kill, (load, 0, 0, 0), *search(sorted(rules.items()))]
-    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer)))
-    program.buffer = buffer  # keeps it alive
-    return program
+    code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine), KILL, (LOAD, 0, 0, 0), *search(sorted(rules.items()))]
+    return bytearray(b"".join(struct.pack("HBBI", *line) for line in code))
 
 
-def clone(isolated, is_judge):
-    """fork(), into a new pid namespace, and a mount namespace for a judge. The interpreter must
-    have one thread only."""
-    if not isolated:
-        return os.fork()
-    flags = CLONE_NEWPID | CLONE_NEWNS * is_judge | signal.SIGCHLD
-    return system(LIBC.syscall(MACHINES[platform.machine()][2], flags, 0, 0, 0, 0), "clone")
+def install(filter_code):
+    """Hold this process by a filter from now on."""
+    own = filter_code.replace(struct.pack("I", OWN_PID), struct.pack("I", os.getpid()))
+    code = ctypes.create_string_buffer(bytes(own))
+    program = struct.pack("HxxxxxxP", len(filter_code) // 8, ctypes.addressof(code))
+    system(LIBC.prctl(22, 2, program, 0, 0), "seccomp")  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
-def set_limits(limits, isolated):
-    """Called once by the supervisor, for all clones. NPROC counts its user namespace: itself, two
-    clones, threads."""
+# ---- limits ----
+
+def set_limits(limits, isolated, alone):
+    """Called once by the supervisor, for all clones; where the hard limit is lower, that one counts. alone:
+    whether nothing else runs as this user (in its namespace): itself, two clones, threads."""
     values = {"AS": limits["memory"] << 20, "FSIZE": limits["disk"] << 20,
               "NOFILE": limits["files"], "CORE": 0}
     if isolated:
-        values |= {"NPROC": limits["threads"] + 3, "MEMLOCK": 0, "SIGPENDING": 64, "MSGQUEUE": 0}
-        stack = resource.getrlimit(resource.RLIMIT_STACK)[1]  # programs may raise it: the memory is limited
-        resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, stack))
+        values |= {"MEMLOCK": 0, "SIGPENDING": 64, "MSGQUEUE": 0, "STACK": 64 << 20}
+    if alone:
+        values["NPROC"] = limits["threads"] + 3
     for name, value in values.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        # programs may raise the stack: the memory is limited
+        resource.setrlimit(kind, (value, hard if name == "STACK" else value))
     sys.setrecursionlimit(1050)  # the 1000 a program may count on, and what stands below it here
 
 
@@ -121,36 +160,70 @@ def wall_off(box, is_judge):
     os.setsid()
     if not is_judge:  # a judge serves many programs
         resource.setrlimit(resource.RLIMIT_CPU, box["seconds"])
+    box["walls"].close(is_judge)
     if box["isolated"]:
-        if is_judge:
-            mount_tmp(box)
-        system(LIBC.prctl(1, 9, 0, 0, 0), "PR_SET_PDEATHSIG")  # die with the supervisor
+        system(LIBC.prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")  # die with the supervisor
         system(LIBC.capset(NO_CAPABILITIES, bytes(24)), "capset")
-    os.chdir("/tmp")
     if box["filter"]:
-        system(LIBC.prctl(22, 2, box["filter"], 0, 0), "seccomp")  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        install(box["filter"])
     gc.enable()
 
 
-def mount_tmp(box):
-    """An empty /tmp in the place of the old one."""
-    LIBC.umount2(b"/tmp", 2)  # MNT_DETACH
-    flags = 0x406  # nosuid, nodev, noatime
-    system(LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", flags, box["disk"]), "mount of /tmp")
+class NoWalls:
+    """--unsafe: what runs is held by limits and the filter only, and sees the host's files."""
+
+    folder = "/tmp"  # of the programs
+    alone = False
+
+    def __init__(self, options):
+        pass
+
+    def clone(self, is_judge):
+        """fork(). The interpreter must have one thread only."""
+        return os.fork()
+
+    def renew(self):
+        """Called by the supervisor before each program: nothing is left of the last."""
+
+    def close(self, is_judge):
+        """Called by a clone, to shut itself in."""
+        os.chdir(self.folder)
+
+    def remove(self):
+        """Called by the supervisor at its end."""
 
 
-def state_of_tmp():
-    """What differs if anything was made in /tmp, or done to it."""
-    status, space = os.stat("/tmp"), os.statvfs("/tmp")
-    return status.st_ctime_ns, status.st_mode, status.st_nlink, space.f_ffree, space.f_bfree
+def leave_root(user, paths):
+    """Root becomes `user`, if that one can read what programs need. Else the clones keep root's name, as
+    the owner of those files, but none of its rights."""
+    if os.getuid():
+        return
+    system_wide = "/usr/", "/lib", "/etc/", "/dev/"  # all may read them
+    paths = [os.path.dirname(os.__file__), *(path for path in paths if not path.startswith(system_wide))]
+    try:
+        os.setgroups([])
+        os.setegid(user)
+        os.seteuid(user)
+        for path in paths:
+            while os.path.isdir(path):
+                path = max((entry.path for entry in os.scandir(path)), default="/dev/null")
+            with contextlib.suppress(FileNotFoundError):
+                open(path, "rb").close()
+    except OSError:
+        os.seteuid(0)
+        os.setegid(0)
+        return
+    os.seteuid(0)
+    os.setgid(user)
+    os.setuid(user)
 
 
+# ---- what a clone needs to begin ----
 
 def module_space(name="solution"):
     """The namespace of a fresh module (dataclasses and pickle look it up in sys.modules)."""
     module = sys.modules[name] = types.ModuleType(name)
     return vars(module)
-
 
 
 def silence():
@@ -159,57 +232,6 @@ def silence():
         os.dup2(null, stream)
     if null > 2:
         os.close(null)
-
-
-
-def build_root(paths):
-    """A root of binds of `paths`, pairs of (host's, here), where the container still shows the
-    host's files."""
-    system(LIBC.mount(b"none", b"/", None, 0x44000, None), "private mounts")  # MS_REC | MS_PRIVATE
-    # In /sys, which no bind needs
-    system(LIBC.mount(b"tmpfs", b"/sys", b"tmpfs", 6, b"mode=755"), "mount of a new root")
-    for path, new in paths + [("/proc", "/proc")]:
-        new = "/sys" + new
-        if os.path.isdir(path):
-            os.makedirs(new, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(new), exist_ok=True)
-            open(new, "w").close()
-        source = os.path.realpath(path).encode()
-        system(LIBC.mount(source, new.encode(), None, 0x5000, None), f"bind of {path}")  # MS_BIND | MS_REC
-    os.makedirs("/sys/tmp")
-    os.chdir("/sys")
-    system(LIBC.pivot_root(b".", b"."), "pivot_root")
-    system(LIBC.umount2(b".", 2), "umount")  # MNT_DETACH: the host's root, stacked on the new one
-    os.chdir("/")
-
-
-def lock_down(paths):
-    """Give up what root the container has, then make its files read-only and hide /proc: for all
-    clones to come."""
-    if paths:
-        build_root(paths)
-    if os.getuid() == 0:
-        with contextlib.suppress(OSError):  # this root may be the name of an ordinary user, who has no other
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            LIBC.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is ours again
-    user, group = os.geteuid(), os.getegid()
-    system(LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare")
-    maps = {"setgroups": "deny", "uid_map": f"{NOBODY} {user} 1", "gid_map": f"{NOBODY} {group} 1"}
-    for name, text in maps.items():
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
-    read_only = struct.pack("QQQQ", 3, 0, 0, 0)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID
-    recursive = 0x8000
-    system(LIBC.syscall(442, -100, b"/", recursive, read_only, len(read_only)),
-           "mount_setattr (needs Linux 5.12)")
-    for path in ("/proc", "/sys"):
-        if os.path.isdir(path):
-            system(LIBC.mount(b"tmpfs", path.encode(), b"tmpfs", 7, b"size=4k,nr_inodes=2"), f"hiding {path}")
-    # No core file of a clone, wherever the host sends those
-    system(LIBC.prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE")
 
 
 def take(size):

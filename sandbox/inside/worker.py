@@ -29,9 +29,11 @@ import sys
 import time
 
 from .candidate import Candidate, run_candidate
-from .confine import (LIBC, MACHINES, call_filter, clone, lock_down, module_space, mount_tmp, set_limits,
-                      silence, state_of_tmp, system, take, wall_off)
+from .confine import (LIBC, MACHINES, NoWalls, call_filter, module_space, set_limits, silence, system, take,
+                      wall_off)
 from .judge import CandidateObject, Judge, run_judge
+from .landlock import Landlock
+from .namespaces import Namespaces
 from .tests import Tests
 
 TICK = 0.02  # s between two looks of the supervisor at its clocks
@@ -39,6 +41,7 @@ HELD = 0.125  # share of the time in which the kernel holds a program that count
 SIGN = 0.25  # s between two signs of life
 NICE = 5  # of a program that takes longer: behind the short ones, but a busy machine must not starve it
 WORDS = {"w": "wrong", "e": "exception", "m": "memory", "o": "output", "k": "killed"}
+WALLS = {"namespaces": Namespaces, "landlock": Landlock, "none": NoWalls}
 WARM = """abc array bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq
     itertools json math numbers operator queue random re statistics string textwrap
     threading time typing""".split()
@@ -68,18 +71,17 @@ def rehearse(limits):
 
 def supervise(options):
     """The life of a worker: for each job on stdin two clones, and one line of JSON on stdout."""
-    limits, isolated = options["limits"], options["isolated"]
+    limits, isolated = options["limits"], options["walls"] != "none"
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory runs out, a program goes, not what started this
     del sys.argv[1:]  # programs look at it
     sys.path[:] = [path for path in sys.path[1:] if path.startswith(sys.base_prefix)] + options["path"]
     os.closerange(3, 1024)
-    box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None,
-           "candidate": None, "tmp": None}
+    box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None, "candidate": None}
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
-    if isolated:
-        lock_down(options["root"])
-        if platform.machine() not in MACHINES:
-            raise OSError(f"no list of system calls for {platform.machine()}: "
-                          "add it to REFUSED, LIMITED and MACHINES")
+    if isolated and platform.machine() not in MACHINES:
+        raise OSError(f"no list of system calls for {platform.machine()}: see REFUSED, LIMITED and MACHINES")
+    walls = box["walls"] = WALLS[options["walls"]](options)
     os.fchdir(proc)  # it is hidden by now; this process looks at its clones there
     os.close(proc)
     system(LIBC.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
@@ -91,21 +93,25 @@ def supervise(options):
     LIBC.mount, LIBC.capset  # looked up here, not in each clone
     os.environ.clear()
     os.environ.update(HOME="/tmp", LANG="C.UTF-8")
-    set_limits(limits, isolated)
+    set_limits(limits, isolated, walls.alone)
     seconds = int(limits["cpu"]) + 2  # where the supervisor's own look at the clock would fail
     box |= {
-        "filter": call_filter() if platform.machine() in MACHINES else None,
+        "filter": call_filter(options["walls"] == "landlock") if platform.machine() in MACHINES else None,
         "seconds": (seconds, seconds),
-        "disk": f"size={limits['disk']}m,nr_inodes={limits['files'] * 16},mode=777".encode(),
     }
+    own_pid = os.getpid()
     gc.collect()
     gc.freeze()
     gc.disable()
-    while True:
-        *sizes, patience = struct.unpack("IIf", take(12))
-        os.write(1, json.dumps(one_program(box, *sizes, patience)).encode() + b"\n")
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(box["candidate"], 0)  # not before: the host need not wait for its end
+    try:
+        while True:
+            *sizes, patience = struct.unpack("IIf", take(12))
+            os.write(1, json.dumps(one_program(box, *sizes, patience)).encode() + b"\n")
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(box["candidate"], 0)  # not before: the host need not wait for its end
+    finally:
+        if os.getpid() == own_pid:  # not a clone
+            walls.remove()
 
 
 def one_program(box, candidate_size, judge_size, patience):
@@ -115,9 +121,7 @@ def one_program(box, candidate_size, judge_size, patience):
     That judge met only candidates that kept to the rules; any other costs the judge its life. Exits
     if a clone fails.
     """
-    if box["isolated"] and (not box["tmp"] or state_of_tmp() != box["tmp"]):
-        mount_tmp(box)
-        box["tmp"] = state_of_tmp()
+    box["walls"].renew()
     if judge_size:  # before the candidate, whose threads could use up the number of processes
         end_judge(box)
         box["channel"], theirs = socket.socketpair()
@@ -143,16 +147,16 @@ def one_program(box, candidate_size, judge_size, patience):
 def clone_side(box, size, *keep):
     """Clone the candidate's side (two pipes to keep) or the judge's (one channel): its pid."""
     is_judge = len(keep) == 1
-    pid = clone(box["isolated"], is_judge)
+    pid = box["walls"].clone(is_judge)
     if pid:
         return pid
     try:
+        wall_off(box, is_judge)
         below = 3
         for pipe in sorted(keep):
             os.closerange(below, pipe)
             below = pipe + 1
         os.closerange(below, 256)
-        wall_off(box, is_judge)
         if is_judge:
             run_judge(size, socket.socket(fileno=keep[0]), box["limits"])
         else:
@@ -195,6 +199,7 @@ class Run:
         self.judge_stopped = False
         self.slow = False  # whether it was given a lower priority, which lasts
         self.waited = 0.0  # s in which neither side computed
+        self.threads = 1  # of the candidate
         self.begun = self.clocks()
 
     def clocks(self):
@@ -205,8 +210,9 @@ class Run:
     def waits(self):
         """The share of the time that counts as waiting. None where a thread runs or could run: a loaded
         machine's delay is no waiting of a program. Little where the kernel holds one, as for a disk."""
-        states = set()
-        for thread in [f"{pid}/task/{thread}" for pid in self.sides for thread in os.listdir(f"{pid}/task")]:
+        states, threads = set(), [os.listdir(f"{pid}/task") for pid in self.sides]
+        self.threads = len(threads[0])
+        for thread in [f"{pid}/task/{name}" for pid, names in zip(self.sides, threads) for name in names]:
             with contextlib.suppress(OSError), open(f"{thread}/stat", "rb") as file:  # unless it has ended
                 states.add(file.read().rpartition(b")")[2][1:2])
         return 0.0 if b"R" in states else HELD if b"D" in states else 1.0
@@ -234,6 +240,8 @@ class Run:
             if more and not self.stopped:
                 last = clocks
             why = self.over(last, clocks, "test_") or self.over(first, clocks, "") or self.impatient(clocks)
+            if self.threads > self.limits["threads"] + 1:  # where the kernel does not count them
+                why = "threads"
             if why and not self.stopped:  # the judge sees its pipe end, and reports the rest as failed
                 self.stopped, last, first = why, clocks, clocks
                 self.kill(*self.sides if why == "later" else [self.candidate])
@@ -298,6 +306,8 @@ class Run:
     def death(self, seconds):
         """(verdict, detail) of a candidate that has ended, or closed its pipes."""
         status = None if self.stopped else exit_status(self.candidate)
+        if self.stopped == "threads":
+            return "killed", "too many threads"
         if self.stopped or seconds > self.limits["cpu"]:
             return "timeout", "stopped"
         if status == signal.SIGKILL:  # nothing inside can do this
