@@ -32,7 +32,7 @@ def extras(packages):
     for name in filter(None, packages.split(",")):
         spec = importlib.util.find_spec(name)
         if not spec and packages != PACKAGES:
-            raise RuntimeError(f"--packages={packages}: no package {name!r} is installed for {sys.executable}")
+            raise RuntimeError(f"--packages={packages}: {name!r} is not installed here")
         if spec and spec.origin:
             path = os.path.dirname(spec.origin) if spec.submodule_search_locations else spec.origin
             found = [path, f"{os.path.dirname(path)}/{name}.libs"]  # a wheel's shared libraries

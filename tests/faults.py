@@ -2,8 +2,8 @@
 
     python tests/faults.py --faults=200
 
-Each fault is a SIGSTOP or a SIGKILL to a random process of a random kind: the container's own processes, a supervisor, a
-judge or a candidate. Prints the faults of each kind, and ends with 1 where a verdict changed or a run took too long.
+Each fault is a SIGSTOP or a SIGKILL to a random process of a random kind: a supervisor, a judge or a
+candidate. Prints the faults of each kind, and ends with 1 where a verdict changed or a run took too long.
 """
 # ruff: noqa: E501
 import argparse
@@ -46,13 +46,13 @@ def processes():
     level, inside = [(pid, 0) for pid in children[os.getpid()]], 0
     while level:
         for pid, inside in level:
-            kinds[("container", "supervisor", "judge or candidate")[min(inside, 2)]].append(pid)
+            kinds[("supervisor", "judge or candidate")[min(inside, 1)]].append(pid)
         level = [(child, inside + is_worker(lines.get(child, b""))) for pid, inside in level for child in children[pid]]
     return kinds
 
 
 def is_worker(line):
-    return b"/inside\0" in line and not line.startswith(b"bwrap")
+    return b"/inside\0" in line
 
 
 def disturb(done, wanted, rng, counts):

@@ -1,9 +1,9 @@
-"""Run a command with what a container engine leaves it by default: no namespaces, no mounts, a container's capabilities.
+"""Run a command with what a container engine leaves it: no namespaces, no mounts, a container's capabilities.
 
     python tests/like_container.py [--namespaces] [--no-landlock] [--user=UID] COMMAND...
 
---namespaces: user namespaces are allowed, as in some pods: root, but without CAP_SYS_ADMIN. --no-landlock: as under an
-old kernel. --user: as an ordinary user. Linux on x86_64 and aarch64; dropping capabilities needs root.
+--namespaces: user namespaces are allowed, as in some pods: root, but without CAP_SYS_ADMIN. --no-landlock: as
+under an old kernel. --user: as an ordinary user. Linux on x86_64 and aarch64; what it drops, only root has.
 """
 import ctypes
 import errno
@@ -12,8 +12,9 @@ import platform
 import struct
 import sys
 
-REFUSED = {  # unshare, mount, umount2, setns, pivot_root; mount_setattr and its kin have the same numbers everywhere
-    "x86_64": [272, 165, 166, 308, 155, *range(428, 434), 442], "aarch64": [97, 40, 39, 268, 41, *range(428, 434), 442]}
+MOUNTS = [*range(428, 434), 442]  # open_tree to fspick, mount_setattr: the same numbers everywhere
+REFUSED = {  # unshare, mount, umount2, setns, pivot_root
+    "x86_64": [272, 165, 166, 308, 155, *MOUNTS], "aarch64": [97, 40, 39, 268, 41, *MOUNTS]}
 CLONE = {"x86_64": 56, "aarch64": 220}
 CONTAINER = {0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31}  # chown, dac_override, fowner, ..., setfcap
 LOAD, EQUAL, ANY_BIT, GIVE = 0x20, 0x15, 0x45, 0x06
@@ -29,7 +30,8 @@ def container_filter(namespaces, landlock):
         code += [(EQUAL, 0, 1, number), (GIVE, 0, 0, ENOSYS)]
     code += [(EQUAL, 0, 1, 435), (GIVE, 0, 0, ENOSYS)]  # clone3
     if not namespaces:
-        code += [(EQUAL, 0, 3, CLONE[machine]), (LOAD, 0, 0, 16), (ANY_BIT, 0, 1, 0x7E020000), (GIVE, 0, 0, EPERM)]
+        code += [(EQUAL, 0, 3, CLONE[machine]), (LOAD, 0, 0, 16), (ANY_BIT, 0, 1, 0x7E020000),
+                 (GIVE, 0, 0, EPERM)]
     return code + [(GIVE, 0, 0, ALLOW)]
 
 

@@ -12,6 +12,7 @@ import pytest
 from test_sandbox import ASKED, NAMED, NODES, RUNTIME, SHORT, in_call, at_import, probe, row, verdicts, works
 
 import sandbox
+from sandbox import host
 from sandbox.inside import worker
 
 pytestmark = [pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")]
@@ -91,6 +92,38 @@ def test_a_thread_bomb_costs_no_worker(monkeypatch):
     rows = [row(n, at_import(bomb), ASKED + f" assert candidate({n}) == 1\n") for n in range(200)]
     got = verdicts(rows, workers=1, **SHORT)
     assert {v["reward"] for v in got.values()} == {0} and len(started) == 1
+
+
+ENDS = {
+    "cpu limit": "resource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass",
+    "cpu limit of 0": "resource.setrlimit(resource.RLIMIT_CPU, (0, 0))\nwhile True: pass",
+    "prlimit": "resource.prlimit(0, resource.RLIMIT_CPU, (0, 0))\nwhile True: pass",
+    "prlimit by pid": "try: resource.prlimit(os.getpid(), resource.RLIMIT_CPU, (0, 0))\nexcept OSError: pass\n"
+                      "while True: pass",
+    "raw": "ctypes.CDLL(None).syscall(160, 0, (ctypes.c_long * 2)(0, 0))\nwhile True: pass",
+    "SIGKILL": "try: os.kill(os.getpid(), 9)\nexcept OSError: pass\nreturn 0",
+    "SIGKILL to the thread": "signal.pthread_kill(threading.get_ident(), 9)\nreturn 0",
+    "SIGKILL by a timer": "event = (ctypes.c_int * 16)(0, 0, 9, 0)\ntimer = ctypes.c_int()\nlibc = ctypes.CDLL(None)\n"
+                          "libc.syscall(222, 0, event, ctypes.byref(timer))\n"
+                          "libc.syscall(223, timer, 0, (ctypes.c_long * 4)(0, 0, 0, 1000), None)\ntime.sleep(0.5)\nreturn 0",
+    "SIGXCPU": "signal.signal(signal.SIGXCPU, signal.SIG_DFL)\nos.kill(os.getpid(), signal.SIGXCPU)\nreturn 0",
+    "files": "resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))\nreturn 0",
+    "memory": "resource.setrlimit(resource.RLIMIT_AS, (0, 0))\nreturn list(range(10 ** 7))",
+    "file size": "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nopen('a', 'w').write('x')\nreturn 0",
+    "stack": "resource.setrlimit(resource.RLIMIT_STACK, (0, 0))\nreturn f(x)",
+    "pending signals": "resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, 0))\nreturn 0"}
+
+
+def test_no_program_ends_itself_as_the_host_would(monkeypatch):
+    """A program that ends like one whose worker was lost gets its 0 at once, not a null after three workers."""
+    killed, kill = [], host.Worker.kill
+    monkeypatch.setattr(host.Worker, "kill", lambda worker: killed.append(worker.job) or kill(worker))
+    code = {name: f"import resource\n{text}" for name, text in ENDS.items()}
+    rows = [row(name, in_call(text)) for name, text in code.items()]
+    rows += [row(("import", name), at_import(text.replace("return", "x ="))) for name, text in code.items()]
+    got = verdicts(rows, **{**SHORT, "test_cpu": 0.4, "cpu": 0.8})
+    assert {name: v["reward"] for name, v in got.items() if v["reward"] != 0} == {}
+    assert len(killed) <= 4 * sandbox.cores()
 
 
 def test_threads_that_come_and_go_cost_the_supervisor_no_descriptors(monkeypatch):
