@@ -566,6 +566,41 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     assert (out / "cancelled/job.json").stat().st_mtime > (out / "node/job.json").stat().st_mtime
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", (1,), indirect=True)
+def test_names_outputs_and_folders_of_the_users_on_slurm(cluster, tmp_path):
+    """A % in a folder's name, --output elsewhere, and a folder that is deleted under a running task."""
+    tmp_path = tmp_path / "50% of %j"
+    tmp_path.mkdir()
+    grid = write_grid(tmp_path, {"good": "echo good", "bad": "exit 4", "gone": "echo up; sleep 600"})
+    log = tmp_path / "out/gone/log.txt"
+    for flags in "", f"--output={cluster.folder}/%j.txt", f"--error={cluster.folder}/err.txt":
+        text = sweep("submit", grid, f"--sbatch={flags}", env=cluster.env)
+        array = text.split("job array ")[1].split(":")[0]
+        wait_for(lambda: log.exists() and "up" in log.read_text())
+        wait_for(lambda: states(grid, env=cluster.env)["bad"] == ("failed", "exit code 4, no message"))
+        wait_for(lambda: states(grid, env=cluster.env)["good"] == ("done", ""))
+        shutil.rmtree(tmp_path / "out/gone")
+        assert states(grid, env=cluster.env)["gone"] == (
+            "running", f"without a record, as its folder was deleted; scancel {array}_2")
+        assert "job array" not in sweep("submit", grid, "--only=gone", env=cluster.env)
+        cluster.call("scancel", array)
+        wait_for(lambda: states(grid, env=cluster.env)["gone"][0] == "failed")
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", (1,), indirect=True)
+def test_run_sh_finds_its_own_files_as_a_batch_script_from_another_folder(cluster, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\npwd\necho \"$@\"\n")
+    (tmp_path / "python").chmod(0o755)
+    out = cluster.folder / "out.txt"
+    cluster.call("sbatch", f"--chdir={tmp_path}", f"--output={out}", f"--export=ALL,PYTHON={tmp_path}/python",
+                 str(ROOT / "run.sh"), "test", "--collect-only", "tests/a/run.sh")
+    wait_for(lambda: out.exists() and "collect" in out.read_text(), 60)
+    assert out.read_text() == f"{ROOT}\n-m pytest --collect-only tests/a/run.sh\n"
+
+
 @pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 runs it")
 @pytest.mark.parametrize("cluster", (2,), indirect=True)
 def test_two_nodes_share_a_run(cluster, tmp_path, tiny):
