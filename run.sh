@@ -14,8 +14,9 @@ MODEL=${MODEL:-} DATA=${DATA:-} REWARD=${REWARD:-tests} OUT=${OUT:-out} RUN=${RU
 
 # set up: .venv, or an interpreter of your own in PYTHON
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[ -f "$code/train.py" ] ||  # SLURM runs a copy of this file
-    code=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/run\.sh.*|\1|p')
+if [ ! -f "$code/train.py" ]; then  # SLURM runs a copy of this file
+    code=$(scontrol show job "$SLURM_JOB_ID") && code=${code#*Command=} code=${code%%/run.sh*}
+fi
 PYTHON=${PYTHON:-$code/.venv/bin/python}
 fail() { echo "error: $1" >&2; exit 2; }
 install() {

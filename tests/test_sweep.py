@@ -198,6 +198,211 @@ def test_a_kill_is_explained_by_what_slurm_says(tmp_path, job, said, reason):
     assert sweep_module.why(tmp_path, job).startswith(reason)
 
 
+# ---- SLURM's commands, slow or broken: stubs that stand before the real ones ----
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Write commands that print their arguments to calls.txt and then do what a test says -> environment."""
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+
+    def write(**commands):
+        for name, text in commands.items():
+            log = f"echo {name} \"$@\" >> {tmp_path}/calls.txt"
+            (folder / name).write_text(f"#!/bin/bash\n{log}\n{text}\n")
+            (folder / name).chmod(0o755)
+        return {"PATH": f"{folder}:{os.environ['PATH']}"}
+    write(squeue="", sacct="", scontrol="", sbatch="cat > /dev/null; echo 7")
+    return write
+
+
+def record(tmp_path, name, **job):
+    """Write the job.json of a run of write_grid -> its path."""
+    path = tmp_path / "out" / name / "job.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": f"touch {tmp_path}/ran", **job}))
+    return path
+
+
+def test_a_run_that_ends_while_squeue_is_slow_is_done(tmp_path, slurm):
+    """squeue's answer is of a moment when the run had left the queue."""
+    path = record(tmp_path, "a", job="7_0", started=1)
+    env = slurm(squeue=f"sleep 0.5; sed -i 's/\"started\"/\"exit\": 0, \"started\"/' {path}")
+    assert states(write_grid(tmp_path, {"a": "true"}), env=env)["a"] == ("done", "")
+
+
+def test_runs_that_are_submitted_while_squeue_is_slow_are_in_the_queue(tmp_path, slurm):
+    path = record(tmp_path, "a", job="7_0", started=1, exit=1)
+    env = slurm(squeue=f"echo '8_0|PENDING (Priority)' >> {tmp_path}/queue\n"
+                       f"[ -e {tmp_path}/asked ] && cat {tmp_path}/queue\ntouch {tmp_path}/asked\n"
+                       f"echo '{{\"job\": \"8_0\", \"command\": \"true\"}}' > {path}")
+    assert states(write_grid(tmp_path, {"a": "true"}), env=env)["a"] == ("queued", "PENDING (Priority)")
+
+
+def test_a_task_whose_run_has_ended_or_is_another_jobs_does_nothing(tmp_path, slurm):
+    env = slurm() | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    for job in ({"job": "7_0", "exit": 0}, {"exit": 0}, {"job": "8_3"}):
+        path = record(tmp_path, "a", **job)
+        assert "nothing to do" in sweep("task", path.parent, env=env)
+    assert not (tmp_path / "ran").exists()
+    path = record(tmp_path, "a", job="7_0", exit=1)
+    sweep("task", path.parent, env=env)
+    assert (tmp_path / "ran").exists()
+
+
+def test_submit_leaves_alone_what_ended_while_it_was_submitted(tmp_path, slurm):
+    done, failed = record(tmp_path, "a", exit=1), record(tmp_path, "b", exit=1)
+    env = slurm(sbatch=f"cat > /dev/null; echo '{{\"exit\": 0}}' > {done}; echo Welcome to it; echo 7")
+    assert "job array 7: 2 runs" in sweep("submit", write_grid(tmp_path, {"a": "true", "b": "true"}), env=env)
+    assert json.loads(done.read_text()) == {"exit": 0} and json.loads(failed.read_text())["job"] == "7_1"
+
+
+def test_a_banner_in_squeues_answer_is_no_job(tmp_path, slurm):
+    record(tmp_path, "a", job="7_0")
+    env = slurm(squeue="echo Maintenance on Friday; echo; echo '7_0|PENDING (a|b)'")
+    assert states(write_grid(tmp_path, {"a": "true"}), env=env)["a"] == ("queued", "PENDING (a|b)")
+
+
+@pytest.mark.parametrize("flag", ("--array=0-3", "--arr=1", "-a0", "--wrap=hostname", "-W", "--wait",
+                                  "--test-only"))
+def test_flags_that_would_break_every_run_are_refused(tmp_path, slurm, flag):
+    grid = write_grid(tmp_path, {"a": "true"})
+    assert f"{flag} cannot be set" in sweep("submit", grid, f"--sbatch=--time=9 {flag}", env=slurm(), code=2)
+    assert not (tmp_path / "out/a/job.json").exists()
+
+
+def test_a_release_that_fails_is_said(tmp_path, slurm):
+    env = slurm(scontrol="echo slurm_update error: busy >&2; exit 1",
+                squeue="echo '7_0|PENDING (JobHeldUser)'")
+    grid = write_grid(tmp_path, {"a": "true"})
+    assert "job array 7 waits" in sweep("submit", grid, env=env, code=2)
+    assert states(grid, env=env)["a"] == ("queued", "PENDING (JobHeldUser)")
+
+
+@pytest.mark.parametrize("limit, flags, warns", (
+    ("2:00", "", True), ("9:59", "", True), ("10:00", "", False), ("1-00:01:00", "", False),
+    ("UNLIMITED", "", False), ("2:00", "--signal=B:USR1@20", False), ("30", "--signal=B:USR1@20", True)))
+def test_a_time_limit_that_is_mostly_spent_on_saving_is_warned_of(tmp_path, slurm, limit, flags, warns):
+    env = slurm(squeue=f"[[ \"$*\" != *%l* ]] || echo {limit}")
+    said = sweep("submit", write_grid(tmp_path, {"a": "true"}), f"--sbatch={flags}", env=env)
+    assert ("most of their time" in said) == warns
+
+
+def start_task(tmp_path, env, k=0):
+    """Run the script that `submit` gave to the stub of sbatch, as task k of the array 7."""
+    env = os.environ | env | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(k)}
+    log = open(tmp_path / "slurm.txt", "a")
+    return subprocess.Popen(["bash", tmp_path / "script"], env=env, stdout=log, stderr=log)
+
+
+def calls(tmp_path, command):
+    return (tmp_path / "calls.txt").read_text().count(command)
+
+
+def test_a_signal_to_save_is_not_lost_however_early_it_comes(tmp_path, slurm):
+    """Before sweep.py can handle it, and before the stage that saves has started."""
+    saves = ("import signal, sys, time\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+             "time.sleep(60)")
+    grid = write_grid(tmp_path, {"a": f"sleep 3; exec {sys.executable} -c {shlex.quote(saves)}"})
+    env = slurm(sbatch=f"cat > {tmp_path}/script; echo 7")
+    sweep("submit", grid, env=env)
+    task = start_task(tmp_path, env)
+    wait_for(lambda: Path(f"/proc/{task.pid}/cmdline").read_bytes().startswith(sys.executable.encode()))
+    task.send_signal(signal.SIGUSR1)  # Python has only begun to start
+    assert task.wait(60) == 75 and calls(tmp_path, "scontrol requeue 7_0") == 1
+    env = slurm(squeue="echo '7_0|PENDING (BeginTime)'")
+    assert states(grid, env=env)["a"] == ("queued", "PENDING (BeginTime)")
+    assert states(grid, env=slurm(squeue=""))["a"] == (
+        "failed", "cancelled in the queue, before its first checkpoint")
+
+
+def test_a_run_that_never_saves_is_not_queued_again_without_end(tmp_path, slurm):
+    env = slurm(sbatch=f"cat > {tmp_path}/script; echo 7")
+    grid = write_grid(tmp_path, {"a": "echo up; sleep 60"})
+    sweep("submit", grid, env=env)
+    for times in (1, 2, 3):
+        task = start_task(tmp_path, env)
+        log = tmp_path / "out/a/log.txt"
+        wait_for(lambda: log.exists() and log.read_text().count("up") == times)
+        task.send_signal(signal.SIGUSR1)  # the time limit is near
+        time.sleep(0.5)
+        task.send_signal(signal.SIGTERM)  # and here it is
+        assert task.wait(60) == 137
+        assert calls(tmp_path, "scontrol requeue") == min(times, 2)
+    assert states(grid, env=env)["a"] == (
+        "failed", "reached its time limit 3 times without saving; give it more time")
+
+
+def test_a_requeue_that_fails_is_said_and_the_run_is_there_to_submit(tmp_path, slurm):
+    """As with --sbatch=--no-requeue."""
+    env = slurm(sbatch=f"cat > {tmp_path}/script; echo 7",
+                scontrol="[ $1 != requeue ] || { echo Requested operation is disabled >&2; exit 1; }")
+    grid = write_grid(tmp_path, {"a": "exit 75"})
+    sweep("submit", grid, env=env)
+    assert start_task(tmp_path, env).wait(60) == 75
+    assert states(grid, env=env)["a"] == (
+        "failed", "error: could not be queued again (Requested operation is disabled); submit it again")
+
+
+def test_the_status_of_972_runs_of_which_200_failed_takes_one_call_of_each_command(tmp_path, slurm):
+    commands = {f"run{k}": "true" for k in range(972)}
+    for k in range(972):
+        record(tmp_path, f"run{k}", job=f"7_{k}", started=1, **({"exit": 0} if k < 700 else {}))
+        (tmp_path / f"out/run{k}/log.txt").write_text("step 1\n" * 1000)
+    accounts = "".join(f"7_{k}|NODE_FAIL|0:0|None\\n" for k in range(700, 900))
+    env = slurm(squeue="sleep 1; for k in {900..971}; do echo \"7_$k|PENDING (Resources)\"; done",
+                sacct=f"sleep 1; printf '{accounts}'")
+    began = time.time()
+    printed = sweep("status", write_grid(tmp_path, commands), env=env)
+    assert time.time() - began < 10
+    assert "700 done, 200 failed, 72 queued" in printed and printed.count("NODE_FAIL") == 200
+    assert (tmp_path / "calls.txt").read_text().count("\n") == 2
+
+
+# ---- reasons ----
+
+def test_output_before_an_exit_code_is_not_taken_for_its_reason(tmp_path):
+    grid = write_grid(tmp_path, {"a": "echo step 10: loss 0.5; exit 3"})
+    sweep("run", grid, code=1)
+    assert states(grid)["a"] == ("failed", "exit code 3, after 'step 10: loss 0.5'")
+
+
+def test_a_torn_record_is_a_failure_and_not_a_traceback(tmp_path):
+    grid = write_grid(tmp_path, {"a": "true"})
+    for text in ("", '{"command": "tr'):
+        record(tmp_path, "a").write_text(text)
+        assert states(grid)["a"] == ("failed", "its job.json is not complete, so how it ended is unknown")
+    sweep("run", grid)
+    assert states(grid)["a"] == ("done", "")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root mounts a small disk")
+def test_a_full_disk_is_said(tmp_path):
+    (tmp_path / "out").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path / "out"], check=True)
+    try:
+        grid = write_grid(tmp_path, {"a": f"cat /dev/zero > {tmp_path}/out/a/big"})
+        assert "No space left" in sweep("run", grid, code=2)
+        assert states(grid)["a"] == ("failed", "cat: write error: No space left on device") or (
+            states(grid)["a"] == ("failed", "ended without a message; its disk is full"))
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "out"], check=True)
+
+
+def test_a_running_run_whose_folder_was_deleted_is_not_started_twice(tmp_path):
+    grid = write_grid(tmp_path, {"a": "echo up; sleep 60"})
+    process = start_sweep(grid)
+    log = tmp_path / "out/a/log.txt"
+    wait_for(lambda: log.exists() and "up" in log.read_text())
+    shutil.rmtree(tmp_path / "out/a")
+    try:
+        assert states(grid)["a"] == ("running", "without a record, as its folder was deleted; stop it")
+        assert sweep("run", grid) == "1 running\n"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
 # ---- SLURM ----
 
 def wait_for(condition, seconds=300):
@@ -359,6 +564,41 @@ def test_a_sweep_on_slurm(cluster, tmp_path, tiny, rewarded):
     assert "2 failed" in sweep("submit", grid, "--rerun", env=cluster.env)
     wait_for(lambda: {state for state, _ in states(grid, env=cluster.env).values()} == {"done"})
     assert (out / "cancelled/job.json").stat().st_mtime > (out / "node/job.json").stat().st_mtime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", (1,), indirect=True)
+def test_names_outputs_and_folders_of_the_users_on_slurm(cluster, tmp_path):
+    """A % in a folder's name, --output elsewhere, and a folder that is deleted under a running task."""
+    tmp_path = tmp_path / "50% of %j"
+    tmp_path.mkdir()
+    grid = write_grid(tmp_path, {"good": "echo good", "bad": "exit 4", "gone": "echo up; sleep 600"})
+    log = tmp_path / "out/gone/log.txt"
+    for flags in "", f"--output={cluster.folder}/%j.txt", f"--error={cluster.folder}/err.txt":
+        text = sweep("submit", grid, f"--sbatch={flags}", env=cluster.env)
+        array = text.split("job array ")[1].split(":")[0]
+        wait_for(lambda: log.exists() and "up" in log.read_text())
+        wait_for(lambda: states(grid, env=cluster.env)["bad"] == ("failed", "exit code 4, no message"))
+        wait_for(lambda: states(grid, env=cluster.env)["good"] == ("done", ""))
+        shutil.rmtree(tmp_path / "out/gone")
+        assert states(grid, env=cluster.env)["gone"] == (
+            "running", f"without a record, as its folder was deleted; scancel {array}_2")
+        assert "job array" not in sweep("submit", grid, "--only=gone", env=cluster.env)
+        cluster.call("scancel", array)
+        wait_for(lambda: states(grid, env=cluster.env)["gone"][0] == "failed")
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", (1,), indirect=True)
+def test_run_sh_finds_its_own_files_as_a_batch_script_from_another_folder(cluster, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\npwd\necho \"$@\"\n")
+    (tmp_path / "python").chmod(0o755)
+    out = cluster.folder / "out.txt"
+    cluster.call("sbatch", f"--chdir={tmp_path}", f"--output={out}", f"--export=ALL,PYTHON={tmp_path}/python",
+                 str(ROOT / "run.sh"), "test", "--collect-only", "tests/a/run.sh")
+    wait_for(lambda: out.exists() and "collect" in out.read_text(), 60)
+    assert out.read_text() == f"{ROOT}\n-m pytest --collect-only tests/a/run.sh\n"
 
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 runs it")
