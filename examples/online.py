@@ -80,7 +80,7 @@ dtype = get_dtype(args.dtype, device)
 autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 micro_batch_tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 1024)
 config = {name: value for name, value in vars(args).items() if name not in FREE}
-config |= {"loss": "qrpo", "quantile": "exact", "has_targets": True}  # as train.py records, for evaluate.py
+config |= {"loss": "qrpo", "transform": "identity", "quantile": "exact", "has_targets": True}
 rows.check_run(args.out, config, args.resume)
 
 tokenizer = load_tokenizer(args.model, args.trust_remote_code)

@@ -1,4 +1,5 @@
 """online.py: fresh samples raise the objective, and kills or processes do not change the result."""
+import json
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 import qrpo
-from conftest import Process, call, read_rows, refused, start_ranks, start_until_finished
+from conftest import Process, call, read_rows, refused, start_ranks, start_until_finished, write_rows
 
 STEPS = 4
 
@@ -62,6 +63,16 @@ def test_on_the_policys_own_samples_the_gradient_is_that_of_the_objective():
     objective = (logps.exp() * (R - beta * (logps - ref_logps))).sum()
     ascent, = torch.autograd.grad(objective, logits)
     torch.testing.assert_close(gradient, -2 * beta * ascent)
+
+
+def test_evaluation_finds_the_objective_that_the_run_maximises(tiny, rewarded, undisturbed, tmp_path):
+    table = read_rows(rewarded)[:6]
+    for row in table:
+        row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
+    call("evaluate.py", f"--model={undisturbed}", f"--ref_model={tiny}", f"--out={tmp_path / 'evaluation'}",
+         f"--data={write_rows(tmp_path / 'rows.jsonl', table)}")
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert results["beta"] == 0.1 and "objective" in results
 
 
 def test_training_raises_the_objective(tiny, rewarded, tmp_path):
