@@ -83,8 +83,10 @@ def kind_of(reward):
     if reward.rpartition(":")[0].endswith(".py"):
         return REWARDS["FILE.py:NAME"]
     for form, kind in REWARDS.items():
-        start = form.partition(":")[0] + ":"
-        if reward == form or ":" in form and reward.startswith(start) and reward != start:
+        start, colon, _ = form.partition(":")
+        if reward == form and not colon:
+            return kind
+        if colon and reward.startswith(f"{start}:") and reward != f"{start}:":
             return kind
     *others, last = REWARDS
     rows.fail(f"--reward={reward}: must be {', '.join(others)} or {last}")
@@ -94,7 +96,9 @@ def kind_of(reward):
 
 def reward_columns(name):
     """REWARD_OF, or with a name its columns of a second opinion."""
-    return {column: f"{reward}_{name}" if name else reward for column, reward in REWARD_OF.items()}
+    if not name:
+        return REWARD_OF
+    return {column: f"{reward}_{name}" for column, reward in REWARD_OF.items()}
 
 
 def completions_of(row):
@@ -148,7 +152,8 @@ def unrewarded(row, made_by, reward_of):
 # ---- tests ----
 
 def tests_settings(args):
-    return {"reward": "tests"} | {name: getattr(args, name) for name in ("packages", "block", *sandbox.FLAGS)}
+    names = "packages", "block", *sandbox.FLAGS
+    return {"reward": "tests"} | {name: getattr(args, name) for name in names}
 
 
 def tests_rewards(args, todo):
@@ -208,11 +213,14 @@ def without_outages(args, rewarded):
     outage ends the run, which begins with these rows when it continues. Once something got a reward, null is
     an answer, too, and an outage is calls that fail.
     """
-    kept_back, known, reason = [], False, "all null"
+    kept_back, known = [], False
+    reason = "all null"
     for row, rewards in rewarded:
         failed = [reward for reward in rewards if isinstance(reward, Failed)]
-        known = known or len(failed) + rewards.count(None) < len(rewards)
-        reason = failed[0].reason if failed else reason
+        if failed:
+            reason = failed[0].reason
+        if len(failed) + rewards.count(None) < len(rewards):
+            known = True
         kept_back.append((row, rewards))
         if args.accept_null or known and len(failed) < len(rewards):
             yield from kept_back
@@ -227,7 +235,9 @@ def without_outages(args, rewarded):
 def set_rewards(row, rewards, made_by, reward_of):
     """Write the rewards of what is `unrewarded` into a row."""
     for (column, k, _), reward in zip(unrewarded(row, made_by, reward_of), rewards):
-        reward, name = None if isinstance(reward, Failed) else reward, reward_of[column]
+        name = reward_of[column]
+        if isinstance(reward, Failed):
+            reward = None
         if reward is not None and not math.isfinite(reward):
             rows.fail(f"{row['__at__']}: {made_by['reward']} gave the reward {reward}; return a finite "
                       "number, or None for unknown")
@@ -241,25 +251,31 @@ def set_rewards(row, rewards, made_by, reward_of):
 
 def summary(table, reward_of):
     """A line about rewarded rows: how many, their mean reward, and what is odd about them."""
-    num_rows, rewards, cut, ties = 0, [], 0, []
+    num_rows = num_null = num_cut = 0
+    known, ties = [], []
     for row in table:
         num_rows += 1
         references = row.get(reward_of["ref_completions"]) or []
         for column, k, completion in completions_of(row):
+            if k is not None and completion.get("finish_reason") == "length":
+                num_cut += 1
             reward = reward_in(row, reward_of[column], k)
-            rewards.append(reward)
-            cut += k is not None and completion.get("finish_reason") == "length"
-            others = references
+            if reward is None:
+                num_null += 1
+                continue
+            known.append(reward)
+            others = set(references)
             if column == "ref_completions":
-                others = references[:k] + references[k + 1:]
-            others = {other for other in others if other is not None}
-            if reward is not None and others:
+                others = set(references[:k] + references[k + 1:])
+            others.discard(None)
+            if others:
                 ties.append(others == {reward})
-    known = [reward for reward in rewards if reward is not None]
     mean = sum(known) / len(known) if known else math.nan
-    tied = f"; {sum(ties) / len(ties):.0%} of the rewards tie with all of their references'" if ties else ""
-    return (f"{num_rows} rows, {len(known)} rewards, mean {mean:.4f}; {len(rewards) - len(known)} null; "
-            f"{cut} completions ran out of tokens{tied}")
+    line = f"{num_rows} rows, {len(known)} rewards, mean {mean:.4f}; {num_null} null; "
+    line += f"{num_cut} completions ran out of tokens"
+    if ties:
+        line += f"; {sum(ties) / len(ties):.0%} of the rewards tie with all of their references'"
+    return line
 
 
 def main():
@@ -273,7 +289,8 @@ def main():
         args.data, args.out, settings, check=lambda row: unrewarded(row, made_by, reward_of))
     rank, world = rows.rank_and_world()
     bar = rows.progress(total=len(left), unit="row", desc="score", smoothing=0)
-    failed, scored, started = [], 0, time.time()
+    failed, scored = [], 0
+    started = time.time()
 
     def todo():
         """The rows with something to reward; the others are complete."""
@@ -291,14 +308,16 @@ def main():
             rows.append(part, row)
             failed += [reward for reward in rewards if isinstance(reward, Failed)]
             scored += len(rewards)
-            bar.set_postfix_str(f"{scored / (time.time() - started):,.1f} rewards/s", refresh=False)
+            speed = scored / (time.time() - started)
+            bar.set_postfix_str(f"{speed:,.1f} rewards/s", refresh=False)
             bar.update()
     if failed:
         print(f"{args.reward}: {len(failed)} completions got no reward in {args.retries + 1} calls each, the "
               f"last because of {failed[-1].reason}. To ask for these again: --data={args.out} --out=NEW")
     if rank == 0:
         where = args.out if world == 1 else part.name
-        print(f"{where}: {summary(rows.complete_lines(part.name), reward_of)}")
+        line = summary(rows.complete_lines(part.name), reward_of)
+        print(f"{where}: {line}")
 
 
 if __name__ == "__main__":

@@ -244,8 +244,8 @@ class Judge:
                     break
                 except (Exception, SystemExit) as error:
                     if any("main thread" in str(cause) for cause in causes(error)):  # Python's words
-                        rows.fail(f"{self.args.reward}: {error}. Omit --concurrency, whose calls are made in "
-                                  "threads, or switch off that time-out by a signal")
+                        raise RuntimeError(f"{error} (omit --concurrency, whose calls are made in threads, "
+                                           "or switch off that time-out by a signal)") from error
                     reason, wait = describe(error, self.args.reward), asked_wait(error)
                 failures += wait is None or self.answers == answers
                 answers = self.answers
@@ -256,23 +256,27 @@ class Judge:
                 return Failed(reason)
         return as_numbers(rewards, 1)[0]
 
-    async def row(self, row, completions):
-        with in_one_line(self.args.reward, f"{row['__at__']}: "):
-            return row, await asyncio.gather(*[self.reward(row, c) for c in completions])
+    async def rewards(self, row, completions):
+        return await asyncio.gather(*[self.reward(row, completion) for completion in completions])
 
     def __call__(self, todo):
-        loop, todo, running = asyncio.new_event_loop(), iter(todo), set()
+        loop, todo = asyncio.new_event_loop(), iter(todo)
+        running = {}  # task: row
         try:
             while True:
                 for row, completions in itertools.islice(todo, self.args.concurrency - len(running)):
-                    running.add(loop.create_task(self.row(row, completions)))
+                    running[loop.create_task(self.rewards(row, completions))] = row
                 if not running:
                     return
-                done, running = loop.run_until_complete(
+                done, _ = loop.run_until_complete(
                     asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
                 for task in done:
-                    yield task.result()
+                    row = running.pop(task)
+                    with in_one_line(self.args.reward, f"{row['__at__']}: "):
+                        rewards = task.result()
+                    yield row, rewards
         finally:
+            loop.set_exception_handler(lambda loop, context: None)  # the first error was said, the others not
             cancelled = [task for task in running if task.cancel()]
             if cancelled:
                 loop.run_until_complete(asyncio.wait(cancelled))

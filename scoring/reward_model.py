@@ -29,7 +29,8 @@ class RewardModel:
     """
 
     def __init__(self, args):
-        self.device, self.path = get_device(), args.reward.removeprefix("model:")
+        self.device = get_device()
+        self.path = args.reward.removeprefix("model:")
         keep_freed_memory(self.device)
         self.tokenizer = load_tokenizer(self.path, args.trust_remote_code)
         kind = transformers.AutoModelForSequenceClassification
@@ -57,28 +58,36 @@ class RewardModel:
         """What the model reads, cut at the end: a list of (token id, 1 in the second of two texts); None if
         nothing of the completion is in it.
         """
-        prompt, texts, special = row["prompt"], [text_of(completion)], True
+        prompt = row["prompt"]
         if self.tokenizer.chat_template:
-            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            try:
-                prompt = render(self.tokenizer, chat, add_generation_prompt=True)
-                texts, special = [render(self.tokenizer, chat + as_messages(completion))], False
-            except Exception as error:  # whatever a template raises
-                rows.fail(f"{row['__at__']}: the chat template of {self.path} refuses the row ({error})")
+            prompt, text = self.chat_texts(row, completion)
+            found = self.tokenizer(text, add_special_tokens=False)
         elif not isinstance(prompt, str):
             rows.fail(f"{row['__at__']}: its prompt is a chat, and the tokenizer of {self.path} has no chat "
                       "template")
         elif self.pairs:
-            texts = [prompt, *texts]
+            found = self.tokenizer(prompt, text_of(completion))
         else:
-            texts = [prompt + texts[0]]
-        found = self.tokenizer(*texts, add_special_tokens=special)
-        tokens = list(zip(found["input_ids"], found.get("token_type_ids", itertools.repeat(0))))
-        if len(tokens) > self.limit:
+            found = self.tokenizer(prompt + text_of(completion))
+        ids = found["input_ids"]
+        types = found.get("token_type_ids", [0] * len(ids))
+        if len(ids) > self.limit:
             self.cut += 1
-            if len(self.tokenizer(prompt, add_special_tokens=False).input_ids) >= self.limit:
+            before = self.tokenizer(prompt, add_special_tokens=False).input_ids
+            if len(before) >= self.limit:
                 return None
-        return tokens[:self.limit]
+        return list(zip(ids, types))[:self.limit]
+
+    def chat_texts(self, row, completion):
+        """The prompt by the chat template, and prompt and completion."""
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        try:
+            before = render(self.tokenizer, prompt, add_generation_prompt=True)
+            return before, render(self.tokenizer, prompt + as_messages(completion))
+        except Exception as error:  # whatever a template raises
+            rows.fail(f"{row['__at__']}: the chat template of {self.path} refuses the row ({error})")
 
     @torch.no_grad()
     def is_causal(self):
@@ -88,12 +97,12 @@ class RewardModel:
         ids = torch.arange(16, device=self.device)
         changed = torch.cat([ids[:8], ids[8:] + 8])  # of the same shape, so rounding is the same in any dtype
         try:
-            before, after = (
-                self.model(input_ids=part[None], output_hidden_states=True).hidden_states[-1][0, :8]
-                for part in (ids, changed))
+            before = self.model(input_ids=ids[None], output_hidden_states=True).hidden_states[-1]
+            after = self.model(input_ids=changed[None], output_hidden_states=True).hidden_states[-1]
         except Exception:  # such a model may return whatever it likes
             return False
-        return bool((before - after).abs().median() < 0.01 * before.std())
+        difference = (before - after)[0, :8].abs().median()
+        return bool(difference < 0.01 * before.std())
 
     @torch.no_grad()
     def scores(self, batch):
@@ -106,12 +115,14 @@ class RewardModel:
         width = max(map(len, batch))
         padded = [tokens + [(pad, 0)] * (width - len(tokens)) for tokens in batch]
         ids, types = torch.tensor(padded).unbind(2)  # (batch, time)
-        inputs = {"input_ids": ids.to(self.device), "attention_mask": None}
+        inputs = {"input_ids": ids}
         if not self.causal:
             lengths = torch.tensor([len(tokens) for tokens in batch])
-            inputs["attention_mask"] = (torch.arange(width) < lengths[:, None]).long().to(self.device)
+            mask = torch.arange(width) < lengths[:, None]
+            inputs["attention_mask"] = mask.long()
         if types.any():
-            inputs["token_type_ids"] = types.to(self.device)
+            inputs["token_type_ids"] = types
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         output = self.model(**inputs)
         score = getattr(output, "score", None)
         if score is None:
@@ -119,7 +130,8 @@ class RewardModel:
         if score.numel() != len(batch):
             rows.fail(f"{self.path}: gives {score.numel() // len(batch)} numbers per completion; a reward "
                       "model gives one")
-        return [None if math.isnan(value) else value for value in score.float().flatten().tolist()]
+        values = score.float().flatten().tolist()
+        return [None if math.isnan(value) else value for value in values]
 
     def score_all(self, sequences):
         """Scores of many lists of tokens, in batches of similar length."""
@@ -128,11 +140,13 @@ class RewardModel:
         # the longest first: if memory runs out, then at once
         order = sorted(known, key=lambda i: -len(sequences[i]))
         while order:
-            size = max(1, self.budget // max(1, len(sequences[order[0]])))
+            longest = len(sequences[order[0]])
+            size = max(1, self.budget // longest)
             if self.config.is_encoder_decoder:  # it looks for end tokens, and padding may be such
                 size = 1
             batch, order = order[:size], order[size:]
-            for i, score in zip(batch, self.scores([sequences[i] for i in batch])):
+            found = self.scores([sequences[i] for i in batch])
+            for i, score in zip(batch, found):
                 scores[i] = score
         return scores
 
@@ -140,7 +154,8 @@ class RewardModel:
         """Yield (row, rewards) of an iterable of (row, completions)."""
         group, sequences = [], []
         for row, completions in itertools.chain(todo, [(None, [])]):
-            if row is None or sum(len(tokens or ()) for tokens in sequences) >= GROUP * self.budget:
+            waiting = sum(len(tokens or ()) for tokens in sequences)
+            if row is None or waiting >= GROUP * self.budget:
                 scores = iter(self.score_all(sequences))
                 for scored, n in group:
                     yield scored, list(itertools.islice(scores, n))
@@ -154,6 +169,8 @@ class RewardModel:
 def float32_head(model):
     """A model that computes in float32 what follows its base model: scores of 8 bits tie with each other."""
     base = model.base_model
+    if base is model:  # code of its own, which names no base model
+        return model
     inside = set(base.parameters())
     for parameter in model.parameters():
         if parameter not in inside:

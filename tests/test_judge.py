@@ -145,7 +145,8 @@ def test_a_function_that_needs_the_main_thread_is_refused_at_once(tmp_path, caps
     assert score(tmp_path, reward)[0]["ref_rewards"] == [1, 1, 1]
     started = time.time()
     command = f"--data={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'new'}", f"--reward={reward}"
-    refused(capsys, ["no time-outs in threads. Omit --concurrency"], "score.py", *command, "--concurrency=4")
+    refused(capsys, ["in.jsonl:", "no time-outs in threads (omit --concurrency"], "score.py", *command,
+            "--concurrency=4")
     assert time.time() - started < 10
 
 
