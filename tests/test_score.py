@@ -299,9 +299,8 @@ def test_a_reward_model_in_bfloat16_is_causal_and_its_scores_do_not_tie(tmp_path
     tokenizer = make_tokenizer()
     torch.manual_seed(1)
     model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=12, num_attention_heads=2,
-        num_labels=1, initializer_range=1.0))
-    model.score.weight.data *= 0.01
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=24, num_attention_heads=2,
+        num_labels=1, initializer_range=0.3))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     args = module.arguments([f"--reward=model:{tmp_path}", "--data=", "--out=", "--dtype=bfloat16"])
