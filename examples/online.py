@@ -129,10 +129,14 @@ def sample(step):
         found = {row["place"]: ids for row, ids in generate_refs.sample(model, step_requests, sampling, ends)}
     texts = {i: [decode(tokenizer, requests[n]["prompt"], ids) for ids in found[i]]
              for i, n in enumerate(numbers)}
-    todo = [(requests[n]["row"] | {"place": i}, texts[i]) for i, n in enumerate(numbers)]
+    todo = []
+    for i, n in enumerate(numbers):
+        completions = [{"text": text, "token_ids": ids} for ids, text in zip(found[i], texts[i])]
+        todo.append((requests[n]["row"] | {"place": i}, completions))
     rewards = {row["place"]: values for row, values in reward_of(todo)}
     return [(i, ids, text, reward) for i in range(len(numbers))
-            for ids, text, reward in zip(found[i], texts[i], rewards[i]) if reward is not None]
+            for ids, text, reward in zip(found[i], texts[i], rewards[i])
+            if reward is not None and not isinstance(reward, score.Failed)]
 
 
 def as_arrays(fresh, numbers):
