@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import ROOT, read_rows, run, write_rows
+from conftest import ROOT, call, read_rows, write_rows
 
 import rows
 
@@ -203,7 +203,8 @@ def command(tmp_path, what, *flags):
     """Run results.py in this process; returns what it prints."""
     printed = io.StringIO()
     argv = ["results.py", what, f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}", *flags]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(printed):
+    quick = mock.patch.object(results, "RESAMPLES", 20)  # 200 take seconds
+    with quick, mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(printed):
         results.main()
     return printed.getvalue()
 
@@ -409,14 +410,13 @@ def test_a_real_run(tiny, rewarded, tmp_path):
     way.
     """
     out = tmp_path / "runs" / "qrpo"
-    run("train.py", f"--model={tiny}", f"--data={rewarded}", f"--eval_data={rewarded}", f"--out={out}",
+    call("train.py", f"--model={tiny}", f"--data={rewarded}", f"--eval_data={rewarded}", f"--out={out}",
         "--batch_size=40", "--learning_rate=1e-3")
-    run("generate_refs.py", f"--model={out}", f"--data={rewarded}", f"--out={out / 'test/sampled'}",
-        "--num_refs=3",
-        "--field=samples", "--max_new_tokens=20", "--seed=1")
-    run("score.py", f"--data={out / 'test/sampled'}", f"--out={out / 'test/rewarded'}",
+    call("generate_refs.py", f"--model={out}", f"--data={rewarded}", f"--out={out / 'test/sampled'}",
+        "--num_refs=3", "--field=samples", "--max_new_tokens=20", "--seed=1")
+    call("score.py", f"--data={out / 'test/sampled'}", f"--out={out / 'test/rewarded'}",
         f"--reward={rewarded.parent / 'reward.py'}:letters")
-    run("evaluate.py", f"--model={out}", f"--ref_model={tiny}", f"--data={out / 'test/rewarded'}",
+    call("evaluate.py", f"--model={out}", f"--ref_model={tiny}", f"--data={out / 'test/rewarded'}",
         f"--out={out}")
     for what in ("table", "figure6"):
         command(tmp_path, what)

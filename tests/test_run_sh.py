@@ -47,7 +47,9 @@ def test_a_python_without_venv_is_named_and_leaves_nothing_behind(clone, tmp_pat
     assert not (clone / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_a_half_made_environment_is_made_whole(clone):
+    """Guards the first command after python3-venv was installed: pip starts five times here."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", clone / ".venv"], check=True)
     code, printed = run_sh("lint", at=clone)
     assert "installing requirements-dev.txt" in printed and "No module named ruff" in printed, printed

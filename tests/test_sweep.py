@@ -46,8 +46,8 @@ def in_this_process(args, env):
     """(exit code, what it printed) of sweep.py without a new Python."""
     printed, handler = io.StringIO(), signal.getsignal(signal.SIGPIPE)
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), (
-                mock.patch.dict(os.environ, env)), mock.patch.object(sys, "argv", ["sweep.py", *map(str, args)]):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), mock.patch.multiple(
+                sys, argv=["sweep.py", *map(str, args)]), mock.patch.dict(os.environ, env):
             sweep_module.main()
         return 0, printed.getvalue()
     except SystemExit as end:
@@ -108,7 +108,7 @@ def test_train_accepts_the_flags_of_every_run(monkeypatch):
             monkeypatch.setattr(sys, "argv", ["train.py", "--model=m", "--data=d", "--out=o", *flags])
             variables = {"__file__": str(ROOT / "train.py"), "__name__": "train"}
             exec(code, variables)
-            assert variables["args"].batch_size * variables["term_size"] in (64, 128, 256)
+            assert variables["args"].batch_size * variables["size"] in (64, 128, 256)
 
 
 def test_only_selects_runs():
@@ -623,7 +623,7 @@ def test_run_sh_finds_its_own_files_as_a_batch_script_from_another_folder(cluste
     assert out.read_text() == f"{ROOT}\n-m pytest --collect-only tests/a/run.sh\n"
 
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 runs it")
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", (2,), indirect=True)
 def test_two_nodes_share_a_run(cluster, tmp_path, tiny):
     prompts = write_rows(tmp_path / "train.jsonl", [{"prompt": "row " + "x" * (i % 7)} for i in range(24)])
