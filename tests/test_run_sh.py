@@ -101,6 +101,16 @@ def test_a_stage_that_saved_ends_run_sh_with_its_code(stub):
     assert code == 75 and "evaluate.py" not in printed
 
 
+def test_several_nodes_are_refused_before_any_work(stub):
+    """`sbatch --gpus=8` may spread over nodes, and ranks are started on one."""
+    code, printed = run_sh(**stub, SLURM_JOB_NUM_NODES="2")
+    assert code == 2 and printed.count("\n") == 1 and "--nodes=1" in printed
+    done = subprocess.run(["bash", ROOT / "paper/pipeline.sh", "refs"], stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHON": "true", "SLURM_JOB_NUM_NODES": "2", "NPROC": "5",
+                                            "SLURM_GPUS": "a100:8"})
+    assert done.returncode == 2 and "a100:8 GPUs lie unevenly on 2 nodes" in done.stderr
+
+
 @pytest.mark.slow
 def test_minicode_from_nothing_to_a_better_model(tmp_path):
     """Guards the README's first command, with a smaller minicode in a folder of the caller's: the pass rate
