@@ -19,6 +19,7 @@ if [ ! -f "$code/train.py" ]; then  # SLURM runs a copy of this file
 fi
 PYTHON=${PYTHON:-$code/.venv/bin/python}
 fail() { echo "error: $1" >&2; exit 2; }
+[ "${SLURM_JOB_NUM_NODES:-1}" = 1 ] || fail "needs one node: sbatch --nodes=1, or paper/pipeline.sh"
 install() {
     if [ "$PYTHON" != "$code/.venv/bin/python" ] || cmp -s "$code/$1" "$code/.venv/$1"; then return; fi
     if ! "$PYTHON" -m pip --version &> /dev/null; then

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
-import pandas as pd
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +25,7 @@ import evaluate  # noqa: E402
 import qrpo  # noqa: E402
 import rows  # noqa: E402
 from model import Policy, get_device, load_model, load_tokenizer  # noqa: E402
+from protocol import pd  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

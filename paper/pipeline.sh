@@ -34,6 +34,11 @@ if [ -z "${NPROC:-}" ]; then
     NPROC=1
     ! nvidia-smi &> /dev/null || NPROC=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
+gpus=${SLURM_GPUS:-$((NODES * NPROC))}  # of the job, as in a100:8
+if [ "$NODES" -gt 1 ] && [ "${gpus##*:}" != $((NODES * NPROC)) ]; then
+    echo "error: $gpus GPUs lie unevenly on $NODES nodes; sbatch --gpus-per-node=N instead of --gpus" >&2
+    exit 2
+fi
 
 one_a_line() { sed 's/ *$//; s/ \+--/\n--/g' <<< "$1"; }  # flags, whose values may hold spaces
 mapfile -t GENERATE < <(one_a_line "--seed=$SEED ${GENERATE:-}")

@@ -7,21 +7,28 @@ completions are used instead. Runs that differ only in their seed are one settin
 
     python paper/results.py table --runs=out/mini
 """
+import dataclasses
 import math
+import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from scipy import stats
-from scipy.special import xlogy
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import qrpo  # noqa: E402
 import rows  # noqa: E402
+from dataset import other_distribution  # noqa: E402
+
+try:
+    import pandas as pd
+    from scipy import stats
+    from scipy.special import xlogy
+except ImportError as error:
+    rows.fail(f"{error.name} is missing; pip install -r requirements-dev.txt")
 
 METRICS = "reward", "gain", "full_marks", "kl", "objective", "lc_reward", "length", "win_rate"
 NOT_A_SETTING = "seed", "steps", "data_fingerprint"  # in run.json; they follow from the seed and its data
@@ -31,7 +38,7 @@ UNUSED = {"dpo": ["quantile"], "dpo_norm": ["quantile"], "rebel": ["quantile"], 
 
 # ---- runs on disk ----
 
-@dataclass(eq=False)
+@dataclasses.dataclass(eq=False)
 class Evaluation:
     """Rewarded completions of one model. NaN: unknown. Sample k of all prompts is generation seed k."""
     folder: Path              # of the rows
@@ -42,6 +49,12 @@ class Evaluation:
     ref_reward: pd.DataFrame  # (prompts, references)
     ref_length: pd.DataFrame  # (prompts, references)
     log_ratio: pd.DataFrame   # (prompts, samples), log pi - log pi_ref; NaN if not sampled at temperature 1
+    sampled: str = ""         # a fingerprint of the completions
+
+    def filled(self, reward):
+        """With this reward where it is unknown, and there with the mean log-ratio, which is unknown, too."""
+        log_ratio = self.log_ratio.where(self.reward.notna(), self.log_ratio.stack().mean())
+        return dataclasses.replace(self, reward=self.reward.fillna(reward), log_ratio=log_ratio)
 
 
 def read_evaluation(folder, tokenizer=None, field="samples", rewards="sample_rewards"):
@@ -74,12 +87,12 @@ def read_evaluation(folder, tokenizer=None, field="samples", rewards="sample_rew
         "prompt": [rows.fingerprint(row["prompt"]) for row in table],
     })
     reward = numbers(rewards)
-    made = [row.get("made_by", {}).get(field, {}) for row in table]
     log_ratio = reward * math.nan
-    if all((how.get("temperature", 1), how.get("top_p", 1)) == (1, 1) for how in made):
+    if not any(other_distribution(row, field) for row in table):
         log_ratio = read_log_ratios(Path(folder), field, prompts, reward)
+    sampled = rows.fingerprint([row[field] for row in table])
     return Evaluation(Path(folder), field, prompts, reward, lengths(field),
-                      numbers("ref_rewards"), lengths("ref_completions"), log_ratio)
+                      numbers("ref_rewards"), lengths("ref_completions"), log_ratio, sampled)
 
 
 def read_log_ratios(folder, field, prompts, reward):
@@ -106,7 +119,7 @@ def load(folders, tokenizer=None):
     """A table of all evaluated models: train.py's flags, `seed`, `step` ("final", or a checkpoint's), `run`
     (its folder), `setting` (the same for all seeds) and `evaluation`. Reference models have the loss "base".
     """
-    models, bases, skipped = [], {}, []
+    models, bases, read, skipped = [], {}, set(), []
     for run in tqdm(run_folders(folders), desc="runs", unit="run"):
         record = rows.load_json(run / "run.json")
         if not record["finished"]:
@@ -115,17 +128,19 @@ def load(folders, tokenizer=None):
         if not (run / "results.json").exists():
             skipped.append(f"{run}: not evaluated")
             continue
-        flags = setting_of(record["config"])
         seed = record["config"]["seed"]
+        flags = setting_of(record["config"])
         for step, folder in {"final": run, **evaluated_checkpoints(run)}.items():
             models.append(flags | {
                 "seed": seed, "step": step, "run": run, "setting": rows.fingerprint([flags, step]),
                 "evaluation": read_evaluation(folder / "test/rewarded", tokenizer)})
         name = flags.get("ref_model") or flags["model"]
-        if (name, seed) not in bases:
-            bases[name, seed] = {
+        if (name, seed) not in read:
+            read.add((name, seed))
+            base = base_evaluation(run, tokenizer)
+            bases.setdefault((name, base.sampled), {  # training seeds may share it, and then it counts once
                 "loss": "base", "model": name, "seed": seed, "step": "final", "run": run, "setting": name,
-                "evaluation": base_evaluation(run, tokenizer)}
+                "evaluation": base})
     if skipped:
         print(f"{len(skipped)} runs left out:", *skipped, sep="\n  ")
     if not models:
@@ -146,13 +161,15 @@ def run_folders(folders):
 
 
 def setting_of(config):
-    """The flags that tell settings apart. Paths count by their last part: every seed has its own folders."""
+    """The flags that tell settings apart. Every seed may have folders of its own: out/seed1 is out/seed*."""
     config = {"loss": "online"} | config  # online.py has one loss
     ignored = [*NOT_A_SETTING, *UNUSED.get(config["loss"], [])]
     flags = {name: value for name, value in config.items() if name not in ignored}
     for name in "model", "ref_model":
-        if flags.get(name):
-            flags[name] = Path(flags[name]).name
+        path = flags.get(name)
+        if path:
+            path = str((ROOT / path).resolve()) if (ROOT / path).is_dir() else str(path)
+            flags[name] = re.sub(rf"(seed[-_]?){config['seed']}(?!\d)", r"\1*", path.removeprefix(f"{ROOT}/"))
     return flags
 
 
@@ -260,12 +277,15 @@ def metrics(evaluation, half, beta):
 def measure(evaluations, half, beta=0.1):
     """The metrics of a setting, evaluated once for each training seed, on half of the prompts:
 
+    rewards, unknown: how many rewards there are, and how many of them are unknown and left out
     NAME: mean over prompts, generation seeds and training seeds
     NAME_std: standard deviation over generation seeds, as in the paper (root mean square over training seeds)
     NAME_se_prompts, NAME_se_seeds: standard errors over prompts, and over training seeds
     """
     values = [metrics(evaluation, half, beta) for evaluation in evaluations]
-    out = {"seeds": len(values)}
+    rewards = [of_seed["reward"] for of_seed in values]
+    out = {"seeds": len(values), "rewards": sum(frame.size for frame in rewards),
+           "unknown": int(sum(frame.isna().to_numpy().sum() for frame in rewards))}
     for name in METRICS:
         frames = [of_seed[name] for of_seed in values]
         by_generation = [frame.mean() for frame in frames]
@@ -277,6 +297,29 @@ def measure(evaluations, half, beta=0.1):
         out[f"{name}_se_prompts"] = by_prompt.sem()
         out[f"{name}_se_seeds"] = by_seed.sem()
     return out
+
+
+def scale(evaluations):
+    """The lowest and the highest reward that there can be, as far as it is known: 0 and 1, or those seen."""
+    frames = [frame for e in evaluations for frame in (e.reward, e.ref_reward)]
+    low, high = min(frame.min().min() for frame in frames), max(frame.max().max() for frame in frames)
+    return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+
+
+def measure_thrice(evaluations, half, beta, ends):
+    """What `measure` returns without the unknown rewards, and if all of them were the lowest, or the highest.
+    ends: of the scale.
+    """
+    known = measure(evaluations, half, beta)
+    if not known["unknown"]:
+        return [known] * 3
+    return [known, *[measure([e.filled(end) for e in evaluations], half, beta) for end in ends]]
+
+
+def select_surely(measures, rule="paper"):
+    """The position of the best, or None if unknown rewards decide it. measures: of `measure_thrice`."""
+    found = {select(list(of_all), rule) for of_all in zip(*measures)}
+    return found.pop() if len(found) == 1 else None
 
 
 def select(measures, rule="paper", longest=1000):

@@ -17,15 +17,14 @@ The flags in --by define a method: `table --by=loss,quantile,train_on,beta` has 
 
     python paper/results.py table --runs=out/mini --out=out/results
 """
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-import pandas as pd
 import torch
-from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,6 +32,7 @@ import protocol  # noqa: E402
 import qrpo  # noqa: E402
 import rows  # noqa: E402
 from model import load_tokenizer  # noqa: E402
+from protocol import pd, stats  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -73,8 +73,8 @@ class Method(NamedTuple):
     loss: str
     selected: str         # how the selected setting differs from the method's others
     models: pd.DataFrame  # the selected setting: a row of protocol.load for each training seed
-    on_selection: dict    # protocol.measure on the prompts to select on
-    reported: dict        # and on the others
+    on_selection: list    # protocol.measure_thrice on the prompts to select on
+    reported: dict        # protocol.measure on the others, with bounds of the reward
 
     def row(self):
         step = self.models["step"].iloc[0]
@@ -101,16 +101,19 @@ def choose_methods(args, models, by):
         if flag not in models:
             rows.fail(f"--by: no run has a flag {flag!r}; they have {', '.join(models)}")
     prompts = protocol.halves(models.evaluation.iloc[0].prompts.difficulty)
+    ends = protocol.scale(models.evaluation)
     found = []
     for _, group in models.groupby(["loss", *by], dropna=False, sort=False):
         if group.loss.iloc[0] != "base":
-            found.append(choose_setting(group, method_name(group.iloc[0], by), prompts, args))
+            found.append(choose_setting(group, method_name(group.iloc[0], by), prompts, ends, args))
     reference_models = models[models.loss == "base"].groupby("model")
     for model, group in reference_models:
         name = f"reference model {model}" if len(reference_models) > 1 else "reference model"
-        found.append(choose_setting(group, name, prompts, args))
+        found.append(choose_setting(group, name, prompts, ends, args))
     print(f"selected on {len(prompts[0])} prompts, reported on the other {len(prompts[1])}")
     found = [method for method in found if method]
+    if not found:
+        rows.fail("--runs: no method is left, for the reasons above")
     return sorted(found, key=lambda method: (ORDER.get(method.loss, len(ORDER)), method.name))
 
 
@@ -125,27 +128,52 @@ def method_name(model, by):
     return " ".join(words)
 
 
-def choose_setting(group, name, prompts, args):
-    """Select a setting of a method on half of the prompts, report it on the others. None: no known reward."""
+def choose_setting(group, name, prompts, ends, args):
+    """Select a setting of a method on half of the prompts, report it on the others. None, with the reason
+    printed, if that cannot be done. ends: of the scale of rewards.
+    """
     selection, report = prompts
     settings = [setting for _, setting in group.groupby("setting", sort=False)]
     seeds = set.intersection(*[set(setting.seed) for setting in settings])  # those that all settings have
+    if not seeds:
+        return left_out(name, "its settings have no training seed in common; train the missing ones")
     candidates, measures = [], []
     for setting in settings:
-        m = protocol.measure(setting[setting.seed.isin(seeds)].evaluation, selection, args.beta)
-        if not np.isnan(m["reward"]):
+        evaluations = setting[setting.seed.isin(seeds)].evaluation
+        thrice = protocol.measure_thrice(evaluations, selection, args.beta, ends)
+        if not np.isnan(thrice[0]["reward"]):
             candidates.append(setting)
-            measures.append(m)
+            measures.append(thrice)
     if not candidates:
-        print(f"{name}: left out, no reward is known")
-        return None
-    best = protocol.select(measures, args.select)
+        return left_out(name, "no reward is known")
+    if args.select == "objective" and any(np.isnan(m["objective"]) for m, _, _ in measures):
+        return left_out(name, NO_KL.format("objective"))
+    best = protocol.select_surely(measures, args.select)
+    if best is None:
+        counts = ", ".join(str(m["unknown"]) for m, _, _ in measures)
+        return left_out(name, f"unknown rewards decide which of its settings is best ({counts} in each); "
+                        "score them again")
     chosen = candidates[best]
     flags = group.drop(columns=["seed", "run", "setting", "evaluation"])
     differ = [flag for flag in flags if flags[flag].map(str).nunique() > 1]  # str: --template_args is a dict
     selected = ", ".join(f"{flag} {chosen[flag].iloc[0]}" for flag in differ)
-    reported = protocol.measure(chosen.evaluation, report, args.beta)
+    reported = with_bounds(protocol.measure_thrice(chosen.evaluation, report, args.beta, ends))
     return Method(name, chosen.loss.iloc[0], selected, chosen, measures[best], reported)
+
+
+NO_KL = "there is no {}, as its samples were not drawn at temperature 1 and top_p 1"
+
+
+def left_out(name, reason):
+    print(f"{name}: left out, {reason}")
+
+
+def with_bounds(measures):
+    """Of protocol.measure_thrice: the measures of the known rewards, and what the unknown ones could make of
+    the mean reward.
+    """
+    known, low, high = measures
+    return known | {"reward_low": low["reward"], "reward_high": high["reward"]}
 
 
 # ---- tables and figures ----
@@ -170,17 +198,22 @@ def save_csv(path, table):
 def table(args):
     methods = choose_methods(args, load(args), args.by)
     published = PUBLISHED[args.published]
-    winner = methods[protocol.select([method.on_selection for method in methods], args.select)]
-    best = {name: max(method.reported[name] for method in methods) for name in protocol.METRICS}
+    winner = protocol.select_surely([method.on_selection for method in methods], args.select)
+    known = [method.reported for method in methods if not method.reported["unknown"]]
+    best = {name: max([m[name] for m in known if not np.isnan(m[name])], default=None)
+            for name in protocol.METRICS}
     best["length"] = best["kl"] = None  # more is not better
     head = ["method", "selected", "seeds", *protocol.METRICS, "std of reward", "the paper"]
+    if len(known) < len(methods):
+        head.insert(3, "unknown rewards: the mean reward with them")
     lines = [head, ["---"] * len(head)]
-    for method in methods:
+    for i, method in enumerate(methods):
         m = method.reported
-        name = f"**{method.name}**" if method is winner else method.name
-        cells = [cell(m, metric, m[metric] == best[metric]) for metric in protocol.METRICS]
-        paper = " / ".join(map(str, published.get(method.loss, [])))
-        lines.append([name, method.selected, str(m["seeds"]), *cells, f"{m['reward_std']:.4f}", paper])
+        cells = [f"**{method.name}**" if i == winner else method.name, method.selected, str(m["seeds"])]
+        if len(known) < len(methods):
+            cells.append(unknown_rewards(m))
+        cells += [cell(m, metric, m[metric] == best[metric]) for metric in protocol.METRICS]
+        lines.append([*cells, f"{m['reward_std']:.4f}", " / ".join(map(str, published.get(method.loss, [])))])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     columns = " / ".join(published["columns"])
     text += f"\n\n{CAPTION} objective: at beta {args.beta}. The paper: {args.published}, {columns}."
@@ -191,8 +224,16 @@ def table(args):
 
 CAPTION = (
     "Mean ± standard error over prompts ± standard error over training seeds. gain: the reward minus the "
-    "mean reward of the references of the same prompt. std: over generation seeds, as in the paper. Bold: "
-    "the best of a column, and the method that the rule picks on the selection half.")
+    "mean reward of the references of the same prompt. std: over generation seeds, as in the paper. Unknown "
+    "rewards are left out. Bold: the best of a column among methods that have none, and the method that the "
+    "rule picks on the selection half, if unknown rewards cannot change that.")
+
+
+def unknown_rewards(m):
+    """How many there are, and the mean reward if all of them were the lowest or the highest of the scale."""
+    if not m["unknown"]:
+        return "0"
+    return f"{m['unknown']} of {m['rewards']}: {m['reward_low']:.4f} to {m['reward_high']:.4f}"
 
 
 def cell(m, metric, is_best):
@@ -217,43 +258,61 @@ SHOWN = {"reward": "mean reward", "full_marks": "full marks (share of rewards of
 
 
 def frontier(args):
-    """Every setting on the reported half: means over training seeds, with standard errors over these. The
-    bound is that of the pooled references of all seeds.
+    """Every setting on the reported half: means over training seeds, with standard errors over these; hollow
+    with one seed. The bound is that of the pooled references of all seeds.
     """
     models = load(args)
     base = models[models.loss == "base"]
     if base.model.nunique() > 1:
         rows.fail("--runs: have several reference models, and KL is to one; name the runs of one")
     report = protocol.halves(models.evaluation.iloc[0].prompts.difficulty)[1]
-    points = []
-    for _, setting in trained(models).groupby("setting", sort=False):
-        first = setting.iloc[0]
-        m = protocol.measure(setting.evaluation, report, args.beta)
-        points.append({"method": method_name(first, args.by), "beta": first["beta"],
-                       "learning_rate": first["learning_rate"], **m})
-    points = pd.DataFrame(points).sort_values(["method", "kl"])
+    points = frontier_points(args, models, report)
     pool = np.concatenate([evaluation.ref_reward.iloc[report] for evaluation in base.evaluation], axis=1)
-    scores = {"reward": pool, "full_marks": np.where(np.isnan(pool), np.nan, pool >= 1)}
+    curves = {"reward": bound(pool), "full_marks": bound(np.where(np.isnan(pool), np.nan, pool >= 1))}
+    best = max(curve.kl.max() for curve in curves.values())
+    limit = min(1.1 * points.kl.max(), 1.5 * best or np.inf)  # collapsed runs are far away
     figure, axes = panels(len(SHOWN))
-    curves = []
     for axis, (metric, title) in zip(axes, SHOWN.items()):
-        curve = bound(scores[metric])
+        curve = curves[metric]
         label = f"best possible ({pool.shape[1]} references)"
         axis.plot(curve.kl, curve["mean"], "k", linewidth=1.2, label=label)
         axis.fill_between(curve.kl, curve.low, curve.high, color="k", alpha=0.15)
-        limit = min(1.1 * points.kl.max(), 1.5 * curve.kl.max())  # collapsed runs are far away
-        for method, line in points.groupby("method"):
-            beyond = (line.kl > limit).sum()
+        for color, (method, of_method) in zip(COLORS, points.groupby("method")):
+            beyond = (of_method.kl > limit).sum()
             label = f"{method} ({beyond} beyond)" if beyond else method
-            axis.errorbar(line.kl, line[metric], line[f"{metric}_se_seeds"].fillna(0),
-                          line.kl_se_seeds.fillna(0), fmt="o-", markersize=4, linewidth=0.8, label=label)
-        axis.set(xlabel="KL to the reference model, nats", ylabel=title, xlim=(0, limit))
-        curves.append(curve.assign(metric=metric))
-    handles, labels = axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+            for few, some in of_method.groupby(of_method.seeds < 2):
+                axis.errorbar(some.kl, some[metric], some[f"{metric}_se_seeds"].fillna(0),
+                              some.kl_se_seeds.fillna(0), fmt="o", markersize=4, linewidth=0.8, color=color,
+                              markerfacecolor="none" if few else color, label=label)
+                label = None  # once in the legend
+        axis.set(xlabel="KL to the reference model, nats", ylabel=title, xlim=(0, limit or 1))
+    note = "hollow: one seed" if (points.seeds < 2).any() else ""
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper", title=note)
     figure.set_figwidth(11)
-    save_csv(args.out / "frontier_bound.csv", pd.concat(curves))
+    save_csv(args.out / "frontier_bound.csv", pd.concat(c.assign(metric=name) for name, c in curves.items()))
     save(figure, args.out, "frontier", points)
+
+
+COLORS = [*plt.get_cmap("tab20").colors[::2], *plt.get_cmap("tab20").colors[1::2]] * 2
+
+
+def frontier_points(args, models, report):
+    """A table of the settings that have a KL, a row each."""
+    ends = protocol.scale(models.evaluation)
+    points = []
+    for _, setting in trained(models).groupby("setting", sort=False):
+        first = setting.iloc[0]
+        m = with_bounds(protocol.measure_thrice(setting.evaluation, report, args.beta, ends))
+        name = method_name(first, args.by)
+        if np.isnan(m["kl"]):
+            left_out(f"{first.run}", "no reward is known" if np.isnan(m["reward"]) else NO_KL.format("KL"))
+            continue
+        if m["unknown"]:
+            print(f"{name}, {first.run}: unknown rewards {unknown_rewards(m)}")
+        points.append({"method": name, "beta": first["beta"], "learning_rate": first["learning_rate"], **m})
+    if not points:
+        rows.fail("--runs: no setting has a KL to the reference model, for the reasons above")
+    return pd.DataFrame(points).sort_values(["method", "kl"])
 
 
 def bound(scores):
@@ -270,6 +329,15 @@ def bound(scores):
     low, high = np.quantile(changes, (0.025, 0.975), axis=0)
     highest = np.minimum(mean - low, np.nanmax(scores))
     return pd.DataFrame({"kl": kl, "mean": mean, "low": mean - high, "high": highest})
+
+
+def legend_below(figure, axes, title=""):
+    """One legend for all panels, beside what they show."""
+    entries = {}
+    for axis in axes:
+        entries |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    figure.legend(entries.values(), entries, fontsize=8, loc="outside lower center", ncols=3, title=title,
+                  title_fontsize=8)
 
 
 def figure1(args):
@@ -301,20 +369,19 @@ def figure3(args):
     if points.empty:
         rows.fail("--runs: no beta was run with two numbers of reference rewards")
     colors = {line: f"C{i}" for i, line in enumerate(sorted(points.line.unique()))}
+    over = "seeds" if (points.seeds > 1).all() else "prompts"  # one kind of bars in a figure
     figure, axes = panels(points.beta.nunique())
     for axis, (beta, panel) in zip(axes, points.groupby("beta")):
         for name, line in panel.groupby("line"):
-            error = line.reward_se_seeds.where(line.seeds > 1, line.reward_std)
-            axis.errorbar(line.num_ref_rewards, line.reward, error, fmt="o-", capsize=3, color=colors[name],
-                          label=name)
+            axis.errorbar(line.num_ref_rewards, line.reward, line[f"reward_se_{over}"], fmt="o-", capsize=3,
+                          color=colors[name], label=name)
         axis.set(xscale="log", xlabel="reference rewards", ylabel="reward", title=f"beta {beta}")
         ticks = sorted(panel.num_ref_rewards.unique())
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
-        axis.legend(fontsize=8)
+    legend_below(figure, axes, f"bars: standard error over {over}")
     save(figure, args.out, "figure3", points)
-    print("error bars: standard error over training seeds; with one, standard deviation over generations\n"
-          "the paper: offline flat; off-policy rises, at beta 0.003 from 0.183 with 1 to 0.188 with 50")
+    print("the paper: offline flat; off-policy rises, at beta 0.003 from 0.183 with 1 to 0.188 with 50")
 
 
 def figure4(args):
@@ -367,7 +434,7 @@ def figure5(args):
         print(f"beta {beta}: {1 - rises:.0%} of the reference's mass falls, {rises:.0%} rises")
     axis.plot(reward, columns["pi_ref"], "k--", label="pi_ref")
     axis.set(xlabel="reward", ylabel="density")
-    axis.legend(fontsize=8)
+    legend_below(figure, [axis])
     save(figure, args.out, "figure5", columns)
 
 
@@ -397,7 +464,7 @@ def figure6(args):
             points.append(curve.reset_index().assign(method=method.name, side=side))
         axis.axhline(0, color="k", linestyle=":", linewidth=1)
         axis.set(xlabel="step", ylabel="held-out log-ratio, nats", title=method.name)
-        axis.legend(fontsize=8)
+    legend_below(figure, axes, "bars: standard error over training seeds")
     points = pd.concat(points).rename(columns={"mean": "log_ratio", "count": "seeds", "sem": "se_seeds"})
     save(figure, args.out, "figure6", points)
 
@@ -411,7 +478,7 @@ def alpaca(args):
             prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
             text = row[evaluation.field][0]["text"]
             answers.append({"instruction": prompt, "output": text, "generator": method.name})
-        path = args.out / f"alpaca-{method.name.replace(' ', '-')}.json"
+        path = args.out / f"alpaca-{re.sub('[^A-Za-z0-9._-]+', '-', method.name)}.json"
         rows.write_json(path, answers)
         print(path)
 

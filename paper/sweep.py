@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import fnmatch
 import inspect
+import json
 import os
 import re
 import runpy
@@ -377,7 +378,7 @@ def tasks_by_folder(array):
 def read_job(folder):
     """A run's record, job.json; {} if it never started."""
     try:
-        return rows.load_json(ROOT / folder / "job.json")
+        return json.loads((ROOT / folder / "job.json").read_text())
     except FileNotFoundError:
         return {}
     except ValueError:  # a disk error left a part of it

@@ -3,6 +3,7 @@
     python -m pytest -q -n 2 tests              # bash run.sh test: minutes
     SLOW=1 python -m pytest -q -n 2 tests       # also those marked slow; each says what it guards
 """
+import collections
 import gc
 import json
 import os
@@ -48,6 +49,13 @@ def pytest_runtest_logreport(report):
     """Say at once what failed: a run that is cut off never prints its summary."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         print(f"\nFAILED {report.nodeid}\n{report.longreprtext[-3000:]}", file=sys.stderr, flush=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say at the end what was skipped, and what it needs."""
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
+    for reason, n in collections.Counter(reasons).items():
+        terminalreporter.line(f"{n} {reason.replace('Skipped: ', 'skipped: ')}")
 
 
 def pytest_collection_modifyitems(items):

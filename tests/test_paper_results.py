@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import ROOT, read_rows, run
+from conftest import ROOT, call, read_rows, write_rows
 
 import rows
 
@@ -203,7 +203,8 @@ def command(tmp_path, what, *flags):
     """Run results.py in this process; returns what it prints."""
     printed = io.StringIO()
     argv = ["results.py", what, f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}", *flags]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(printed):
+    quick = mock.patch.object(results, "RESAMPLES", 20)  # 200 take seconds
+    with quick, mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(printed):
         results.main()
     return printed.getvalue()
 
@@ -251,7 +252,7 @@ def test_table_selects_on_one_half_and_reports_the_other(sweep):
     markdown = (sweep / "out/table.md").read_text()
     assert "| **qrpo paper refs** |" in markdown  # picked by the rule
     assert "32.7 / 1.0" in markdown  # the paper's
-    assert "**0.5000** ± 0.0000 ± 0.0000 | **0.0000**" in markdown  # the best of the columns
+    assert "**0.5000** ± 0.0000 | **0.0000**" in markdown  # references that seeds share count once
 
 
 def test_table_of_cells(sweep):
@@ -409,14 +410,13 @@ def test_a_real_run(tiny, rewarded, tmp_path):
     way.
     """
     out = tmp_path / "runs" / "qrpo"
-    run("train.py", f"--model={tiny}", f"--data={rewarded}", f"--eval_data={rewarded}", f"--out={out}",
+    call("train.py", f"--model={tiny}", f"--data={rewarded}", f"--eval_data={rewarded}", f"--out={out}",
         "--batch_size=40", "--learning_rate=1e-3")
-    run("generate_refs.py", f"--model={out}", f"--data={rewarded}", f"--out={out / 'test/sampled'}",
-        "--num_refs=3",
-        "--field=samples", "--max_new_tokens=20", "--seed=1")
-    run("score.py", f"--data={out / 'test/sampled'}", f"--out={out / 'test/rewarded'}",
+    call("generate_refs.py", f"--model={out}", f"--data={rewarded}", f"--out={out / 'test/sampled'}",
+        "--num_refs=3", "--field=samples", "--max_new_tokens=20", "--seed=1")
+    call("score.py", f"--data={out / 'test/sampled'}", f"--out={out / 'test/rewarded'}",
         f"--reward={rewarded.parent / 'reward.py'}:letters")
-    run("evaluate.py", f"--model={out}", f"--ref_model={tiny}", f"--data={out / 'test/rewarded'}",
+    call("evaluate.py", f"--model={out}", f"--ref_model={tiny}", f"--data={out / 'test/rewarded'}",
         f"--out={out}")
     for what in ("table", "figure6"):
         command(tmp_path, what)
@@ -431,3 +431,151 @@ def test_a_real_run(tiny, rewarded, tmp_path):
     assert float(qrpo["reward_se_prompts"]) == pytest.approx(reward.mean(1).std(ddof=1) / math.sqrt(15))
     assert float(base["reward"]) == pytest.approx(np.mean([table[i]["ref_rewards"] for i in report]))
     assert [p["step"] for p in read_csv(tmp_path / "out/figure6.csv")] == ["0", "3", "0", "3"]
+
+
+# ---- what is unknown, shared or missing ----
+
+def test_unknown_rewards_flatter_no_method(tmp_path, capsys):
+    """All failures are unknown, so the mean of the known rewards is 1: the table says what it may be."""
+    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.75)
+    write_run(tmp_path / "runs/b", 0, lambda i, k: None if i % 2 else 1.0, loss="dpo")
+    write_run(tmp_path / "runs/c", 0, lambda i, k: None if i % 2 else 1.0, loss="simpo")
+    write_run(tmp_path / "runs/d", 0, lambda i, k: 0.75, loss="simpo", beta=0.3)
+    printed = command(tmp_path, "table", "--select=reward")
+    assert "simpo refs: left out, unknown rewards decide which of its settings is best" in printed
+    table = {m["method"]: m for m in read_csv(tmp_path / "out/table.csv")}
+    dpo = table["dpo refs"]
+    report = protocol.halves(["easy", "hard"] * 4)[1]
+    unknown = 2 * sum(i % 2 for i in report)
+    assert (dpo["reward"], dpo["unknown"], dpo["rewards"]) == ("1.0", str(unknown), "8")
+    assert (float(dpo["reward_low"]), float(dpo["reward_high"])) == (1 - unknown / 8, 1)
+    markdown = (tmp_path / "out/table.md").read_text()
+    assert f"| {unknown} of 8: {1 - unknown / 8:.4f} to 1.0000 |" in markdown
+    assert "**1.0000**" not in markdown and "**dpo" not in markdown and "**qrpo" not in markdown
+    assert f"dpo, {tmp_path}/runs/b: unknown rewards {unknown} of 8" in command(tmp_path, "frontier")
+
+
+def test_a_few_unknown_rewards_that_change_nothing_change_nothing(tmp_path):
+    write_run(tmp_path / "runs/a", 0, lambda i, k: None if (i, k) == (0, 0) else 0.9)
+    write_run(tmp_path / "runs/b", 0, lambda i, k: 0.2, beta=0.3)
+    command(tmp_path, "table")
+    assert read_csv(tmp_path / "out/table.csv")[1]["selected"] == "beta 0.1"
+
+
+def at_temperature(folder, temperature):
+    part = folder / "test/rewarded/part-00000.jsonl"
+    made_by = {"samples": {"temperature": temperature, "top_p": 0.9}}
+    write_rows(part, [row | {"made_by": made_by} for row in read_rows(part)])
+
+
+def test_samples_at_another_temperature_have_no_objective_and_the_rest_is_drawn(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.6)
+    write_run(tmp_path / "runs/b", 0, lambda i, k: 0.7, loss="dpo")
+    at_temperature(tmp_path / "runs/a", 0.6)
+    for what in (["frontier"], ["table", "--select=objective"]):
+        assert "samples were not drawn at temperature 1" in command(tmp_path, *what)
+    assert [point["method"] for point in read_csv(tmp_path / "out/frontier.csv")] == ["dpo"]
+    assert [m["method"] for m in read_csv(tmp_path / "out/table.csv")] == ["reference model", "dpo refs"]
+    at_temperature(tmp_path / "runs/b", 0.6)
+    with pytest.raises(SystemExit, match="2"):
+        command(tmp_path, "frontier")
+    assert "no setting has a KL" in capsys.readouterr().err
+
+
+def test_references_that_training_seeds_share_count_once(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"runs/{seed}", seed, lambda i, k: 0.6, model="base")
+    command(tmp_path, "table")
+    assert read_csv(tmp_path / "out/table.csv")[0]["seeds"] == "1"
+    models = protocol.load([tmp_path / "runs"])
+    assert (models.loss == "base").sum() == 1
+    part = tmp_path / "runs/2/test/rewarded/part-00000.jsonl"  # seed 2 has samples of its own
+    table = read_rows(part)
+    table[0]["ref_completions"][0]["text"] = "y"
+    write_rows(part, table)
+    assert (protocol.load([tmp_path / "runs"]).loss == "base").sum() == 2
+
+
+def test_settings_without_a_common_seed_are_left_out_for_that_reason(tmp_path):
+    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.6)
+    write_run(tmp_path / "runs/b", 1, lambda i, k: 0.6, beta=0.3)
+    write_run(tmp_path / "runs/c", 0, lambda i, k: 0.6, loss="dpo")
+    printed = command(tmp_path, "table")
+    assert "qrpo paper refs: left out, its settings have no training seed in common" in printed
+
+
+def test_models_whose_paths_end_alike_are_two(tmp_path):
+    """But folders that differ in the seed are one."""
+    for seed in 0, 1:
+        write_run(tmp_path / f"runs/x{seed}", seed, lambda i, k: 0.2, model=f"x/seed{seed}/model")
+        write_run(tmp_path / f"runs/y{seed}", seed, lambda i, k: 0.8, model=f"y/seed{seed}/model")
+    command(tmp_path, "table", "--by=model")
+    table = [(m["method"], float(m["reward"]), m["seeds"]) for m in read_csv(tmp_path / "out/table.csv")]
+    assert sorted(table)[2:] == [("x/seed*/model", pytest.approx(0.2), "2"),
+                                 ("y/seed*/model", pytest.approx(0.8), "2")]
+
+
+def test_a_frontier_of_constant_rewards_has_width(tmp_path):
+    write_run(tmp_path / "runs/a", 0, lambda i, k: 0.5)
+    part = tmp_path / "runs/a/test/rewarded/part-00000.jsonl"
+    write_rows(part, [row | {"ref_rewards": [0.5, 0.5]} for row in read_rows(part)])
+    with mock.patch.object(results, "save", lambda figure, *_: widths.append(figure.axes[0].get_xlim()[1])):
+        widths = []
+        command(tmp_path, "frontier")
+    assert widths[0] > 1
+
+
+def plain_table(runs, beta_of, report):
+    """The mean reward, gain, full marks, length and counts of each method, by loops over plain lists."""
+    out = {}
+    for name, of_method in itertools.groupby(sorted(runs, key=beta_of), beta_of):
+        per_seed, unknown, low = [], 0, []
+        for _, rows_of_run in of_method:
+            sums = {"reward": [[], []], "gain": [[], []], "full_marks": [[], []], "length": [[], []]}
+            for i in report:
+                row = rows_of_run[i]
+                mean = sum(row["ref_rewards"]) / len(row["ref_rewards"])
+                for k, reward in enumerate(row["sample_rewards"]):
+                    sums["length"][k].append(len(row["samples"][k]["token_ids"]))
+                    low.append(0 if reward is None else reward)
+                    if reward is None:
+                        unknown += 1
+                        continue
+                    sums["reward"][k].append(reward)
+                    sums["gain"][k].append(reward - mean)
+                    sums["full_marks"][k].append(reward >= 1)
+            per_seed.append({n: sum(sum(v) / len(v) for v in both) / 2 for n, both in sums.items()})
+        means = {n: sum(s[n] for s in per_seed) / len(per_seed) for n in per_seed[0]}
+        out[name] = means | {"unknown": unknown, "seeds": len(per_seed), "reward_low": sum(low) / len(low)}
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_table_is_that_of_a_plain_loop(tmp_path, seed):
+    """With seeds that are missing, unknown rewards, ties, and references that seeds share."""
+    rng = np.random.default_rng(seed)
+    runs = []
+    for beta, train_seed in itertools.product((0.1, 0.2, 0.3), range(3)):
+        if rng.random() < 0.3 and train_seed:
+            continue
+        folder = tmp_path / f"runs/{beta}-{train_seed}"
+        rewards = rng.choice([None, 0.0, 0.5, 1.0], size=(8, 2), p=[0.15, 0.35, 0.25, 0.25])
+        write_run(folder, train_seed, lambda i, k: rewards[i, k], beta=beta, model="base")
+        part = folder / "test/rewarded/part-00000.jsonl"
+        table = read_rows(part)
+        shared = np.random.default_rng(train_seed // 2)  # seeds 0 and 1 have the same references
+        for row in table:
+            row["ref_rewards"] = shared.choice([0.0, 0.5, 1.0], size=2).tolist()
+            row["ref_completions"][0]["text"] = f"{train_seed // 2}"
+        write_rows(part, table)
+        runs.append((beta, table))
+    command(tmp_path, "table", "--by=beta")
+    found = {m["method"]: m for m in read_csv(tmp_path / "out/table.csv")}
+    report = protocol.halves(["easy", "hard"] * 4)[1]
+    expected = plain_table(runs, lambda run: run[0], report)
+    for beta, values in expected.items():
+        for name, value in values.items():
+            assert float(found[f"beta {beta}"][name]) == pytest.approx(value), (beta, name)
+    pools = {str(table[0]["ref_completions"][0]["text"]): table for _, table in runs}
+    means = [sum(sum(t[i]["ref_rewards"]) / 2 for i in report) / len(report) for t in pools.values()]
+    assert float(found["reference model"]["reward"]) == pytest.approx(sum(means) / len(means))

@@ -47,7 +47,9 @@ def test_a_python_without_venv_is_named_and_leaves_nothing_behind(clone, tmp_pat
     assert not (clone / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_a_half_made_environment_is_made_whole(clone):
+    """Guards the first command after python3-venv was installed: pip starts five times here."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", clone / ".venv"], check=True)
     code, printed = run_sh("lint", at=clone)
     assert "installing requirements-dev.txt" in printed and "No module named ruff" in printed, printed
@@ -97,6 +99,16 @@ def test_a_model_without_data_is_refused(stub):
 def test_a_stage_that_saved_ends_run_sh_with_its_code(stub):
     code, printed = run_sh(**stub, CODE="75")
     assert code == 75 and "evaluate.py" not in printed
+
+
+def test_several_nodes_are_refused_before_any_work(stub):
+    """`sbatch --gpus=8` may spread over nodes, and ranks are started on one."""
+    code, printed = run_sh(**stub, SLURM_JOB_NUM_NODES="2")
+    assert code == 2 and printed.count("\n") == 1 and "--nodes=1" in printed
+    done = subprocess.run(["bash", ROOT / "paper/pipeline.sh", "refs"], stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHON": "true", "SLURM_JOB_NUM_NODES": "2", "NPROC": "5",
+                                            "SLURM_GPUS": "a100:8"})
+    assert done.returncode == 2 and "a100:8 GPUs lie unevenly on 2 nodes" in done.stderr
 
 
 @pytest.mark.slow
