@@ -173,9 +173,9 @@ class Reader:
         """Whether a text is that of sampled ids, with special tokens or without. Other samplers may leave
         out the space that it begins with.
         """
-        found = [decode(self.tokenizer, prompt, ids, ends, keep_special)
-                 for keep_special in (False, True) for ends in (self.ends, ())]
-        return isinstance(text, str) and text.strip() in [other.strip() for other in found]
+        found = (decode(self.tokenizer, prompt, ids, ends, keep_special)
+                 for keep_special in (False, True) for ends in (self.ends, ()))
+        return isinstance(text, str) and any(other.strip() == text.strip() for other in found)
 
     def text(self, row, field, reward_field):
         """A completion of the dataset's own, tokenised after its prompt."""

@@ -562,9 +562,8 @@ def render(tokenizer, messages, args=None, **position):
         chat.append(message)
     args = getattr(tokenizer, "template_args", {}) | (args or {})
     text = tokenizer.apply_chat_template(chat, tokenize=False, **args, **position)
-    if any(message.get("content", "") is None for message in chat) and "None" not in json.dumps(chat):
-        if "None" in text:
-            raise ValueError("the chat template writes None for a content of null; make it an empty text")
+    if "None" in text and "None" not in json.dumps(chat) and None in [m.get("content", "") for m in chat]:
+        raise ValueError("the chat template writes None for a content of null; make it an empty text")
     return text
 
 
@@ -617,23 +616,18 @@ def turn_end(tokenizer, template):
     """The token ids that a chat template writes after an answer."""
     chat = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
     try:
-        return chat_ids(tokenizer, render(tokenizer, chat).rpartition(MARK)[2])
-    except Exception:  # whatever a template raises
+        text = render(tokenizer, chat)
+        return chat_ids(tokenizer, text[text.rindex(MARK) + len(MARK):])
+    except Exception:  # whatever a template raises, or it does not write the answer
         return []
 
 
-@functools.cache
-def added_before(tokenizer):
-    """The token ids that the tokenizer puts before every text, such as a BOS."""
-    ids, whole = tokenizer(MARK, add_special_tokens=False).input_ids, tokenizer(MARK).input_ids
-    return next(whole[:n] for n in range(len(whole)) if whole[n:n + len(ids)] == ids)
-
-
 def text_ids(tokenizer, text):
-    """Ids of a text that is not a chat: after those that the tokenizer puts before every text, never twice,
-    and without what it puts after every text, such as an EOS.
+    """Ids of a text that is not a chat: after those that the tokenizer puts before every text, such as a BOS,
+    never twice; and without what it puts after every text, such as an EOS.
     """
-    ids, before = chat_ids(tokenizer, text), added_before(tokenizer)
+    ids, whole = chat_ids(tokenizer, text), tokenizer(text).input_ids
+    before = next(whole[:n] for n in range(len(whole) + 1) if whole[n:n + len(ids)] == ids)
     return ids if ids[:len(before)] == before else before + ids
 
 
