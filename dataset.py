@@ -11,7 +11,6 @@ import collections
 import concurrent.futures
 import contextlib
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -27,8 +26,8 @@ import torch.distributed as dist
 import transformers
 
 import rows
-from model import (Policy, any_rank, barrier, chunked_logps, completion_ids, context_length, decode, end_ids,
-                   logits_of, model_fingerprint, pad, row_prompt_ids)
+from model import (Policy, any_rank, barrier, check_vocabulary, chunked_logps, completion_ids, context_length,
+                   decode, end_ids, logits_of, model_fingerprint, pad, row_prompt_ids, template_args)
 
 
 # ---- regimes: which completions of a row are trained on ----
@@ -129,7 +128,7 @@ class Reader:
     """Turns rows into completions as token ids; names the row in every error."""
 
     def __init__(self, tokenizer, model, choices):
-        self.tokenizer, self.choices = tokenizer, choices
+        self.tokenizer, self.model, self.choices = tokenizer, model, choices
         self.ends = end_ids(model, tokenizer)
         self.context = context_length(model)
         self.vocab = model.config.get_text_config().vocab_size
@@ -141,10 +140,6 @@ class Reader:
         if not both_lists or len(completions) != len(rewards):
             rows.fail(f"{at}: needs {field} and as many {rewards_field}; run generate_refs.py and score.py")
         made_by = row.get("made_by", {}).get(field, {})
-        template_args = made_by.get("template_args", self.tokenizer.template_args)
-        if template_args != self.tokenizer.template_args:
-            rows.fail(f"{at}: its {field} were sampled with --template_args='{json.dumps(template_args)}'; "
-                      "give the same")
         if self.choices.num_candidates:
             completions = completions[:self.choices.num_candidates]
         pool = []
@@ -155,7 +150,7 @@ class Reader:
                 ids = self.text_ids(row, f"{field} {k}", completion["text"])
             else:
                 ids = self.checked_ids(f"{at}: {field} {k}", completion)
-                if k == 0 and completion.get("text") != decode(self.tokenizer, row["prompt_ids"], ids):
+                if k == 0 and not self.is_text_of(ids, completion.get("text"), row["prompt_ids"]):
                     rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's "
                               "tokenizer; train the model that sampled them, or sample again")
             among_refs = field == "ref_completions" and k < (self.choices.num_ref_rewards or len(rewards))
@@ -174,27 +169,38 @@ class Reader:
                       "sample again with this model")
         return ids
 
+    def is_text_of(self, ids, text, prompt):
+        """Whether a text is that of sampled ids, with special tokens or without. Other samplers may leave
+        out the space that it begins with.
+        """
+        found = (decode(self.tokenizer, prompt, ids, ends, keep_special)
+                 for keep_special in (False, True) for ends in (self.ends, ()))
+        return isinstance(text, str) and any(other.strip() == text.strip() for other in found)
+
     def text(self, row, field, reward_field):
         """A completion of the dataset's own, tokenised after its prompt."""
         at = row["__at__"]
-        if not row.get(field) or not isinstance(row[field], (str, list)):
+        if row.get(field) is None:
             rows.fail(f"{at}: has no {field!r}; add it, or train on something else (--train_on)")
         ids = self.text_ids(row, field, row[field])
         return Completion(ids, number(row.get(reward_field), at, reward_field))
 
     def text_ids(self, row, field, text):
         """The token ids of a whole answer to the row's prompt, with an end token."""
+        at, args = row["__at__"], template_args(row)
         try:
-            return completion_ids(self.tokenizer, row["prompt"], row["prompt_ids"], text, self.ends)
+            ids = completion_ids(self.tokenizer, row["prompt"], text, self.ends, args)
         except Exception as error:  # whatever a template raises
-            rows.fail(f"{row['__at__']}: {field} cannot be turned into tokens ({error})")
+            rows.fail(f"{at}: {field} cannot be turned into tokens ({error})")
+        check_vocabulary(f"{at}: {field}", self.model, ids)
+        return ids
 
     def ref_rewards(self, row):
         """The reference rewards that quantiles are taken among, float32, NaN where unknown."""
         listed = row.get("ref_rewards") or []
         if not isinstance(listed, list):
             rows.fail(f"{row['__at__']}: ref_rewards must be a list of numbers; run score.py")
-        wanted = max(self.choices.num_ref_rewards, self.choices.needs_refs)
+        wanted = max(self.choices.num_ref_rewards, int(self.choices.needs_refs))
         if len(listed) < wanted:
             rows.fail(f"{row['__at__']}: has {len(listed)} ref_rewards and {wanted} are needed; sample and "
                       "score references, or lower --num_ref_rewards")
@@ -232,7 +238,7 @@ class Reader:
         table["dropped"] = collections.Counter()
         for position, (at, line) in enumerate(chunk_lines, first):
             row = rows.parse(at, line, require=("prompt",))
-            row["prompt_ids"] = row_prompt_ids(self.tokenizer, row)
+            row["prompt_ids"] = row_prompt_ids(self.tokenizer, self.model, row)
             ref_rewards = self.ref_rewards(row)
             known = ref_rewards[~np.isnan(ref_rewards)]
             how = other_distribution(row, "ref_completions")

@@ -29,7 +29,8 @@ from tqdm import tqdm
 import rows
 from kv_cache import Cache
 from model import (backbone, context_length, decode, end_ids, get_device, keep_freed_memory, load, load_model,
-                   load_tokenizer, logits_of, model_fingerprint, pad, row_prompt_ids, sampling_dtype)
+                   load_tokenizer, logits_of, model_fingerprint, pad, prompt_text, row_prompt_ids,
+                   sampled_prompt, sampling_dtype)
 
 
 def arguments():
@@ -44,6 +45,9 @@ def arguments():
     add("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens")
+    add("--max_length", type=int, default=0,
+        help="tokens of prompt and completion; rows whose prompt has as many are dropped, and counted. 0: "
+             "the model's context, and such a row is refused")
     add("--batch_size", type=int, default=128,
         help="completions sampled at a time; memory grows with it")
     add("--engine", default="torch", choices=ENGINES, help="what samples")
@@ -53,12 +57,16 @@ def arguments():
         help="auto: bfloat16 on a GPU, by vLLM, and for models stored in it on CPUs that multiply it")
     add("--template_args", type=rows.json_object, default={}, metavar="JSON",
         help="""what the chat template gets besides the messages, such as '{"enable_thinking": false}'""")
+    add("--keep_special_tokens", action="store_true",
+        help="in the texts that rewards see, such as a special <think>. As in TRL, they see none otherwise")
     add("--seed", type=int, default=0, help="of the random numbers")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     args = parser.parse_args()
     for name in ("num_refs", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             rows.fail(f"--{name} must be at least 1")
+    if args.max_length < 0:
+        rows.fail("--max_length must not be negative")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         rows.fail("--temperature must be at least 0, and --top_p in (0, 1]")
     if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -349,6 +357,7 @@ def main():
         model = load_model(args.model, dtype, device, args.trust_remote_code)
         check_sampler(model)
     ends, context = end_ids(model, tokenizer), context_length(model)
+    longest = min(context, args.max_length or context)
 
     settings = vars(args).copy()
     for name in ("data", "out", "batch_size"):  # the completions do not depend on these
@@ -358,33 +367,51 @@ def main():
     settings["files"] = model_fingerprint(args.model)
 
     def request(row):
-        """What `sample` needs of a row."""
+        """What `sample` needs of a row, which then says what it was sampled after."""
         if row.get(args.field) is not None:
             rows.fail(f"{row['__at__']}: already has {args.field}; remove them, or give --field=samples")
-        prompt = row_prompt_ids(tokenizer, row)
-        if len(prompt) >= context:
+        before = sampled_prompt(row) or {"template_args": args.template_args}
+        prompt = row_prompt_ids(tokenizer, model, row)
+        if len(prompt) >= longest and not args.max_length:
             rows.fail(f"{row['__at__']}: the prompt has {len(prompt)} tokens and the model's context holds "
-                      f"{context}; drop the row or shorten it")
-        return {"row": row, "prompt": prompt, "limit": min(args.max_new_tokens, context - len(prompt))}
+                      f"{context}; drop the row, or give --max_length={context} to drop all such")
+        before |= {"text": prompt_text(tokenizer, prompt), "token_ids": prompt}
+        row = row | {"made_by": row.get("made_by", {}) | {"prompt": before}}
+        return {"row": row, "prompt": prompt, "limit": min(args.max_new_tokens, longest - len(prompt))}
 
-    left, part = rows.continue_stage(args.data, args.out, settings, check=request)
+    too_long = set()
+
+    def check(row):
+        if request(row)["limit"] < 1:
+            too_long.add(str(row["id"]))
+
+    left, part = rows.continue_stage(args.data, args.out, settings, check)
+    left -= too_long
+    main_process = rows.rank_and_world()[0] == 0
+    if too_long and main_process:
+        print(f"{args.data}: {len(too_long)} rows dropped, whose prompts have {longest} tokens or more")
     requests = (request(row) for row in rows.select(args.data, left))
     args.batch_size = min(args.batch_size, args.num_refs * max(1, len(left)))
-    bar = tqdm(total=len(left), unit="prompt", desc="generate", smoothing=0,
-               disable=rows.rank_and_world()[0] != 0)
+    bar = tqdm(total=len(left), unit="prompt", desc="generate", smoothing=0, disable=not main_process)
     made_by = settings | {"dtype": str(model.dtype).removeprefix("torch."),
                           "own_distribution": own_distribution(args)}
-    total, start = 0, time.time()
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - set(ends)
+    total, hidden, start = 0, 0, time.time()
     for row, completions in ENGINES[args.engine](model, requests, args, ends):
-        prompt = row_prompt_ids(tokenizer, row)
-        row[args.field] = [{"text": decode(tokenizer, prompt, ids), "token_ids": ids,
-                            "finish_reason": "stop" if ids[-1] in ends else "length"} for ids in completions]
-        row["made_by"] = row.get("made_by", {}) | {args.field: made_by}
+        prompt = row["made_by"]["prompt"]["token_ids"]
+        row[args.field] = [{"text": decode(tokenizer, prompt, ids, ends, args.keep_special_tokens),
+                            "token_ids": ids, "finish_reason": "stop" if ids[-1] in ends else "length"}
+                           for ids in completions]
+        row["made_by"] |= {args.field: made_by}
         rows.append(part, row)
         total += sum(map(len, completions))
+        hidden += sum(not special.isdisjoint(ids) for ids in completions)
         bar.update()
         bar.set_postfix_str(f"{total / (time.time() - start):,.0f} tokens/s")
     bar.close()
+    if hidden and not args.keep_special_tokens:
+        print(f"{args.out}: {hidden} completions hold special tokens that their texts, and so rewards, leave "
+              "out; --keep_special_tokens keeps them")
 
 
 if __name__ == "__main__":

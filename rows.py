@@ -110,8 +110,20 @@ def files(path):
         return [path]
     found = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
     if not found:
+        for file in sorted(path.glob("*.*")):
+            if file.suffix in (".parquet", ".arrow", ".csv"):
+                fail_format(file, file.suffix[1:])
         fail(f"{path}: no such JSONL file, or folder that holds *.jsonl")
     return found
+
+
+STARTS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"[": "json"}  # how a file of another format begins
+
+
+def fail_format(file, name):
+    """Refuse a file of another format, with the line that converts it. name: as `datasets` calls it."""
+    fail(f"{file}: is {name}, not JSONL, which has one JSON object a line; convert it: python -c \"import "
+         f"datasets; datasets.load_dataset('{name}', data_files='{file}')['train'].to_json('NAME.jsonl')\"")
 
 
 def lines(path):
@@ -119,7 +131,12 @@ def lines(path):
     for file in files(path):
         try:
             with open(file, "rb", 1 << 20) as f:  # as a line may be long
-                content = gzip.open(f) if file.suffix == ".gz" else f
+                content = gzip.open(f) if f.peek(2)[:2] == b"\x1f\x8b" else f
+                for start, name in STARTS.items():
+                    if content.peek(64).lstrip().startswith(start):
+                        fail_format(file, name)
+                if file.suffix == ".csv":
+                    fail_format(file, "csv")
                 for number, line in enumerate(content, 1):
                     if not line.isspace():
                         yield f"{file}:{number}", line
@@ -139,11 +156,36 @@ def parse(at, line, require=()):
         fail(f"{at}: a row must be a JSON object, not a {type(row).__name__}")
     for name in require:
         if row.get(name) is None:
-            fail(f"{at}: has no {name!r}; the row's fields are {', '.join(row)}")
-    if not isinstance(row.get("id", 0), (str, int)):
-        fail(f"{at}: id must be a string or a whole number, not {row['id']!r}")
+            hints = [f"; {text}" for field, text in PROMPTS.items() if field in row and name == "prompt"]
+            fail(f"{at}: has no {name!r}; the row's fields are {', '.join(row)}{''.join(hints)}")
+    for name, kinds in COLUMNS.items():
+        value = row.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            what = " or ".join(KINDS[kind] for kind in kinds)
+            fail(f"{at}: {name} must be {what}, not {value!r:.60}; rename the column, if it is yours")
+    for name in ("id", "made_by"):
+        if row.get(name, 0) is None:
+            del row[name]
+    refuse(not all(isinstance(made, dict) for made in row.get("made_by", {}).values()),
+           f"{at}: made_by must be an object of objects, as the stages write it; rename the column")
+    refuse(any("\ud800" <= c <= "\udfff" for c in str(row.get("id"))),
+           f"{at}: id has half a surrogate pair; give another")
     row["__at__"] = at
     return row
+
+
+# Columns that stages read or write, and what they hold
+KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+COLUMNS = {"id": (str, int), "made_by": (dict,)}
+COLUMNS |= {name: (str, list) for name in ("prompt", "completion", "chosen", "rejected")}
+COLUMNS |= {name: (list,) for name in ("ref_completions", "samples", "other_completions",
+                                       "ref_rewards", "sample_rewards", "other_rewards")}
+# How rows of other formats, told by a field, get a prompt
+PROMPTS = {
+    "messages": "write prompt = messages[:-1] and completion = messages[-1:]",
+    "conversations": "write prompt = [{'role': 'user', 'content': conversations[0]['value']}], and so on",
+    "chosen": "write prompt = chosen[:-1], chosen = chosen[-1:] and rejected = rejected[-1:], or if they are "
+              "texts: prompt, chosen = chosen.rsplit('\\n\\nAssistant:', 1) and rejected likewise"}
 
 
 def loads(line):
@@ -153,7 +195,7 @@ def loads(line):
     try:
         return msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return json.loads(line, parse_constant=constant)
+        return json.loads(line, parse_constant=constant, parse_float=finite)
 
 
 def constant(name):
@@ -161,6 +203,11 @@ def constant(name):
     if name == "NaN":
         return None
     raise ValueError(f"{name} is not a JSON number")
+
+
+def finite(text):
+    """A number as Python reads it, which makes infinity of 1e999."""
+    return float(text) if math.isfinite(float(text)) else constant(text)
 
 
 def stream(path, require=()):

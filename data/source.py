@@ -107,14 +107,14 @@ def read_file(file):
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
             if file.suffix == ".json":
-                table = json.load(f)
+                table = rows.loads(f.read())
                 for i, row in enumerate(table if isinstance(table, list) else [table]):
                     yield f"{file}, row {i}", row
                 return
             for number, line in enumerate(f, 1):
                 at = f"{file}:{number}"
                 if line.strip():
-                    yield at, json.loads(line)
+                    yield at, rows.loads(line)
     except (ValueError, OSError, EOFError) as error:
         rows.fail(f"{at}: not JSON ({error}); fix the file")
 
@@ -155,8 +155,12 @@ def pairs(table, count_tokens, limit=2048):
             if not is_conversation(row[name]):
                 rows.fail(f"{row['__at__']}: {name} must be a list of {{role, content}} messages")
         *prompt, chosen = row["chosen"]
-        rejected = row["rejected"][-1]
-        if max(count_tokens(chosen["content"]), count_tokens(rejected["content"])) > limit:
+        *other, rejected = row["rejected"]
+        if prompt != other or not prompt:
+            yield "no prompt, or two different ones"
+        elif {chosen.get("role"), rejected.get("role")} != {"assistant"}:
+            yield "not ending in an answer of the assistant"
+        elif max(count_tokens(chosen["content"]), count_tokens(rejected["content"])) > limit:
             yield f"a response over {limit} tokens"
         else:
             yield {"id": i, "prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
@@ -177,7 +181,7 @@ def write(path, table):
     with rows.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(new, "w", encoding="utf-8") as f:
+        with open(new, "w", encoding="utf-8", errors="backslashreplace") as f:
             for row in tqdm(table, desc=path.name, unit="row"):
                 if isinstance(row, str):
                     dropped[row] += 1

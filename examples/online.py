@@ -97,7 +97,7 @@ for row in rows.read(args.data, require=("prompt", "ref_rewards")):
     before = row.get("made_by", {}).get("ref_rewards", made_by)
     rows.refuse(before["fingerprint"] != made_by["fingerprint"],
                 f"{row['__at__']}: its ref_rewards were made by another reward ({before['reward']})")
-    ids = row_prompt_ids(tokenizer, row)
+    ids = row_prompt_ids(tokenizer, model, row)
     row = {name: value for name, value in row.items() if name not in score.REWARD_OF}
     requests.append({"row": row, "prompt": ids, "limit": min(args.max_new_tokens, context - len(ids))})
     ref_rewards.append([math.nan if reward is None else reward for reward in row["ref_rewards"]])

@@ -90,14 +90,15 @@ def make_requests(folder, args):
     """FOLDER/requests.json: what generate_refs.sample takes, for prompts of ours or of --data."""
     import generate_refs
     import rows
-    from model import end_ids, load_tokenizer, row_prompt_ids
+    from model import end_ids, load_tokenizer, prompt_ids
     tokenizer, ends = load_tokenizer(folder / "model"), ENDS
     prompts = list(rows.stream(args.data or folder / "prompts.jsonl", require=("prompt",)))[:args.n]
     if args.model:
         ends = end_ids(generate_refs.describe(args.model, False), tokenizer)
     requests = []
     for i, row in enumerate(prompts):
-        requests.append({"row": {"id": i}, "prompt": row_prompt_ids(tokenizer, row), "limit": args.limit})
+        prompt = prompt_ids(tokenizer, row["prompt"])
+        requests.append({"row": {"id": i}, "prompt": prompt, "limit": args.limit})
     (folder / "requests.json").write_text(json.dumps({"requests": requests, "ends": ends}))
 
 

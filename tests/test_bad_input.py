@@ -36,7 +36,11 @@ def build(tmp_path, data, loaded, **choices):
     (b'{"prompt": "a"}\n{"prompt": "b"\n', (".jsonl:2", "not JSON")),
     (b'{"prompt": "a"}\n\n{"text": "b"}\n', (".jsonl:3", "no 'prompt'", "text")),
     (b'{"prompt": null}\n', (".jsonl:1", "no 'prompt'")),
-    (b'["prompt"]\n', (".jsonl:1", "JSON object")),
+    (b'5\n', (".jsonl:1", "JSON object")),
+    (b'{"prompt": "a", "id": true}\n', (".jsonl:1", "id must be")),
+    (b'{"prompt": "a", "id": "\\ud83d"}\n', (".jsonl:1", "surrogate")),
+    (b'{"prompt": "a", "x": -1e400}\n', (".jsonl:1", "-1e400 is not a JSON number")),
+    (b'{"prompt": "a", "x": [[2, 1e999]]}\n', (".jsonl:1", "1e999 is not a JSON number")),
     (b'{"prompt": "\xff"}\n', (".jsonl:1", "UTF-8")),
     (b'{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', (".jsonl:2", ".jsonl:1", "unique")),
     (b'{"prompt": "a", "id": [1]}\n', (".jsonl:1", "id must be")),
@@ -51,6 +55,69 @@ def test_rows_that_are_not_rows(tmp_path, capsys, content, says):
     if content is not None:
         path.write_bytes(content)
     one_line_of_error(capsys, ["data", *says], lambda: rows.read(path, require=("prompt",)))
+
+
+@pytest.mark.parametrize("row, says", (  # as hubs have them
+    ({"messages": [1, 2]}, ("prompt = messages[:-1] and completion = messages[-1:]",)),
+    ({"chosen": [1, 2], "rejected": [1, 3]}, ("prompt = chosen[:-1], chosen = chosen[-1:] and rejected",)),
+    ({"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "b"}, (r"rsplit('\n\nAssistant:', 1)",)),
+    ({"conversations": [{"from": "human", "value": "hi"}]}, ("'role': 'user'", "['value']"))))
+def test_rows_of_other_formats_are_told_how_to_get_a_prompt(tmp_path, capsys, row, says):
+    path = write_rows(tmp_path / "data.jsonl", [row])
+    one_line_of_error(capsys, ["data.jsonl:1: has no 'prompt'", *says],
+                      lambda: rows.read(path, require=("prompt",)))
+
+
+@pytest.mark.parametrize("column, value", (
+    ("made_by", "gpt-4"), ("made_by", ["gpt-4"]), ("made_by", {"ref_completions": "gpt-4"}), ("chosen", 2),
+    ("rejected", False), ("completion", {"text": "a"}), ("prompt", {"role": "user", "content": "hi"}),
+    ("samples", 5), ("ref_completions", {"text": "a"}), ("other_completions", "a"), ("ref_rewards", 1.5),
+    ("sample_rewards", {"a": 1})))
+def test_columns_of_a_users_that_have_our_names_are_refused_by_every_stage(tmp_path, capsys, column, value):
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": "a"}, {"prompt": "b", column: value}])
+    for stage in (rows.read, lambda path: rows.continue_stage(path, tmp_path / "out", {}, lambda row: None)):
+        one_line_of_error(capsys, ["data.jsonl:2", f"{column} must be", "rename the column"],
+                          lambda: stage(path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_of_ours_that_are_null_are_as_if_they_were_not_there(tmp_path):
+    names = ("id", "made_by", "completion", "samples")
+    row, = rows.read(write_rows(tmp_path / "data.jsonl", [{"prompt": "a"} | dict.fromkeys(names)]))
+    assert row["id"] == 0 and "made_by" not in row
+
+
+FILES = {  # other formats: the content of a file, and how `datasets` calls it
+    "a.parquet": (b"PAR1\x15\x04\x15\x80\x01", "parquet"), "a.jsonl": (b"PAR1\x15\x04", "parquet"),
+    "b.jsonl": (b'[{"prompt": "a"}, {"prompt": "b"}]', "json"),
+    "c.json": (b'[\n  {"prompt": "a"},\n  {"prompt": "b"}\n]\n', "json"),
+    "d.jsonl.gz": (gzip.compress(b"\n [\n{}]"), "json"),
+    "e.csv": (b"prompt,answer\nq,4\n", "csv"), "f.arrow": (b"ARROW1\0\0", "arrow")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_other_formats_are_told_the_line_that_converts_them(tmp_path, capsys, name):
+    content, kind = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    says = [f"is {kind}, not JSONL", f"datasets.load_dataset('{kind}', data_files='{tmp_path / name}')"]
+    one_line_of_error(capsys, says, lambda: rows.read(tmp_path / name))
+    if not name.endswith(".json"):
+        one_line_of_error(capsys, says, lambda: rows.read(tmp_path))  # a folder of such files
+
+
+def test_the_line_that_converts_a_file_does(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for kind, content in (("json", '[\n {"prompt": "a"},\n {"prompt": "b"}\n]'), ("csv", "prompt\na\nb\n")):
+        (tmp_path / "file").write_text(content)
+        table = datasets.load_dataset(kind, data_files=str(tmp_path / "file"))["train"]
+        table.to_json(str(tmp_path / "new.jsonl"))
+        assert [row["prompt"] for row in rows.read(tmp_path / "new.jsonl")] == ["a", "b"]
+
+
+def test_compressed_files_are_known_by_what_they_hold(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"prompt": "a"}\n'))
+    (tmp_path / "b.jsonl.gz").write_bytes(b'{"prompt": "b"}\n')
+    assert [row["prompt"] for row in rows.read(tmp_path)] == ["a", "b"]
 
 
 def test_a_truncated_gzip_file(tmp_path, capsys):
@@ -90,7 +157,9 @@ def test_a_truncated_gzip_file(tmp_path, capsys):
     ({}, {"train_on": "chosen_rejected"}, ("no 'chosen'", "--train_on")),
     ({"chosen": "a", "rejected": "b", "chosen_reward": "high"}, {"train_on": "chosen_rejected"},
      ("finite numbers",)),
-    ({"completion": ""}, {"train_on": "completion"}, ("no 'completion'",)),
+    ({"completion": None}, {"train_on": "completion"}, ("no 'completion'",)),
+    ({"ref_rewards": None, "chosen": "a", "rejected": "b"}, {"train_on": "chosen_rejected"},
+     ("has 0 ref_rewards and 1 are needed",)),
     ({"ref_rewards": [None, None]}, {}, ("nothing is left",))))
 def test_rows_that_cannot_be_trained_on(loaded, good, tmp_path, capsys, change, options, says):
     data = write_rows(tmp_path / "data.jsonl", [good | change])

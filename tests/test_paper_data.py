@@ -37,6 +37,31 @@ def test_chat_pairs_of_at_most_2048_tokens(tiny, tmp_path, name, train, test):
     assert [row["id"] for row in rows] == [0, 1] and len(read_rows(tmp_path / "test.jsonl")) == 1
 
 
+BROKEN = {  # pairs that are none: why they are dropped
+    "no prompt, or two different ones": [
+        {"chosen": chat("q", "a"), "rejected": chat("r", "b")},
+        {"chosen": chat("q", "a")[1:], "rejected": chat("q", "b")[1:]},
+        {"chosen": [{"role": "system", "content": "s"}, *chat("q", "a")], "rejected": chat("q", "b")}],
+    "not ending in an answer of the assistant": [
+        {"chosen": chat("q", "a") + chat("and?", "")[:1], "rejected": chat("q", "a") + chat("so?", "")[:1]},
+        {"chosen": chat("q", "a"), "rejected": chat("q", "")[:1] + chat("b", "")[:1]}]}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_pairs_that_are_no_pairs_are_dropped_and_counted(tmp_path, reason):
+    table = [{"chosen": chat("q", "a"), "rejected": chat("q", "b")}, *BROKEN[reason]]
+    file = write_rows(tmp_path / "train.jsonl", table)
+    done = run("data/magpie_air/prepare.py", f"--source={file}", f"--out={tmp_path / 'out'}", "--tokenizer=")
+    assert f"{len(table) - 1} dropped, {reason}; 1 kept" in done.stdout
+
+
+def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path):
+    row = {"chosen": chat("q \ud83d", "a"), "rejected": chat("q \ud83d", "b")}
+    file = write_rows(tmp_path / "train.jsonl", [row])
+    run("data/magpie_air/prepare.py", f"--source={file}", f"--out={tmp_path / 'out'}", "--tokenizer=")
+    assert read_rows(tmp_path / "out/train.jsonl")[0]["prompt"] == row["chosen"][:1]
+
+
 def test_parquet_is_read_like_jsonl(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = [{"chosen": chat("q", "a" * i), "rejected": chat("q", "b")} for i in range(3)]

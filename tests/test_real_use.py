@@ -153,72 +153,10 @@ def test_a_sentencepiece_completion_has_its_own_text(load, prompt, completion):
     """
     tokenizer = load()
     start = model_py.prompt_ids(tokenizer, prompt)
-    ids = model_py.completion_ids(tokenizer, prompt, start, completion, [tokenizer.eos_token_id])
+    ids = model_py.completion_ids(tokenizer, prompt, completion, [tokenizer.eos_token_id])
     assert ids[-1] == tokenizer.eos_token_id
     assert model_py.decode(tokenizer, start, ids) == completion
     assert tokenizer.decode(start + ids, skip_special_tokens=True) == prompt + completion
-
-
-# ---- chat templates ----
-
-TEMPLATES = {  # name: (the assistant's message, the generation prompt)
-    "plain": ("m.content", "''"),
-    "strips": ("m.content | trim", "''"),
-    "thinks first": ("m.content.split('</think>')[-1]", "'<think>\\n'"),  # as DeepSeek-R1
-    "empty thoughts": ("'<think>\\n\\n</think>\\n\\n' + m.content",      # as Qwen3
-                       "'<think>\\n\\n</think>\\n\\n' if enable_thinking is false else ''"),
-}
-
-
-def chat_tokenizer(name):
-    answer, prompt = TEMPLATES[name]
-    tokenizer = make_tokenizer(bos_token="<bos>", eos_token="<end>", pad_token="<end>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{{ " + answer + " }}"
-        "{% else %}{{ m.content }}{% endif %}<end>\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{{ " + prompt + " }}{% endif %}")
-    return tokenizer
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("template_args", ({}, {"enable_thinking": False}))
-def test_the_answer_itself_is_trained_right_after_the_generation_prompt(tmp_path, capsys, name,
-                                                                        template_args):
-    """And so the dry run shows it; no empty thoughts are trained, and no data set is refused."""
-    make("llama", tmp_path / "model")
-    chat_tokenizer(name).save_pretrained(tmp_path / "model")
-    chat = [{"role": "user", "content": "hi"}]
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": chat, "chosen": "yes ", "rejected": "no"}])
-    ends_well("train.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'run'}",
-              "--dry_run",
-              "--train_on=chosen", "--loss=sft", "--template_args=" + json.dumps(template_args))
-    shown = re.search(r"hi<end>\n(.*?)>>>(.*?)<<<", capsys.readouterr().out, re.S)
-    opened = {"thinks first": "<think>\n"}
-    if template_args:
-        opened["empty thoughts"] = "<think>\n\n</think>\n\n"
-    assert shown.group(1) == "[assistant]" + opened.get(name, "")
-    assert shown.group(2) == {"strips": "yes<end>"}.get(name, "yes <end>")
-
-
-def test_template_args_reach_the_sampler_and_training_wants_the_same(tmp_path, capsys):
-    make("llama", tmp_path / "model")
-    chat_tokenizer("empty thoughts").save_pretrained(tmp_path / "model")
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}] * 2)
-    quiet = '--template_args={"enable_thinking": false}'
-    call("generate_refs.py", f"--model={tmp_path / 'model'}", f"--data={data}", f"--out={tmp_path / 'refs'}",
-         quiet,
-         "--num_refs=2", "--max_new_tokens=4")
-    table = read_rows(tmp_path / "refs")
-    for row in table:
-        row["ref_rewards"] = [0.0, 1.0]
-    write_rows(tmp_path / "rewarded.jsonl", table)
-    flags = (f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'rewarded.jsonl'}",
-             f"--out={tmp_path / 'run'}")
-    refused(capsys, ["enable_thinking", "give the same"], "train.py", *flags)
-    script = call("train.py", *flags, quiet)
-    start = script["tokenizer"].decode(script["train_data"].tokens[:script["train_data"].prompt_lens[0]])
-    assert start.endswith("<think>\n\n</think>\n\n")
-    refused(capsys, ["template_args"], "train.py", *flags, "--template_args=[1]")
 
 
 # ---- rewards ----

@@ -218,9 +218,9 @@ def test_chat_goes_through_the_template_which_writes_its_own_bos(tmp_path):
     prompt = prompt_ids(tokenizer, chat)
     assert prompt[0] == bos and prompt.count(bos) == 1
     assert tokenizer.decode(prompt) == "<bos>[user]hi<eos>\n[assistant]"
-    answer = completion_ids(tokenizer, chat, prompt, "yes", [eos])  # not the newline after the turn's end
+    answer = completion_ids(tokenizer, chat, "yes", [eos])  # not the newline after the turn's end
     assert tokenizer.decode(answer) == "yes<eos>"
-    assert completion_ids(tokenizer, chat, prompt, [{"role": "assistant", "content": "yes"}], [eos]) == answer
+    assert completion_ids(tokenizer, chat, [{"role": "assistant", "content": "yes"}], [eos]) == answer
 
 
 def test_text_never_begins_with_two_bos_and_a_prompt_never_ends_in_eos(tmp_path):
@@ -233,7 +233,7 @@ def test_text_never_begins_with_two_bos_and_a_prompt_never_ends_in_eos(tmp_path)
     for text in ("hi", "<bos>hi"):
         start = prompt_ids(tokenizer, text)
         assert tokenizer.decode(start) == "<bos>hi"
-    assert tokenizer.decode(completion_ids(tokenizer, text, start, " there", [eos])) == " there<eos>"
+    assert tokenizer.decode(completion_ids(tokenizer, text, " there", [eos])) == " there<eos>"
 
 
 # ---- processes and kills ----
