@@ -47,9 +47,9 @@ def get_device():
     """This process's own GPU under torchrun, the first GPU, or the CPU."""
     if not torch.cuda.is_available():
         if torch.version.cuda and Path("/dev/nvidia0").exists():
-            rows.fail(f"this machine has a GPU, but torch {torch.__version__} cannot use it: most likely its "
-                      f"driver is older than CUDA {torch.version.cuda} needs. Update the driver, or install a "
-                      "torch for an older CUDA; to run on the CPU, install torch's CPU build")
+            rows.fail(f"this machine has a GPU, but torch {torch.__version__} cannot use it: most likely "
+                      f"its driver is older than CUDA {torch.version.cuda} needs. Update the driver, or "
+                      "install a torch for an older CUDA; to run on the CPU, install torch's CPU build")
         return torch.device("cpu")
     # cuDNN's attention prepares a plan for every new shape, which takes longer than the attention itself: the
     # sampler has a new length in every step, and most micro-batches are of a new shape
@@ -63,7 +63,7 @@ def start_processes(device):
     (rank, world).
     """
     rank, world = rows.rank_and_world()
-    if "RANK" in os.environ:
+    if "RANK" in os.environ:  # also for one process, which --shard may have
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     return rank, world
@@ -195,8 +195,12 @@ def load_model(path, dtype, device, trust_remote_code=False):
     """The causal LM of a Hugging Face folder. In training, too, it has no dropout."""
     config = load_config(path, trust_remote_code)
     kind = transformers.AutoModelForCausalLM
+    quantised = dequantization(path, config)
     model = load_weights(kind, path, config=config, dtype=dtype, trust_remote_code=trust_remote_code,
-                         **dequantization(path, config))
+                         **quantised)
+    if quantised:  # else save_pretrained would give the plain weights the names of the quantised ones
+        vars(model).pop("_weight_conversions", None)
+        model = model.to(dtype)
     model = model.to(device).eval()
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = is_tied(model)
     prepare(model)
