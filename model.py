@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -236,8 +237,11 @@ def load_skeleton(path, dtype, device, trust_remote_code=False):
         facts = [(source.config, source.generation_config, source.backbone_name, frozen)]
     else:
         facts = [None]
-    barrier()  # rank 0 may read for long
-    dist.broadcast_object_list(facts)
+    try:
+        barrier()  # rank 0 may read for long
+        dist.broadcast_object_list(facts)
+    except RuntimeError:
+        sys.exit(2)  # rank 0 has failed, and said why
     config, generation_config, backbone_name, frozen = facts[0]
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -726,10 +730,10 @@ def shard(policy, dtype, device):
     if policy.bypassed:
         rows.fail(f"--shard: this {policy.model.config.model_type} model has experts that are modules of "
                   "their own, and ranks whose tokens pass different ones would wait for each other; omit it")
-    loaded = None
+    facts = [None]
     if source is not None:
         with all_threads():
-            loaded = token_logps(Policy(source), probe_ids(source))
+            facts = [(probe_ids(source).tolist(), token_logps(Policy(source), probe_ids(source)))]
     precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
     blocks = set(policy.model._no_split_modules or ())
     for module in policy.modules():
@@ -752,14 +756,13 @@ def shard(policy, dtype, device):
         for name, buffer in policy.model.named_buffers():
             buffer.copy_(from_rank_0(name, buffer))
             dist.broadcast(buffer, 0)
-    ids = [None if source is None else probe_ids(source).tolist()]
-    dist.broadcast_object_list(ids)
-    found = token_logps(policy, torch.tensor(ids[0], device=device))
-    if source is not None:
-        tolerance = 1e-3 if dtype == torch.float32 else 0.1  # in standard deviations
-        if not (found.cpu() - loaded).abs().median() < tolerance * loaded.std():
-            rows.fail(f"{source.name_or_path}: sharded, it is another model, as its logits differ from the "
-                      "loaded one's; omit --shard")
+    dist.broadcast_object_list(facts)
+    ids, loaded = facts[0]
+    found = token_logps(policy, torch.tensor(ids, device=device)).cpu()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1  # in standard deviations
+    if not (found - loaded).abs().median() < tolerance * loaded.std():
+        rows.fail(f"--shard: the sharded {policy.model.config.model_type} model has other logits than the "
+                  "loaded one; omit it")
     return policy
 
 

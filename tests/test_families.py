@@ -6,8 +6,8 @@ or refused in one line. docs/models.md is the table of all, which SLOW=1 makes a
 """
 import contextlib
 import io
-import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -236,7 +236,7 @@ def train(folder, name, *flags, ranks=1):
     log = folder / f"{name}.log"
 
     def before():
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stderr = open(log, "a", buffering=1)
     flags = (f"--model={folder / 'model'}", f"--data={folder / 'rewarded.jsonl'}", f"--out={folder / name}",
              "--batch_size=6", "--epochs=2", "--learning_rate=1e-3", "--dtype=float32", *flags)
     processes = (start_ranks(ranks, "train.py", *flags, before=before) if ranks > 1 else
