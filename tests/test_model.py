@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import generate_refs
 import model as model_py
 import qrpo
-from conftest import call, make_tokenizer, refused, write_rows
+from conftest import call, make_tokenizer, one_line_of_error, refused, write_rows
 from model import Policy, end_ids, load_model, load_tokenizer, pad, prompt_ids
 
 CPU = torch.device("cpu")
@@ -240,6 +240,16 @@ def test_the_context_of_llama4_ends_where_its_attention_counts_the_columns_of_th
     for tuned, expected in ((True, 8), (False, 64)):
         config.attn_temperature_tuning = tuned
         assert model_py.context_length(argparse.Namespace(config=config)) == expected
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_and_no_slow_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    exists = model_py.Path.exists
+    monkeypatch.setattr(model_py.Path, "exists", lambda path: str(path) == "/dev/nvidia0" or exists(path))
+    one_line_of_error(capsys, ["CUDA 13.0", "Update the driver"], model_py.get_device)
+    monkeypatch.setattr(model_py.Path, "exists", exists)
+    assert model_py.get_device() == CPU
 
 
 def change_config(**more):
