@@ -255,7 +255,7 @@ def load_skeleton(path, dtype, device, trust_remote_code=False):
 def add_lora(model, rank, seed):
     """Put LoRA adapters (arXiv 2106.09685), float32, on every linear layer of the backbone that text reaches,
     and freeze the rest. They start as 0 (B = 0): the model is still the reference. The experts of a mixture
-    are one tensor, not linear layers, so they stay frozen. Returns peft's model around it.
+    are one tensor, and some routers more than a linear layer, so they stay frozen. Returns peft's model.
     """
     try:
         import peft
@@ -263,17 +263,20 @@ def add_lora(model, rank, seed):
         rows.fail("--lora needs peft; pip install peft")
     prefix = f"{backbone_name(model)}."
     linear = [name for name, module in model.named_modules() if name.startswith(prefix)
-              and isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight.requires_grad]
+              and type(module) in (torch.nn.Linear, Conv1D) and module.weight.requires_grad]
     if not linear:
-        rows.fail(f"{model.name_or_path}: a {model.config.model_type} model has no linear layers to adapt; "
-                  "omit --lora")
+        rows.fail(f"{model.name_or_path}: has no linear layers to adapt; omit --lora")
     torch.manual_seed(seed)  # the same on every rank
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type="CAUSAL_LM")
-    adapter = peft.get_peft_model(model, config)
+    kind = model.config.model_type
+    try:
+        adapter = peft.get_peft_model(model, config)
+    except ValueError as error:
+        rows.fail(f"{model.name_or_path}: peft does not adapt a {kind} model ({error}); omit --lora")
     adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     if sorted(adapted) != sorted(linear):
-        rows.fail(f"{model.name_or_path}: peft {peft.__version__} adapts other layers of a "
-                  f"{model.config.model_type} model than asked for; omit --lora")
+        rows.fail(f"{model.name_or_path}: in a {kind} model peft {peft.__version__} adapts the experts, "
+                  "which are not linear layers here; omit --lora")
     return adapter
 
 
@@ -736,7 +739,7 @@ def shard(policy, dtype, device):
             facts = [(probe_ids(source).tolist(), token_logps(Policy(source), probe_ids(source)))]
     precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
     blocks = set(policy.model._no_split_modules or ())
-    for module in policy.modules():
+    for module in reversed(list(policy.modules())):  # a block within a block (Mamba) first
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=precision)
     # sharded again after every forward, so that the optimizer and checkpoints see this rank's part

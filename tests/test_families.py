@@ -258,13 +258,13 @@ def logits(folder, adapter=None):
 
 
 def in_mode(kind, folder, mode):
-    """"yes" if a model trains with this flag as without it, and its OUT is what was trained; or why not."""
+    """"yes" if a model trains with this flag as without it, and its OUT is what was trained; or "refused"."""
     plain = read_rows(folder / "plain" / "metrics.jsonl")
     plain = [(row["loss"], row["grad_norm"]) for row in plain]
     try:
         found = train(folder, mode, mode, ranks=2 if mode == "--shard" else 1)
-    except Refused as refusal:
-        return "refused: " + str(refusal).split(" model ", 1)[-1].split(";")[0]
+    except Refused:
+        return "refused"
     out, before = logits(folder / mode), logits(folder / "model")
     assert (out - before).abs().max() > 1e-4, (kind, mode)
     if "lora" in mode:
