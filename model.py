@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -48,7 +49,14 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 def get_device():
     """This process's own GPU under torchrun, the first GPU, or the CPU."""
     if not torch.cuda.is_available():
+        if torch.version.cuda and Path("/dev/nvidia0").exists():
+            rows.fail(f"this machine has a GPU, but torch {torch.__version__} cannot use it: most likely "
+                      f"its driver is older than CUDA {torch.version.cuda} needs. Update the driver, or "
+                      "install a torch for an older CUDA; to run on the CPU, install torch's CPU build")
         return torch.device("cpu")
+    # cuDNN's attention prepares a plan for every new shape, which takes longer than the attention itself: the
+    # sampler has a new length in every step, and most micro-batches are of a new shape
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -58,7 +66,7 @@ def start_processes(device):
     (rank, world).
     """
     rank, world = rows.rank_and_world()
-    if "RANK" in os.environ:
+    if "RANK" in os.environ:  # also for one process, which --shard may have
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     return rank, world
@@ -112,13 +120,60 @@ def keep_freed_memory(device):
 
 def load(kind, path, **kwargs):
     """kind.from_pretrained(path), with an error in one line. kind: a transformers Auto class."""
+    check_files(path)
     try:
         return kind.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # of a missing or broken file, or whatever the code of a model raises
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         what = kind.__name__.replace("AutoModelFor", "").replace("Auto", "")
         rows.fail(f"{path}: no {what} can be loaded from it ({reason}); give a Hugging Face folder, or a "
                   "hub name that this machine can reach")
+
+
+def check_files(path):
+    """Refuse a folder that holds something else than a model, before its files are read."""
+    if not os.path.isdir(path):
+        return
+    if Path(path, "adapter_config.json").exists():
+        rows.fail(f"{path}: is the folder of an adapter; merge it into its model (peft's merge_and_unload) "
+                  "and give that folder. A run of train.py --lora holds the merged model itself")
+    for file in files_of(path, WEIGHTS + OTHER_FILES):
+        with open(file, "rb") as content:
+            if content.read(20) == b"version https://git-":
+                rows.fail(f"{file}: is a pointer of git-lfs, not the file itself; run `git lfs pull` there")
+
+
+def load_config(path, trust_remote_code=False):
+    """The configuration of a model, in which every probability of dropout and the noise of routers is 0.
+    Evaluation mode alone would not do: layers that recompute their activations must be in training mode
+    (`checkpoint_activations`).
+    """
+    config = load(transformers.AutoConfig, path, trust_remote_code=trust_remote_code)
+    for part in (config, *vars(config).values()):  # a multimodal model has one for each of its parts
+        if isinstance(part, transformers.PretrainedConfig):
+            for name, value in vars(part).items():
+                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                    setattr(part, name, 0.0)
+    return config
+
+
+# What restores the weights of a checkpoint that was quantised by this method. Other methods lose what
+# training needs, or need a program of their own.
+DEQUANTIZE = {"mxfp4": transformers.Mxfp4Config, "fp8": transformers.FineGrainedFP8Config}
+
+
+def dequantization(path, config):
+    """The arguments of from_pretrained with which a quantised checkpoint loads as plain weights."""
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    method = quantization.get("quant_method")
+    if method not in DEQUANTIZE:
+        rows.fail(f"{path}: is quantised ({method}), and such weights cannot be trained; give the model that "
+                  "it was made from")
+    return {"quantization_config": DEQUANTIZE[method](dequantize=True)}
 
 
 def load_tokenizer(path, trust_remote_code=False, template_args=None):
@@ -161,39 +216,54 @@ def load_weights(kind, path, **kwargs):
 
 def load_model(path, dtype, device, trust_remote_code=False):
     """The causal LM of a Hugging Face folder. In training, too, it has no dropout."""
-    config = load(transformers.AutoConfig, path, trust_remote_code=trust_remote_code)
-    for part in (config, *vars(config).values()):  # a multimodal model has one for each of its parts
-        if isinstance(part, transformers.PretrainedConfig):
-            no_noise(part)
+    config = load_config(path, trust_remote_code)
     kind = transformers.AutoModelForCausalLM
-    model = load_weights(kind, path, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    quantised = dequantization(path, config)
+    model = load_weights(kind, path, config=config, dtype=dtype, trust_remote_code=trust_remote_code,
+                         **quantised)
+    if quantised:  # else save_pretrained would give the plain weights the names of the quantised ones
+        vars(model).pop("_weight_conversions", None)
+        model = model.to(dtype)
     model = model.to(device).eval()
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = is_tied(model)
     prepare(model)
     return model
 
 
-def no_noise(config):
-    """Set every probability of dropout to 0, and the noise of routers. Evaluation mode alone would not do:
-    layers that recompute their activations must be in training mode (`checkpoint_activations`).
-    """
-    for name, value in vars(config).items():
-        if isinstance(value, float) and ("drop" in name or "jitter" in name):
-            setattr(config, name, 0.0)
+def is_tied(model):
+    """Whether the output layer is the input embedding. The checkpoint decides, whatever the config says."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+@contextlib.contextmanager
+def all_threads():
+    """In it, torch uses all CPUs of this machine: torchrun gives each process one, and the others wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_skeleton(path, dtype, device, trust_remote_code=False):
-    """As `load_model`, without weights, for `shard` to fill: rank 0 alone reads them, as they are
-    stored, to its CPU.
-    """
+    """As `load_model`, without weights, for `shard` to fill: rank 0 alone reads them, to its CPU."""
     source = None
     if rows.rank_and_world()[0] == 0:
-        source = load_model(path, "auto", torch.device("cpu"), trust_remote_code)
+        # in that dtype, not as they are stored: what a model computes when it is made, such as Gemma's scale
+        # of embeddings, is rounded to its dtype
+        with all_threads():
+            source = load_model(path, dtype, torch.device("cpu"), trust_remote_code)
         frozen = [name for name, parameter in source.named_parameters() if not parameter.requires_grad]
         facts = [(source.config, source.generation_config, source.backbone_name, frozen)]
     else:
         facts = [None]
-    barrier()  # rank 0 may read for long
-    dist.broadcast_object_list(facts)
+    try:
+        barrier()  # rank 0 may read for long
+        dist.broadcast_object_list(facts)
+    except RuntimeError:
+        sys.exit(2)  # rank 0 has failed, and said why
     config, generation_config, backbone_name, frozen = facts[0]
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -207,7 +277,7 @@ def load_skeleton(path, dtype, device, trust_remote_code=False):
 def add_lora(model, rank, seed):
     """Put LoRA adapters (arXiv 2106.09685), float32, on every linear layer of the backbone that text reaches,
     and freeze the rest. They start as 0 (B = 0): the model is still the reference. The experts of a mixture
-    are one tensor, not linear layers, so they stay frozen. Returns peft's model around it.
+    are one tensor, and some routers more than a linear layer, so they stay frozen. Returns peft's model.
     """
     try:
         import peft
@@ -215,17 +285,20 @@ def add_lora(model, rank, seed):
         rows.fail("--lora needs peft; pip install peft")
     prefix = f"{backbone_name(model)}."
     linear = [name for name, module in model.named_modules() if name.startswith(prefix)
-              and isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight.requires_grad]
+              and type(module) in (torch.nn.Linear, Conv1D) and module.weight.requires_grad]
     if not linear:
-        rows.fail(f"{model.name_or_path}: a {model.config.model_type} model has no linear layers to adapt; "
-                  "omit --lora")
+        rows.fail(f"{model.name_or_path}: has no linear layers to adapt; omit --lora")
     torch.manual_seed(seed)  # the same on every rank
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type="CAUSAL_LM")
-    adapter = peft.get_peft_model(model, config)
+    kind = model.config.model_type
+    try:
+        adapter = peft.get_peft_model(model, config)
+    except ValueError as error:
+        rows.fail(f"{model.name_or_path}: peft does not adapt a {kind} model ({error}); omit --lora")
     adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     if sorted(adapted) != sorted(linear):
-        rows.fail(f"{model.name_or_path}: peft {peft.__version__} adapts other layers of a "
-                  f"{model.config.model_type} model than asked for; omit --lora")
+        rows.fail(f"{model.name_or_path}: in a {kind} model peft {peft.__version__} adapts the experts, "
+                  "which are not linear layers here; omit --lora")
     return adapter
 
 
@@ -278,10 +351,7 @@ def prepare(model):
     model whose log-probabilities this code would compute wrongly.
     """
     name, config = model.name_or_path, model.config
-    special = {value for key, value in config.to_dict().items() if key.endswith(("token_id", "token_index"))}
-    length = min(256, context_length(model))
-    ids = torch.arange(length, device=model.device) * 7 % config.get_text_config().vocab_size
-    ids = torch.tensor([i for i in ids.tolist() if i not in special], device=model.device)[None]  # (1, time)
+    ids = probe_ids(model)
     try:
         model.backbone_name, logits = find_backbone(model, ids)
         with torch.no_grad():
@@ -300,6 +370,32 @@ def prepare(model):
     reached = leaves(logits)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in reached)
+    for experts in expert_lists(model):  # no token of the probe may have chosen one of them
+        names = {name for expert in experts for name, p in expert.named_parameters() if p in reached}
+        for expert in experts:
+            for name, parameter in expert.named_parameters():
+                parameter.requires_grad_(name in names)
+
+
+def probe_ids(model):
+    """Token ids to try a model on, (1, time), none of them special."""
+    special = set()
+    for part in (model.config, model.config.get_text_config()):
+        for key, value in part.to_dict().items():
+            if key.endswith(("token_id", "token_index")):
+                special.update(value if isinstance(value, list) else [value])
+    length = min(256, context_length(model))
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    ids = [i * 7 % vocab_size for i in range(length)]
+    return torch.tensor([[i for i in ids if i not in special]], device=model.device)
+
+
+def expert_lists(model):
+    """The lists of modules within a layer, of which a token may pass only some: experts that are modules of
+    their own, as in models that bring their code.
+    """
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return [inner for outer in lists for inner in outer.modules() if inner is not outer and inner in lists]
 
 
 def leaves(tensor):
@@ -405,7 +501,7 @@ def copy_files(model, source, folder):
     if config.get("model_type") != written["model_type"]:  # the text model of a larger one
         config = written
     config.pop("quantization_config", None)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied = is_tied(model)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in {"dtype", "torch_dtype"} & part.keys():
             part[key] = "float32"
@@ -423,7 +519,8 @@ def context_length(model):
 
     longrope (Phi-3 with 128k) turns to other rotations for all sequences of a batch when one exceeds
     the original length, so log-probabilities would depend on the batch: such a context ends there.
-    Dynamic NTK does so beyond max_position_embeddings, which nothing here exceeds.
+    Dynamic NTK does so beyond max_position_embeddings, which nothing here exceeds. Llama 4 scales attention
+    by the number of columns in its cache, from floor_scale (8192) on.
     """
     config = model.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or -1
@@ -432,6 +529,8 @@ def context_length(model):
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         length = min(length, rope["original_max_position_embeddings"])
+    if getattr(config, "attn_temperature_tuning", False):
+        length = min(length, config.floor_scale)
     return length
 
 
@@ -685,7 +784,7 @@ def end_ids(model, tokenizer):
     """Token ids that end a completion: the generation config's (one or a list), the tokenizer's eos, and
     what the chat template writes after an answer.
     """
-    ids = model.generation_config.eos_token_id
+    ids = (model.generation_config or model.config).eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
     ends = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
     after = turn_end(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else []
@@ -749,6 +848,8 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
         self.length_groups = length_groups
+        experts = [p for experts in expert_lists(model) for p in experts.parameters()]
+        self.bypassed = [p for p in experts if p.requires_grad]
 
     def forward(self, tokens, prompt_lens, lens):
         """tokens (batch, time), right-padded with anything; prompt_lens, lens (batch,): tokens of the prompt,
@@ -765,7 +866,10 @@ class Policy(torch.nn.Module):
             states.append(torch.nn.functional.pad(hidden, (0, 0, 0, tokens.shape[1] - longest)))
         hidden = torch.cat(states)[order.argsort()]  # (batch, time, dim)
         output_layer = functools.partial(logits_of, self.model, output)
-        return chunked_logps(hidden, tokens, prompt_lens, lens, output_layer)
+        logps = chunked_logps(hidden, tokens, prompt_lens, lens, output_layer)
+        for parameter in self.bypassed:  # an expert without tokens gets a gradient of 0: DDP waits for one
+            logps = logps + 0 * parameter.sum()
+        return logps
 
 
 def chunked_logps(hidden, tokens, prompt_lens, lens, output_layer):
@@ -818,9 +922,16 @@ def shard(policy, dtype, device):
     or layer.
     """
     source = policy.model.source.pop()
+    if policy.bypassed:
+        rows.fail(f"--shard: this {policy.model.config.model_type} model has experts that are modules of "
+                  "their own, and ranks whose tokens pass different ones would wait for each other; omit it")
+    facts = [None]
+    if source is not None:
+        with all_threads():
+            facts = [(probe_ids(source).tolist(), token_logps(Policy(source), probe_ids(source)))]
     precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
     blocks = set(policy.model._no_split_modules or ())
-    for module in policy.modules():
+    for module in reversed(list(policy.modules())):  # a block within a block (Mamba) first
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=precision)
     # sharded again after every forward, so that the optimizer and checkpoints see this rank's part
@@ -840,7 +951,22 @@ def shard(policy, dtype, device):
         for name, buffer in policy.model.named_buffers():
             buffer.copy_(from_rank_0(name, buffer))
             dist.broadcast(buffer, 0)
+    dist.broadcast_object_list(facts)
+    ids, loaded = facts[0]
+    found = token_logps(policy, torch.tensor(ids, device=device)).cpu()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1  # in standard deviations
+    if not (found - loaded).abs().median() < tolerance * loaded.std():
+        rows.fail(f"--shard: the sharded {policy.model.config.model_type} model has other logits than the "
+                  "loaded one; omit it")
     return policy
+
+
+@torch.no_grad()
+def token_logps(policy, ids):
+    """log pi of every eighth token of ids (1, time), each after the seven before it."""
+    tokens = ids[0, :ids.shape[1] // 8 * 8].view(-1, 8)
+    lens = torch.full((len(tokens),), 8, device=ids.device)
+    return policy(tokens, lens - 1, lens)
 
 
 def sync_gradients(policy, sync):
@@ -855,7 +981,11 @@ def sync_gradients(policy, sync):
 
 def checkpoint_activations(model):
     """Recompute the activations of every layer in the backward pass: less memory, slower."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        rows.fail(f"{model.name_or_path}: a {model.config.model_type} model cannot recompute its "
+                  "activations; omit --gradient_checkpointing")
     for module in model.modules():  # these layers recompute only in training mode
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
@@ -914,8 +1044,10 @@ def load_state(folder, policy, optimizer):
 
 # ---- speed ----
 
-# bfloat16, dense, as their maker states
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+# bfloat16, dense, as their maker states. The first name that is part of the device's counts: an H100 on a
+# PCIe card and an H100 NVL are slower than an H100 SXM
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+              "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "L40S": 362e12}
 
 
 def peak_flops(device):
@@ -929,11 +1061,15 @@ def peak_flops(device):
 
 def flops_per_token(model, length):
     """Floating-point operations of training on one token of a sequence of that length: 6 per weight
-    that multiplies (an input embedding does not), and attention's 6 * layers * hidden_size * length
-    (half of the square, as it is causal).
+    that multiplies (an input embedding does not, nor do experts that the token does not pass), and
+    attention's 6 * layers * hidden_size * length (half of the square, as it is causal).
     """
-    config, embedding = model.config.get_text_config(), model.get_input_embeddings().weight
-    weights = sum(p.numel() for p in model.parameters())
-    if model.get_output_embeddings().weight is not embedding:
-        weights -= embedding.numel()
+    config = model.config.get_text_config()
+    passed = getattr(config, "num_experts_per_tok", None)
+    weights = 0
+    for parameter in model.parameters():
+        is_experts = parameter.dim() == 3 and passed and passed < len(parameter)  # (experts, out, in)
+        weights += parameter.numel() * (passed / len(parameter) if is_experts else 1)
+    if not is_tied(model):
+        weights -= model.get_input_embeddings().weight.numel()
     return 6 * (weights + config.num_hidden_layers * config.hidden_size * length)

@@ -7,6 +7,7 @@ or refused in one line. docs/models.md is the table of all, which SLOW=1 makes a
 import contextlib
 import io
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import model as model_py
-from conftest import ROOT, call, make_tokenizer, read_rows, write_rows
+from conftest import ROOT, Process, call, make_tokenizer, read_rows, start_ranks, write_rows
 
 SIZES = dict(
     vocab_size=259, hidden_size=32, d_model=32, n_embd=32, emb_dim=32, embedding_size=32, dim_model=32,
@@ -137,6 +138,18 @@ def make(kind, folder, **more):
     make_tokenizer().save_pretrained(folder)
 
 
+def random_rows(tokenizer):
+    """Rows with three rewarded completions each, of random tokens."""
+    rng, rows = np.random.default_rng(0), []
+    for i, prompt in enumerate(PROMPTS):
+        sequences = [rng.integers(0, 128, n).tolist() for n in (3, 5, 12)]
+        completions = [{"text": model_py.decode(tokenizer, [], ids), "token_ids": ids,
+                        "finish_reason": "length"} for ids in sequences]
+        rows.append({"id": i, "prompt": prompt, "ref_completions": completions,
+                     "ref_rewards": [0.1, 0.5, 0.9]})
+    return rows
+
+
 @torch.no_grad()
 def without_cache(own, ids, n):
     """The n likeliest next tokens by the model's own logits, each from a whole forward pass."""
@@ -175,14 +188,7 @@ def walk(kind, folder):
         if "sampler" not in str(refusal):
             raise
         notes.append("not sampled here (--engine=vllm)")
-        rng = np.random.default_rng(0)
-        refs = [{"id": i, "prompt": text, "ref_completions": [
-            {"text": "", "token_ids": rng.integers(0, 128, n).tolist(),
-             "finish_reason": "length"} for n in (3, 5, 12)]}
-            for i, text in enumerate(PROMPTS)]
-        for row in refs:
-            for completion in row["ref_completions"]:
-                completion["text"] = model_py.decode(tokenizer, [], completion["token_ids"])
+        refs = random_rows(tokenizer)
 
     # log-probabilities against the model's own logits
     for row in refs:
@@ -216,6 +222,67 @@ def walk(kind, folder):
     return "; ".join(["yes", *notes])
 
 
+FORTY = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "gpt_oss", "mixtral",
+    "qwen2_moe", "qwen3_moe", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "glm", "glm4", "glm4_moe",
+    "deepseek_v2", "deepseek_v3", "cohere2", "granite", "granitemoe", "smollm3", "apertus", "falcon", "gpt2",
+    "gpt_neox", "opt", "bloom", "mpt", "starcoder2", "stablelm", "exaone4", "llama4", "ernie4_5_moe",
+    "qwen3_next", "mamba")
+MODES = "--shard", "--lora=4", "--gradient_checkpointing"
+
+
+def train(folder, name, *flags, ranks=1):
+    """Train in processes of their own; the losses and gradient norms of the steps. May raise Refused."""
+    log = folder / f"{name}.log"
+
+    def before():
+        sys.stderr = open(log, "a", buffering=1)
+    flags = (f"--model={folder / 'model'}", f"--data={folder / 'rewarded.jsonl'}", f"--out={folder / name}",
+             "--batch_size=6", "--epochs=2", "--learning_rate=1e-3", "--dtype=float32", *flags)
+    processes = (start_ranks(ranks, "train.py", *flags, before=before) if ranks > 1 else
+                 [Process("train.py", *flags, before=before)])
+    codes = [process.wait() for process in processes]
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    if 2 in codes:
+        raise Refused(errors[0].removeprefix("error: "))
+    assert codes == [0] * ranks, log.read_text()[-2000:]
+    return [(row["loss"], row["grad_norm"]) for row in read_rows(folder / name / "metrics.jsonl")]
+
+
+@torch.no_grad()
+def logits(folder, adapter=None):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter:
+        model = pytest.importorskip("peft").PeftModel.from_pretrained(model, adapter)
+    return model.eval()(input_ids=torch.arange(3, 40)[None], use_cache=False).logits
+
+
+def in_mode(kind, folder, mode):
+    """"yes" if a model trains with this flag as without it, and its OUT is what was trained; or "refused"."""
+    plain = read_rows(folder / "plain" / "metrics.jsonl")
+    plain = [(row["loss"], row["grad_norm"]) for row in plain]
+    try:
+        found = train(folder, mode, mode, ranks=2 if mode == "--shard" else 1)
+    except Refused:
+        return "refused"
+    out, before = logits(folder / mode), logits(folder / "model")
+    assert (out - before).abs().max() > 1e-4, (kind, mode)
+    if "lora" in mode:
+        expected = logits(folder / "model", folder / mode / "adapter")
+    else:
+        np.testing.assert_allclose(found, plain, rtol=2e-3, atol=1e-4, err_msg=f"{kind} {mode}")
+        expected = logits(folder / "plain")
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-3 * expected.abs().max().item())
+    return "yes"
+
+
+def in_all_modes(kind, folder):
+    make(kind, folder / "model")
+    write_rows(folder / "rewarded.jsonl", random_rows(model_py.load_tokenizer(folder / "model")))
+    train(folder, "plain")
+    return [in_mode(kind, folder, mode) for mode in MODES]
+
+
 def outcome(kind, folder):
     """What the table says of a model type."""
     try:
@@ -233,6 +300,27 @@ def outcome(kind, folder):
 def test_a_family_is_sampled_trained_and_saved_right_or_refused(kind, tmp_path):
     """And its line in docs/models.md says which."""
     assert f"| {kind} | {outcome(kind, tmp_path)} |" in TABLE.read_text()
+
+
+@pytest.mark.parametrize("kind", ("gemma3", "gpt_oss", "opt"))
+def test_a_family_trains_the_same_in_all_modes(kind, tmp_path):
+    """A tower that text does not reach; experts; dropout. As the table of docs/models.md says."""
+    found = in_all_modes(kind, tmp_path)
+    assert f"| {kind} | {' | '.join(found)} |" in TABLE.read_text()
+
+
+@pytest.mark.slow  # minutes: writes the second table of docs/models.md
+def test_forty_families_in_all_modes_and_their_table(tmp_path):
+    lines, wrong = [], []
+    for kind in FORTY:
+        try:
+            lines.append(f"| {kind} | {' | '.join(in_all_modes(kind, tmp_path / kind))} |")
+        except AssertionError as error:
+            wrong.append((kind, str(error)))
+    head, rest = TABLE.read_text().split("| --- | --- | --- | --- |\n")
+    rest = rest[rest.index("\n\n"):]
+    TABLE.write_text(head + "| --- | --- | --- | --- |\n" + "\n".join(lines) + rest)
+    assert not wrong, wrong
 
 
 @pytest.mark.slow  # minutes: writes docs/models.md

@@ -2,6 +2,9 @@
 what was sampled.
 """
 import argparse
+import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import generate_refs
 import model as model_py
 import qrpo
-from conftest import call, make_tokenizer, write_rows
+from conftest import call, make_tokenizer, one_line_of_error, refused, write_rows
 from model import Policy, end_ids, load_model, load_tokenizer, pad, prompt_ids
 
 CPU = torch.device("cpu")
@@ -175,3 +178,118 @@ def test_completions_of_4000_tokens_and_log_probabilities_of_minus_1e4(tmp_path)
         logps = Policy(model)(tokens, torch.tensor([100]), torch.tensor([4100]))
         each = torch.log_softmax(model(tokens).logits[0, 99:-1].double(), -1).gather(1, tokens[0, 100:, None])
     assert logps.item() < -1e4 and abs(logps.item() / each.sum().item() - 1) < 1e-6
+
+
+# ---- what is loaded, and what is refused ----
+
+def test_an_expert_that_no_token_of_the_check_passed_is_trained(tiny):
+    """Experts that are modules of their own, as in models that bring their code: each gets a gradient, of 0
+    if no token passed it (DDP waits for one), and else that of the model's own logits.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+    class Mixture(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = torch.nn.Linear(32, 40)
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(40))
+
+        def forward(self, x):
+            weight, chosen = self.gate(x).softmax(-1).max(-1)
+            out = torch.zeros_like(x)
+            for i in chosen.unique().tolist():
+                out[chosen == i] = weight[chosen == i][:, None] * self.experts[i](x[chosen == i])
+            return out
+
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Mixture()
+    model_py.prepare(model)
+    policy = Policy(model)
+    tokens = torch.randint(0, 256, (2, 6), generator=torch.Generator().manual_seed(0))
+    lens = torch.tensor([6, 6])
+    policy(tokens, lens - 3, lens).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    model.zero_grad(set_to_none=True)
+    qrpo.completion_logps(model(tokens).logits, tokens, lens - 3, lens).sum().backward()
+    unpassed = 0
+    for name, parameter in model.named_parameters():
+        unpassed += parameter.grad is None
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(gradients[name], own, rtol=1e-3, atol=1e-4)
+    assert unpassed
+
+
+def test_dropout_and_the_noise_of_routers_are_off_while_activations_are_recomputed(tmp_path):
+    """Of layers that read their own training mode (OPT), and in every part of the configuration."""
+    config = transformers.OPTConfig(vocab_size=259, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+                                    num_attention_heads=2, max_position_embeddings=64, dropout=0.3,
+                                    attention_dropout=0.3, layerdrop=0.3, word_embed_proj_dim=32)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, torch.float32, CPU)
+    tokens, lens = torch.arange(20)[None] + 5, torch.tensor([20])
+    plain = Policy(model)(tokens, lens - 10, lens)
+    model_py.checkpoint_activations(model)
+    assert any(module.training for module in model.modules())
+    torch.testing.assert_close(Policy(model)(tokens, lens - 10, lens), plain)
+
+
+def test_the_context_of_llama4_ends_where_its_attention_counts_the_columns_of_the_cache(tmp_path):
+    config = transformers.Llama4TextConfig(attn_temperature_tuning=True, floor_scale=8, **SMALL)
+    for tuned, expected in ((True, 8), (False, 64)):
+        config.attn_temperature_tuning = tuned
+        assert model_py.context_length(argparse.Namespace(config=config)) == expected
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_and_no_slow_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    exists = model_py.Path.exists
+    monkeypatch.setattr(model_py.Path, "exists", lambda path: str(path) == "/dev/nvidia0" or exists(path))
+    one_line_of_error(capsys, ["CUDA 13.0", "Update the driver"], model_py.get_device)
+    monkeypatch.setattr(model_py.Path, "exists", exists)
+    assert model_py.get_device() == CPU
+
+
+def change_config(**more):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | more))
+    return change
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4877660776\n"
+BROKEN = {  # what is done to the folder of a model: what the line of error says
+    "weights of git-lfs": (lambda f: (f / "model.safetensors").write_text(POINTER), "git lfs pull"),
+    "tokenizer of git-lfs": (lambda f: (f / "tokenizer.json").write_text(POINTER), "git lfs pull"),
+    "torn weights": (lambda f: os.truncate(f / "model.safetensors", 9000), "no CausalLM can be loaded"),
+    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "no CausalLM can be loaded"),
+    "torn config": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "GPTQ": (change_config(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised (gptq)"),
+    "bitsandbytes": (change_config(quantization_config={"quant_method": "bitsandbytes"}),
+                     "is quantised (bitsandbytes)"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "merge_and_unload"),
+    "code without permission": (
+        change_config(model_type="own", auto_map={"AutoConfig": "own.Own"}), "can be loaded from it"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("script", ("generate_refs.py", "train.py"))
+def test_what_is_no_whole_model_is_refused_in_one_line(tiny, rewarded, tmp_path, capsys, how, script):
+    change, says = BROKEN[how]
+    shutil.copytree(tiny, tmp_path / "model")
+    change(tmp_path / "model")
+    flags = ["--field=samples"] if script == "generate_refs.py" else []
+    refused(capsys, [says, str(tmp_path / "model")], script, f"--model={tmp_path / 'model'}",
+            f"--data={rewarded}", f"--out={tmp_path / 'out'}", *flags)
+
+
+def test_the_operations_of_a_mixture_are_those_of_the_experts_that_a_token_passes():
+    config = transformers.MixtralConfig(**SMALL | {"num_local_experts": 8, "num_experts_per_tok": 2})
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    passed = sum(n * (0.25 if ".experts." in name else 1) for name, n in sizes.items() if "embed" not in name)
+    assert model_py.flops_per_token(model, 0) == 6 * passed

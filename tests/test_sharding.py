@@ -44,7 +44,7 @@ def make_rows(path, n=8):
 LAYERS = 12
 # phase: copies of the weights, split over the ranks; layers that each holds besides, with activations
 HELD = {
-    "reading": (0, 0.1), "load": (1, 1), "reference pass": (1, 4), "training": (4, 1), "resume state": (3, 1),
+    "reading": (0, 0.1), "load": (1, 4), "reference pass": (1, 4), "training": (4, 1), "resume state": (3, 1),
     "trained model": (3, 1)}
 
 
@@ -95,6 +95,33 @@ def test_sharded_training_is_that_of_one_process_and_saves_tied_weights_once(tmp
     one, two = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
     ids = torch.arange(3, 30)[None]
     torch.testing.assert_close(two(ids).logits, one(ids).logits, rtol=0, atol=1e-3)
+
+
+def test_the_checkpoint_decides_whether_weights_are_tied(tmp_path, capfd):
+    """Where it has two matrices and the configuration says that they are one. And what makes a sharded model
+    another than the loaded one is refused.
+    """
+    folder = make_model(tmp_path / "model", initializer_range=0.2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    flags = (f"--model={folder}", f"--data={make_rows(tmp_path / 'rows.jsonl')}", "--batch_size=6",
+             "--learning_rate=1e-3")
+    call("train.py", *flags, f"--out={tmp_path / 'one'}")
+    ranks = start_ranks(2, "train.py", *flags, f"--out={tmp_path / 'two'}", "--shard")
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and "lm_head.weight" in one
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False and config["dtype"] == "float32"
+
+    def before():
+        import model
+        model.is_tied = lambda model: True  # as if the configuration decided
+    ranks = start_ranks(2, "train.py", *flags, f"--out={tmp_path / 'bad'}", "--shard", before=before)
+    assert [rank.wait() for rank in ranks] == [2, 2]
+    assert "has other logits than the loaded one" in capfd.readouterr().err
 
 
 def test_ranks_that_hold_nothing_of_a_small_tensor_do_not_wait_for_ever(tmp_path):
