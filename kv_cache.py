@@ -73,8 +73,9 @@ class Cache(transformers.Cache):
         self.prompt_of = [used.index(number) for number in self.prompt_of]
         self.lengths = [self.lengths[number] for number in used] + lengths
         longest = max(self.lengths)
+        kept = torch.tensor(used, dtype=torch.long, device=tensors[0].device)
         for i, new in enumerate(tensors):
-            old = self.prompts[i][used]
+            old = self.prompts[i][kept]
             same_length = [pad(t, (0, 0, 0, longest - t.shape[2])) for t in (old, new)]  # or cut
             self.prompts[i] = torch.cat(same_length)
         return len(used)

@@ -179,6 +179,7 @@ for step in bar:
     fresh = sample(step)
     rows.refuse(not fresh, f"step {step}: {args.reward} gave no known reward; look at it, and give --resume")
     data = as_arrays(fresh, prompts_of(step))
+    barrier()  # sampling takes some ranks longer
     count = torch.tensor(float(len(fresh)))  # completions of all ranks
     if world > 1:
         dist.all_reduce(count)
