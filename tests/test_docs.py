@@ -43,7 +43,8 @@ def help_page(path, monkeypatch):
 
 
 def test_every_flag_that_the_documents_name_exists_and_help_fits_100_columns(monkeypatch):
-    known = {"--wrap", "--nproc_per_node", "--standalone", "--nodes", "--gpus", "--help"}  # of others
+    known = {"--index", "--wrap", "--nproc_per_node", "--standalone", "--nodes", "--gpus",
+             "--help"}  # of others
     assert len(scripts()) >= 15
     for path in scripts():
         page = help_page(path, monkeypatch)
