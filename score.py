@@ -66,6 +66,8 @@ def arguments(argv=None):
                                                      "programs and tests may use, such as numpy")
     add("--block", default="answer", choices=tuple(sandbox.BLOCKS),
         help="tests: which code block of an answer is the program; see sandbox/formats.md")
+    add("--judge", default="apart", choices=tuple(sandbox.WAYS),
+        help="tests: apart from the program, or together with it; see sandbox/README.md")
     add("--unsafe", action="store_true", help="tests: run without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
         add(f"--{name}", type=type(default), default=default, help=f"tests: {text}")
@@ -152,7 +154,7 @@ def unrewarded(row, made_by, reward_of):
 # ---- tests ----
 
 def tests_settings(args):
-    names = "packages", "block", *sandbox.FLAGS
+    names = "packages", "block", "judge", *sandbox.FLAGS
     return {"reward": "tests"} | {name: getattr(args, name) for name in names}
 
 
@@ -177,7 +179,7 @@ def tests_rewards(args, todo):
     limits = {name: getattr(args, name) for name in sandbox.FLAGS}
     try:
         for verdict in sandbox.judge(programs(), runtime=args.runtime, packages=args.packages,
-                                     unsafe=args.unsafe, block=args.block, **limits):
+                                     unsafe=args.unsafe, block=args.block, way=args.judge, **limits):
             row_id, k = verdict["id"]
             slowest = sandbox.slowest([*slowest, verdict])
             entry = waiting[row_id]

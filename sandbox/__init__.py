@@ -6,7 +6,8 @@ passes. README.md says what is promised, formats.md which rows are understood.
 The package needs the standard library only, and can be copied alone.
 """
 from .formats import BLOCKS, normalize
-from .host import FLAGS, about, cores, judge, slowest
+from .host import FLAGS, WAYS, about, cores, judge, slowest
 from .runtimes import PACKAGES, RUNTIMES
 
-__all__ = ["BLOCKS", "FLAGS", "PACKAGES", "RUNTIMES", "about", "cores", "judge", "normalize", "slowest"]
+__all__ = ["BLOCKS", "FLAGS", "PACKAGES", "RUNTIMES", "WAYS",
+           "about", "cores", "judge", "normalize", "slowest"]

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 
-from . import BLOCKS, FLAGS, PACKAGES, RUNTIMES, about, judge, slowest
+from . import BLOCKS, FLAGS, PACKAGES, RUNTIMES, WAYS, about, judge, slowest
 from .runtimes import IMAGE
 
 
@@ -40,6 +40,8 @@ def arguments():
     add("--unsafe", action="store_true", help="no isolation, only limits: not for programs of a model")
     rules = "; ".join(f"{name}: {text}" for name, text in BLOCKS.items())
     add("--block", choices=tuple(BLOCKS), default="answer", help=f"the program in an answer. {rules}")
+    ways = "; ".join(f"{name}: {text}" for name, text in WAYS.items())
+    add("--judge", choices=tuple(WAYS), default="apart", dest="way", help=f"tests and program. {ways}")
     for name, (default, text) in FLAGS.items():
         add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     return vars(parser.parse_args())

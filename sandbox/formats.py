@@ -46,7 +46,8 @@ def same_output(printed, expected, tolerance):
 def same_number(a, b, tolerance):
     try:
         a, b = Decimal(a), Decimal(b)
-        return a == b or tolerance > 0 and b % 1 != 0 and abs(a - b) <= Decimal(tolerance) * max(1, abs(b))
+        margin = Decimal("1e-8") + Decimal(tolerance) * abs(b)
+        return a == b or tolerance > 0 and b % 1 != 0 and abs(a - b) <= margin
     except InvalidOperation:
         return False
 

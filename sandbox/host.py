@@ -38,6 +38,10 @@ FLAGS = {  # name: (default, what it means); the limits travel to the workers
     "output": (16, "MiB of one value that a call returns"),
     "depth": (500, "levels of nesting of one value"),
 }
+WAYS = {  # how tests and program meet: what it means
+    "apart": "in two processes that exchange plain data; nothing can be forged",
+    "together": "in one, as in a plain run: any test works, and a program written to cheat can",
+}
 LIMITS = {name: default for name, (default, _) in FLAGS.items()}
 PATIENCE = 0.25  # s after which a program waits for those that have not run yet
 SIDE = 3  # such programs that may go on meanwhile, for each worker
@@ -131,10 +135,12 @@ class Job:
     """A program with its tests: what the two sides get to see of a row, and the ids that wait for
     the verdict."""
 
-    def __init__(self, row, program):
+    def __init__(self, row, program, way):
         both = {"preamble": row["preamble"], "entry_point": row["entry_point"]}
         sides = both | {"program": program}, both | {"test": row["test"]}
-        self.candidate, self.judge = (json.dumps(side).encode() for side in sides)
+        if way == "together":
+            sides = [sides[0] | sides[1]]
+        self.candidate, self.judge = [*(json.dumps(side).encode() for side in sides), b""][:2]
         self.key = hashlib.sha256(self.candidate + self.judge).digest()
         self.tries, self.ids = TRIES, []
         self.row = row if row.get("solution") else None
@@ -145,8 +151,8 @@ class Jobs:
     """All jobs: those that have not run yet, then those that were put off, to run when cores are
     free."""
 
-    def __init__(self, rows, block):
-        self.rows, self.block = iter(rows), block
+    def __init__(self, rows, block, way="apart"):
+        self.rows, self.block, self.way = iter(rows), block, way
         self.verdicts, self.waiting = {}, {}  # by key
         self.first, self.later = collections.deque(), collections.deque()
         self.ready = []  # verdicts to give to the caller
@@ -161,7 +167,7 @@ class Jobs:
                 if program is None:
                     self.ready.append({"id": row["id"], **NO_CODE})
                     continue
-                job = self.add(Job(formats.normalize(row), program))
+                job = self.add(Job(formats.normalize(row), program, self.way))
                 job.ids.append(row["id"])
                 if job.key in self.verdicts:
                     self.settle(job, self.verdicts[job.key])
@@ -179,7 +185,7 @@ class Jobs:
     def finish(self, job, verdict):
         if job.row is None or verdict["passed"] or verdict["verdict"] not in ("wrong", "exception"):
             return self.settle(job, verdict)
-        solution = self.add(Job(job.row, job.row["solution"]))
+        solution = self.add(Job(job.row, job.row["solution"], self.way))
         solution.row = None
         if solution is job:
             self.settle(job, verdict)
@@ -315,11 +321,12 @@ def choose(runtime, image, packages):
 
 
 def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, unsafe=False, block="answer",
-          **limits):
+          way="apart", **limits):
     """Judge an iterable of rows; yield a verdict (a dict with the row's id) for each as they
     finish, in any order.
 
-    workers: 0 is one for each core given to this process. limits: see FLAGS; block: see BLOCKS.
+    workers: 0 is one for each core given to this process. limits: see FLAGS; block: see BLOCKS; way:
+    see WAYS.
     Rows of the same program and tests are run once. RuntimeError where a limit is not above 0, or
     no isolation works and `unsafe` is not set.
     """
@@ -331,8 +338,11 @@ def judge(programs, workers=0, runtime="auto", image=IMAGE, packages=PACKAGES, u
             raise RuntimeError(f"--{name} must be above 0")
     if block not in BLOCKS:
         raise RuntimeError(f"--block must be one of {', '.join(BLOCKS)}")
-    worker_command = command("none" if unsafe else choose(runtime, image, packages), image, packages, limits)
-    yield from run(Jobs(programs, block), worker_command, workers or cores(), limits)
+    if way not in WAYS:
+        raise RuntimeError(f"--judge must be one of {', '.join(WAYS)}")
+    worker_command = command("none" if unsafe else choose(runtime, image, packages), image, packages, limits,
+                             way)
+    yield from run(Jobs(programs, block, way), worker_command, workers or cores(), limits)
 
 
 def cores():

@@ -40,9 +40,10 @@ def extras(packages):
     return pairs
 
 
-def command(runtime, image, packages, limits):
-    """The command line of a worker with that runtime; "none": no isolation."""
-    options = {"limits": limits, "walls": "namespaces" if runtime == "podman" else runtime, "visible": [],
+def command(runtime, image, packages, limits, way="apart"):
+    """The command line of a worker with that runtime ("none": no isolation) that judges that way."""
+    options = {"limits": limits, "way": way, "visible": [],
+               "walls": "namespaces" if runtime == "podman" else runtime,
                "path": ["/box"], "warm": [name for name in packages.split(",") if name],
                "folders": tempfile.gettempdir() if runtime == "landlock" else ""}
     own = [os.path.realpath(sys.executable), "-S", "-s", "-B", f"{HERE}/inside"]

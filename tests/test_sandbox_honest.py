@@ -96,6 +96,16 @@ CASES = {  # name: (program, body of check)
         " import datetime as d\n assert candidate(3) == [d.time(3), d.timezone(d.timedelta(hours=3), 'x')]"),
     "zoneinfo": ("import datetime as d, zoneinfo\ndef f(x): return d.datetime(2024, 7, 1, tzinfo=zoneinfo.ZoneInfo(x))",
         " import datetime as d\n assert candidate('Europe/Paris').utcoffset() == d.timedelta(hours=2)"),
+    "standard library": ("import collections, pathlib, re, types, uuid\ndef f(x): return [uuid.UUID(int=x), collections."
+        "ChainMap({1: x}, {2: 3}), pathlib.Path('a') / 'b', types.SimpleNamespace(x=x), slice(x), re.compile('a+', re.I)]",
+        " import collections, pathlib, re, types, uuid\n assert candidate(5) == [uuid.UUID(int=5), collections.ChainMap({1: 5}, "
+        "{2: 3}), pathlib.Path('a/b'), types.SimpleNamespace(x=5), slice(5), re.compile('a+', re.I)]"),
+    "a generator whose later items take for ever": ("def f():\n yield 1\n yield 2\n while True: pass",
+        " g = candidate()\n assert next(g) == 1 and next(g) == 2"),
+    "part of an iterator given": ("def f(it, n): return [next(it) for _ in range(n)]",
+        " it = iter(range(9))\n assert candidate(it, 2) == [0, 1]\n assert next(it) == 2\n assert candidate(it, 1) == [3]"),
+    "side effects of a generator": ("def f(seen):\n for n in range(5):\n  seen(n)\n  yield n",
+        " seen = []\n g = candidate(seen.append)\n next(g)\n assert seen == [0]"),
     "array": ("import array\ndef f(x): return array.array('d', x)", " import array\n assert candidate([1.5]) == array.array('d', [1.5])"),
     "dict views": ("def f(d): return d.keys()", " assert candidate({1: 2}) == {1}\n assert len(candidate({1: 2, 3: 4})) == 2\n assert 1 in candidate({1: 2})"),
     "values": ("def f(d): return d.values()", " assert len(candidate({1: 2})) == 1\n assert list(candidate({1: 2})) == [2]\n assert sum(candidate({1: 2, 3: 4})) == 6"),

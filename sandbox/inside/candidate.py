@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import importlib
 import io
+import json
 import marshal
 import operator
 import os
@@ -17,7 +18,7 @@ import sys
 import threading
 
 from .channel import SCALARS, Channel, TooLarge, WithoutIterators, classes_of, describe
-from .confine import module_space, silence
+from .confine import module_space, silence, take
 
 
 class Candidate(Channel):
@@ -26,7 +27,7 @@ class Candidate(Channel):
     def __init__(self, source, target, limits):
         super().__init__(source, target, {}, limits)
         self.longest["send"] = limits["output"] << 20
-        self.operations = {"call": self.run_call, "get": self.get, "set": self.set, "more": self.piece}
+        self.operations = {"call": self.run_call, "get": self.get, "set": self.set, "more": self.more}
         self.before = None  # the arguments of a call as they came, where the call could change them
 
     def start(self, job):
@@ -161,7 +162,11 @@ def script(codes):
     return run
 
 
-def run_candidate(job, requests, replies, limits):
+def run_candidate(size, requests, replies, limits):
+    """The life of the clone: take the job, run the program, answer the judge."""
+    job = json.loads(take(size))
+    os.write(replies, b"+")
+    silence()
     candidate = Candidate(requests, replies, limits)
     try:
         candidate.start(job)

@@ -8,7 +8,7 @@ the other side.
 
 What is plain data travels by value: numbers, text, containers, dates, instances of the classes of
 the row's preamble. All else stays where it is, and the other side gets a `Remote`, which can be
-called. An iterator travels in pieces.
+called. An iterator travels item by item.
 
     python -c 'from sandbox.inside import channel; print(channel.KINDS.keys())'
 """
@@ -24,16 +24,18 @@ import fractions
 import itertools
 import json
 import os
+import pathlib
+import re
 import sys
 import threading
 import types
+import uuid
 import zoneinfo
 
 SCALARS = {type(None), bool, int, float, str}
 LONG = 14000  # bits of an int that is sent in hexadecimal: Python refuses to write long ones in decimal,
 DIGITS = 4300  # beyond this limit
 ENCODER = json.JSONEncoder(ensure_ascii=False)
-FIRST, PIECE = 8, 4096  # items of an iterator that travel at first, and at most in one piece
 TYPES = {
     kind.__name__: kind
     for kind in (int, float, str, bool, list, dict, tuple, set, frozenset, bytes, complex, type(None))
@@ -46,13 +48,6 @@ class Unchanged:
 
 class WithoutIterators(list):
     """Values whose iterators are left alone."""
-
-
-class RestOfIterator:
-    """What remains of an iterator: it stays here."""
-
-    def __init__(self, iterator):
-        self.iterator = iterator
 
 
 class CandidateError(Exception):
@@ -114,6 +109,13 @@ KINDS = {  # tag: (type, its parts as a list, the value of such a list)
     "timedelta": (datetime.timedelta, reduced, lambda parts: datetime.timedelta(*parts)),
     "timezone": (datetime.timezone, reduced, lambda parts: datetime.timezone(*parts)),
     "ZoneInfo": (zoneinfo.ZoneInfo, lambda value: [value.key], lambda parts: zoneinfo.ZoneInfo(*parts)),
+    "UUID": (uuid.UUID, lambda value: [str(value)], lambda parts: uuid.UUID(*parts)),
+    "path": (pathlib.PurePath, lambda value: [str(value)], lambda parts: pathlib.PurePosixPath(*parts)),
+    "ChainMap": (collections.ChainMap, lambda value: value.maps, lambda parts: collections.ChainMap(*parts)),
+    "SimpleNamespace": (types.SimpleNamespace, lambda value: mapping(vars(value)),
+                        lambda parts: types.SimpleNamespace(**unzip(parts))),
+    "slice": (slice, lambda value: [value.start, value.stop, value.step], lambda parts: slice(*parts)),
+    "pattern": (re.Pattern, lambda value: [value.pattern, value.flags], lambda parts: re.compile(*parts)),
     "array": (array.array, lambda value: [value.typecode, list(value)], lambda parts: array.array(*parts)),
 }
 TAGS = {kind: tag for tag, (kind, _, _) in KINDS.items() if tag != "list"}
@@ -197,9 +199,7 @@ class Channel:
             finally:
                 self.frozen = False
         if isinstance(value, collections.abc.Iterator) and not callable(value):
-            return {"same": 0} if self.frozen else {"iterator": self.pack(self.piece(value, FIRST))}
-        if kind is RestOfIterator:
-            return self.refer(value.iterator)
+            return {"same": 0} if self.frozen else {"iterator": self.refer(value)}
         if kind.__module__ == "numpy" and hasattr(value, "tolist"):
             return {"numpy": [str(value.dtype), list(value.shape), self.pack(value.tolist())]}
         for base in (int, float, str):
@@ -218,19 +218,6 @@ class Channel:
         if number == len(self.kept):
             self.kept.append(value)
         return {"there": number}
-
-    def piece(self, iterator, count):
-        """[the next items, the rest, or None at the end]. What the iterator raises comes in its
-        turn."""
-        items = []
-        try:
-            for item in itertools.islice(iterator, count):
-                items.append(item)
-        except BaseException as error:
-            if not items:
-                raise
-            return [items, RestOfIterator(raising(error))]
-        return [items, RestOfIterator(iterator) if len(items) == count else None]
 
     # ---- and back: an exception for whatever pack() does not write ----
 
@@ -270,7 +257,7 @@ class Channel:
         return self.objects[body]
 
     def unpack_iterator(self, body, depth):
-        return self.stream(*self.unpack(body, depth))
+        return self.stream(self.unpack(body, depth))
 
     def unpack_same(self, body, depth):
         return Unchanged
@@ -300,15 +287,13 @@ class Channel:
             raise ValueError("not a class")
         return cls
 
-    def stream(self, items, rest):
-        """The items of an iterator of the other side."""
-        count = len(items)
-        while True:
-            yield from items
-            if rest is None:
-                return
-            count = min(2 * count, PIECE)
-            items, rest = self.ask("more", [rest, count])
+    def stream(self, iterator):
+        """The items of an iterator of the other side, each when it is asked for."""
+        while items := self.ask("more", [iterator]):
+            yield items[0]
+
+    def more(self, iterator):
+        return list(itertools.islice(iterator, 1))
 
     # ---- messages ----
 
@@ -425,11 +410,6 @@ class Channel:
         if left < 0:
             raise ValueError("more than was asked for")
         return b"".join(parts)
-
-
-def raising(error):
-    raise error
-    yield
 
 
 def fields_of(thing):

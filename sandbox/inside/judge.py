@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 
-from .channel import CandidateError, Channel, Remote, classes_of, is_builtin, restore
+from .channel import BASES, CandidateError, Channel, Remote, classes_of, is_builtin, restore
 from .confine import module_space, silence, take
 from .tests import Tests
 
@@ -105,7 +105,7 @@ class Judge(Channel):
         try:
             message = self.dump(operation, values)
         except (TypeError, RecursionError):
-            raise RowFault("the tests pass what cannot be sent to a program") from None
+            raise RowFault("the tests pass what cannot be sent to a program: use --judge=together") from None
         self.level += 1
         try:
             self.trusting_nothing(lambda: self.send(message))
@@ -130,7 +130,7 @@ class Judge(Channel):
                 args, names, values, _ = rest
                 reply = self.dump("value", thing(*args, **dict(zip(names, values))))
             else:
-                reply = self.dump("value", {"more": self.piece}[operation](thing, *rest))
+                reply = self.dump("value", {"more": self.more}[operation](thing, *rest))
         except Exception as error:
             reply = self.dump("error", [[[type(error).__module__, type(error).__name__]], [str(error)], {}])
         self.send(reply)
@@ -168,6 +168,11 @@ class Judge(Channel):
         self.fault = {"MemoryError": "m", "TooLarge": "o"}.get(name, "e")
         self.why = next((name for _, name in names if is_builtin(name)), "")
         return error
+
+    def pack_rare(self, value, kind):
+        if isinstance(value, BASES) and kind.__module__ == "solution":  # of the test's own class
+            raise TypeError
+        return super().pack_rare(value, kind)
 
     def refer(self, value):
         """What can be called is called there by its name, if that is the standard library's, or

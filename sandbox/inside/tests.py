@@ -26,6 +26,9 @@ class Tests:
         tree = ast.parse(source)
         names = ("id", "attr", "name")  # of variables, of attributes, of what is imported
         self.names = {getattr(node, name, "") for node in ast.walk(tree) for name in names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assert):
+                node.msg = None  # nobody reads it, and where it fails, that is no fault of the test
         found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
         check = found[-1] if found else self.wrap(tree)
         tree.body = [node for node in tree.body if not calls_check(node)]

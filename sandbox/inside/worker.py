@@ -11,9 +11,9 @@ what a verdict is.
               |                            v  |
               +-------------- clone -----> candidate: runs one program
 
-Each clone has a pid namespace and a session of its own, no capabilities, limits, and a filter on
-system calls. The supervisor never reads a job: each clone takes its own part off the pipe. So a
-candidate's memory never held a test, nor anything of another program.
+Or one clone does both (together.py). Each clone has a session of its own, no capabilities, limits, a filter
+on system calls, and the walls of namespaces.py or landlock.py. The supervisor never reads a job: each clone
+takes its own part off the pipe. So a candidate's memory never held a test, nor anything of another program.
 """
 import builtins
 import contextlib
@@ -29,12 +29,13 @@ import sys
 import time
 
 from .candidate import Candidate, run_candidate
-from .confine import (LIBC, MACHINES, NoWalls, call_filter, module_space, set_limits, silence, system, take,
+from .confine import (LIBC, MACHINES, NoWalls, call_filter, module_space, set_limits, system, take,
                       wall_off)
 from .judge import CandidateObject, Judge, run_judge
 from .landlock import Landlock
 from .namespaces import Namespaces
 from .tests import Tests
+from .together import opened, run_together
 
 TICK = 0.02  # s between two looks of the supervisor at its clocks
 HELD = 0.125  # share of the time in which the kernel holds a program that counts as waiting
@@ -77,7 +78,8 @@ def supervise(options):
     del sys.argv[1:]  # programs look at it
     sys.path[:] = [path for path in sys.path[1:] if path.startswith(sys.base_prefix)] + options["path"]
     os.closerange(3, 1024)
-    box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None, "candidate": None}
+    box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None, "candidate": None,
+           "together": options["way"] == "together"}
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     if isolated and platform.machine() not in MACHINES:
         raise OSError(f"no list of system calls for {platform.machine()}: see REFUSED, LIMITED and MACHINES")
@@ -122,15 +124,19 @@ def one_program(box, candidate_size, judge_size, patience):
     if a clone fails.
     """
     box["walls"].renew()
+    if box["together"]:
+        return together(box, candidate_size, patience)
     if judge_size:  # before the candidate, whose threads could use up the number of processes
         end_judge(box)
         box["channel"], theirs = socket.socketpair()
-        box["judge"] = clone_side(box, judge_size, theirs.fileno())
+        box["judge"] = clone_side(box, [theirs.fileno()],
+                                  lambda: run_judge(judge_size, theirs, box["limits"]), is_judge=True)
         theirs.close()
     requests, ask = os.pipe()
     replies, answer = os.pipe()
     results, report = os.pipe()
-    candidate = box["candidate"] = clone_side(box, candidate_size, requests, answer)
+    candidate = box["candidate"] = clone_side(
+        box, [requests, answer], lambda: run_candidate(candidate_size, requests, answer, box["limits"]))
     socket.send_fds(box["channel"], [b"+"], [ask, replies, report])
     for pipe in (requests, ask, replies, answer, report):
         os.close(pipe)
@@ -144,9 +150,23 @@ def one_program(box, candidate_size, judge_size, patience):
     return verdict
 
 
-def clone_side(box, size, *keep):
-    """Clone the candidate's side (two pipes to keep) or the judge's (one channel): its pid."""
-    is_judge = len(keep) == 1
+def together(box, size, patience):
+    """The same, with tests and program in one clone."""
+    results, report = os.pipe()
+    pid = box["candidate"] = box["judge"] = clone_side(
+        box, [report], lambda: run_together(size, report, box["limits"]))
+    os.close(report)
+    run = Run(box, results, patience)
+    run.watch()
+    os.close(results)
+    run.data = opened(run.data).encode()
+    verdict = run.verdict()
+    os.kill(pid, signal.SIGKILL)
+    return verdict
+
+
+def clone_side(box, keep, live, is_judge=False):
+    """Clone a side, which keeps these descriptors and calls live(): its pid."""
     pid = box["walls"].clone(is_judge)
     if pid:
         return pid
@@ -157,13 +177,7 @@ def clone_side(box, size, *keep):
             os.closerange(below, pipe)
             below = pipe + 1
         os.closerange(below, 256)
-        if is_judge:
-            run_judge(size, socket.socket(fileno=keep[0]), box["limits"])
-        else:
-            job = json.loads(take(size))
-            os.write(keep[1], b"+")
-            silence()
-            run_candidate(job, *keep, box["limits"])
+        live()
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:
@@ -193,7 +207,8 @@ class Run:
 
     def __init__(self, box, results, patience):
         self.limits, self.results, self.patience = box["limits"], results, patience
-        self.sides = self.candidate, self.judge = box["candidate"], box["judge"]
+        self.candidate, self.judge = box["candidate"], box["judge"]
+        self.sides = list(dict.fromkeys((self.candidate, self.judge)))  # one where they are together
         self.data = b""  # the judge's report
         self.stopped = ""  # why the candidate was stopped
         self.judge_stopped = False
@@ -287,7 +302,7 @@ class Run:
             return {"later": True, "kept": False}
         report, _, fault = self.data.decode("ascii", "replace").partition("?")
         codes, whole, detail = report[8:].partition("\n")
-        cut = not whole and not fault and not self.judge_stopped
+        cut = not whole and not fault and not self.judge_stopped and len(self.sides) == 2
         if cut and exit_status(self.judge) in (None, 0, signal.SIGKILL):
             sys.exit("the judge was killed from outside")
         total = 0 if fault else int(report[:8] or "0", 16)
