@@ -26,8 +26,8 @@ import torch.distributed as dist
 import transformers
 
 import rows
-from model import (Policy, any_rank, barrier, check_vocabulary, chunked_logps, completion_ids, context_length,
-                   decode, end_ids, logits_of, model_fingerprint, pad, row_prompt_ids, template_args)
+from model import Policy, any_rank, barrier, chunked_logps, context_length, logits_of, model_fingerprint
+from tokens import check_vocabulary, completion_ids, decode, end_ids, pad, row_prompt_ids, template_args
 
 
 # ---- regimes: which completions of a row are trained on ----
@@ -459,7 +459,7 @@ def load(path, cache, model_path, tokenizer, model, choices):
     main process if they are not there. Runs on the same data share them. Also: fingerprint.
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
-    code = [rows.code_of(sys.modules[name]) for name in ("dataset", "model")]
+    code = [rows.code_of(sys.modules[name]) for name in ("dataset", "tokens")]
     key = rows.fingerprint([files, model_fingerprint(model_path), tokenizer.template_args, choices, code])
     folder = Path(cache) / f"data-{key}"
     main_process = rows.rank_and_world()[0] == 0

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import rows
 from kv_cache import Cache
-from model import (backbone, context_length, decode, end_ids, get_device, keep_freed_memory, load_config,
-                   load_model, load_tokenizer, logits_of, model_fingerprint, pad, prompt_text,
-                   row_prompt_ids, sampled_prompt, sampling_dtype)
+from model import (backbone, context_length, get_device, keep_freed_memory, load_config, load_model,
+                   load_tokenizer, logits_of, model_fingerprint, sampling_dtype)
+from tokens import decode, end_ids, pad, prompt_text, row_prompt_ids, sampled_prompt
 
 
 def arguments():

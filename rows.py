@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import fcntl
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -401,6 +402,13 @@ def rank_and_world():
         fail(f"RANK={rank} and WORLD_SIZE={world} in the environment do not name one of several processes; "
              "start with torchrun, or unset both")
     return int(rank), int(world)
+
+
+@functools.cache
+def say_once(text):
+    """Print a line, once, by the main process."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
 
 
 def progress(*args, **kwargs):

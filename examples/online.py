@@ -30,9 +30,10 @@ import qrpo
 import rows
 import score
 from dataset import Meter, get_batch, micro_batches
-from model import (Policy, barrier, context_length, cosine, decode, end_ids, get_device, get_dtype,
-                   keep_freed_memory, load_model, load_state, load_tokenizer, row_prompt_ids, save_model,
-                   save_state, start_processes, sync_gradients)
+from model import (Policy, barrier, context_length, cosine, get_device, get_dtype, keep_freed_memory,
+                   load_model, load_state, load_tokenizer, save_model, save_state, start_processes,
+                   sync_gradients)
+from tokens import decode, end_ids, row_prompt_ids
 from qrpo import qrpo_loss
 
 # -----------------------------------------------------------------------------

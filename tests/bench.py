@@ -90,7 +90,8 @@ def make_requests(folder, args):
     """FOLDER/requests.json: what generate_refs.sample takes, for prompts of ours or of --data."""
     import generate_refs
     import rows
-    from model import end_ids, load_tokenizer, prompt_ids
+    from model import load_tokenizer
+    from tokens import end_ids, prompt_ids
     tokenizer, ends = load_tokenizer(folder / "model"), ENDS
     prompts = list(rows.stream(args.data or folder / "prompts.jsonl", require=("prompt",)))[:args.n]
     if args.model:
@@ -282,7 +283,8 @@ def grow_references(n, folder, line):
 def grow_prompts(n, folder, line):
     """From n rows of 2 sampled completions of 500 tokens and 50 reference rewards to arrays that train."""
     import dataset
-    from model import decode, load_tokenizer
+    from model import load_tokenizer
+    from tokens import decode
     make_model(folder)
     tokenizer = load_tokenizer(folder / "model")
     _, model = load(folder / "model", transformers.AutoModelForCausalLM)

@@ -184,7 +184,7 @@ def test_the_arrays_are_kept_and_made_again_when_data_choices_or_code_change(
     build(tmp_path, data, loaded)
     build(tmp_path, data, loaded)
     assert len(builds) == 1
-    edited("model", monkeypatch)
+    edited("tokens", monkeypatch)
     build(tmp_path, data, loaded)
     edited("dataset", monkeypatch)
     build(tmp_path, data, loaded)

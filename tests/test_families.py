@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import model as model_py
+import tokens
 from conftest import ROOT, Process, call, make_tokenizer, read_rows, start_ranks, write_rows
 
 SIZES = dict(
@@ -143,7 +144,7 @@ def random_rows(tokenizer):
     rng, rows = np.random.default_rng(0), []
     for i, prompt in enumerate(PROMPTS):
         sequences = [rng.integers(0, 128, n).tolist() for n in (3, 5, 12)]
-        completions = [{"text": model_py.decode(tokenizer, [], ids), "token_ids": ids,
+        completions = [{"text": tokens.decode(tokenizer, [], ids), "token_ids": ids,
                         "finish_reason": "length"} for ids in sequences]
         rows.append({"id": i, "prompt": prompt, "ref_completions": completions,
                      "ref_rewards": [0.1, 0.5, 0.9]})
@@ -173,9 +174,9 @@ def walk(kind, folder):
              "--dtype=float32")
     try:
         must("generate_refs.py", *flags, f"--out={folder / 'greedy'}", "--num_refs=1", "--temperature=0")
-        ends = model_py.end_ids(own, tokenizer)
+        ends = tokens.end_ids(own, tokenizer)
         for row in read_rows(folder / "greedy"):
-            ids = model_py.prompt_ids(tokenizer, row["prompt"])
+            ids = tokens.prompt_ids(tokenizer, row["prompt"])
             plain = own.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=ends,
                                  pad_token_id=257)[0, len(ids):]
             sampled = row["ref_completions"][0]["token_ids"]

@@ -16,7 +16,8 @@ import generate_refs
 import model as model_py
 import qrpo
 from conftest import call, make_tokenizer, one_line_of_error, refused, write_rows
-from model import Policy, end_ids, load_model, load_tokenizer, pad, prompt_ids
+from model import Policy, load_model, load_tokenizer
+from tokens import end_ids, pad, prompt_ids
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -19,6 +19,7 @@ from torch import nn
 
 import dataset
 import model as model_py
+import tokens
 import rows
 from conftest import (MATERIAL, ROOT, Process, call, ends_well, make_tokenizer, one_line_of_error, read_rows,
                       refused, start_ranks, write_rows)
@@ -152,10 +153,10 @@ def test_a_sentencepiece_completion_has_its_own_text(load, prompt, completion):
     that text.
     """
     tokenizer = load()
-    start = model_py.prompt_ids(tokenizer, prompt)
-    ids = model_py.completion_ids(tokenizer, prompt, completion, [tokenizer.eos_token_id])
+    start = tokens.prompt_ids(tokenizer, prompt)
+    ids = tokens.completion_ids(tokenizer, prompt, completion, [tokenizer.eos_token_id])
     assert ids[-1] == tokenizer.eos_token_id
-    assert model_py.decode(tokenizer, start, ids) == completion
+    assert tokens.decode(tokenizer, start, ids) == completion
     assert tokenizer.decode(start + ids, skip_special_tokens=True) == prompt + completion
 
 
@@ -245,7 +246,7 @@ def test_armorm_gives_the_scores_of_its_published_code(tmp_path):
         call("score.py", f"--data={data}", f"--out={out}", f"--reward=model:{tmp_path / 'armo'}",
              f"--max_length={limit}", f"--model_class={ROOT / 'paper/armorm.py'}:ArmoRM")
         for row in read_rows(out):
-            start = model_py.prompt_ids(tokenizer, row["prompt"])
+            start = tokens.prompt_ids(tokenizer, row["prompt"])
             for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):
                 answer = [{"role": "assistant", "content": completion["text"]}]
                 text = tokenizer.apply_chat_template(row["prompt"] + answer, tokenize=False)

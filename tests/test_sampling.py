@@ -14,7 +14,8 @@ from tokenizers.processors import TemplateProcessing
 import generate_refs
 from conftest import call, make_tokenizer, read_rows, refused, start_ranks, start_until_finished, write_rows
 from kv_cache import attend, only_causal
-from model import completion_ids, end_ids, load_model, load_tokenizer, prompt_ids, sampling_dtype
+from model import load_model, load_tokenizer, sampling_dtype
+from tokens import completion_ids, end_ids, prompt_ids
 
 SETTINGS = {"num_refs": 1, "batch_size": 8, "seed": 0, "temperature": 1.0, "top_p": 1.0, "field": "samples"}
 

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 import dataset
 import model as model_py
+import tokens
 from conftest import call, ends_well, make_tokenizer, one_line_of_error, read_rows, refused, write_rows
 
 ADDED = "<think>", "</think>", "<channel>", "<message>", "</answer>", "<return>"
@@ -88,10 +89,10 @@ def test_what_is_trained_is_the_templates_own_text_after_the_prompt(case):
     for form in (answer, assistant(answer), assistant([{"type": "text", "text": answer}])):
         if expected is None:
             with pytest.raises(ValueError, match="the chat template .* give prompt and answer as texts"):
-                model_py.completion_ids(tokenizer, USER, form, ends, args)
+                tokens.completion_ids(tokenizer, USER, form, ends, args)
             continue
-        prompt = model_py.prompt_ids(tokenizer, USER, args)
-        ids = model_py.completion_ids(tokenizer, USER, form, ends, args)
+        prompt = tokens.prompt_ids(tokenizer, USER, args)
+        ids = tokens.completion_ids(tokenizer, USER, form, ends, args)
         assert tokenizer.decode(ids) == expected
         if name != "parts":
             plain = tokenizer.apply_chat_template(USER + assistant(answer), tokenize=False, **args)
@@ -107,9 +108,9 @@ def test_thoughts_in_a_key_of_their_own_are_written_or_refused(name, key):
     tokenizer, answer = TEMPLATES[name], assistant("4", **{key: "add up"})
     if name == "plain":
         with pytest.raises(ValueError, match=f"leaves out a part of its {key}"):
-            model_py.completion_ids(tokenizer, USER, answer, [tokenizer.eos_token_id])
+            tokens.completion_ids(tokenizer, USER, answer, [tokenizer.eos_token_id])
         return
-    ids = model_py.completion_ids(tokenizer, USER, answer, [tokenizer.eos_token_id])
+    ids = tokens.completion_ids(tokenizer, USER, answer, [tokenizer.eos_token_id])
     opened = "" if name == "opens thoughts" else "<think>\n"
     assert tokenizer.decode(ids) == opened + "add up\n</think>\n\n4<end>"
 
@@ -120,7 +121,7 @@ def test_thoughts_in_a_key_of_their_own_are_written_or_refused(name, key):
     assistant(5)))
 def test_an_answer_is_one_message_of_the_assistant(answer):
     with pytest.raises(ValueError, match="a list of one message of the assistant"):
-        model_py.completion_ids(TEMPLATES["plain"], USER, answer, [257])
+        tokens.completion_ids(TEMPLATES["plain"], USER, answer, [257])
 
 
 def test_a_system_prompt_that_only_the_last_user_turn_has_is_no_continuation():
@@ -131,16 +132,16 @@ def test_a_system_prompt_that_only_the_last_user_turn_has_is_no_continuation():
         "{% elif m.role == 'assistant' %}{{ m.content }}<end>{% endif %}{% endfor %}")
     chat = [{"role": "system", "content": "Be brief."}, *USER]
     with pytest.raises(ValueError, match="where the prompt goes on with 'Be brief"):
-        model_py.completion_ids(tokenizer, chat, "yes", [257])
+        tokens.completion_ids(tokenizer, chat, "yes", [257])
 
 
 def test_a_last_message_of_the_assistant_is_continued():
     tokenizer, chat = TEMPLATES["trims"], USER + assistant("The answer is ")
-    prompt = model_py.prompt_ids(tokenizer, chat)
+    prompt = tokens.prompt_ids(tokenizer, chat)
     plain = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
     assert tokenizer.decode(prompt) == plain == "[user]hi<end>\n[assistant]The answer is"
     for answer in (" 4", assistant(" 4"), assistant([{"type": "text", "text": " 4"}])):
-        assert tokenizer.decode(model_py.completion_ids(tokenizer, chat, answer, [257])) == "  4<end>"
+        assert tokenizer.decode(tokens.completion_ids(tokenizer, chat, answer, [257])) == "  4<end>"
 
 
 def write_model(tiny, folder, tokenizer, **config):
@@ -171,7 +172,7 @@ def test_columns_of_a_row_reach_its_chat_template(loaded, name):
     columns, args = COLUMNS[name]
     row = {"__at__": "x:1", "prompt": USER} | columns
     plain = tokenizer.apply_chat_template(USER, tokenize=False, add_generation_prompt=True, **args)
-    assert tokenizer.decode(model_py.row_prompt_ids(tokenizer, Vocabulary(300), row)) == plain
+    assert tokenizer.decode(tokens.row_prompt_ids(tokenizer, Vocabulary(300), row)) == plain
 
 
 class Vocabulary:
@@ -199,17 +200,17 @@ def test_messages_as_datasets_store_them(name):
         "{{ m.tool_calls | tojson if m.tool_calls is defined }}<end>\n{% endfor %}")
     row = {"__at__": "x:1", "prompt": [*USER, stored, *USER]}
     expected = tokenizer.apply_chat_template([*USER, plain, *USER], tokenize=False)
-    assert tokenizer.decode(model_py.row_prompt_ids(tokenizer, Vocabulary(300), row)) == expected
+    assert tokenizer.decode(tokens.row_prompt_ids(tokenizer, Vocabulary(300), row)) == expected
     if "call" in name:
-        ids = model_py.completion_ids(tokenizer, USER, [stored], [tokenizer.eos_token_id])
+        ids = tokens.completion_ids(tokenizer, USER, [stored], [tokenizer.eos_token_id])
         assert '"name": "add"' in tokenizer.decode(ids)
         with pytest.raises(ValueError, match="leaves out a part of its tool_calls|concatenate|None"):
-            model_py.completion_ids(TEMPLATES["plain"], USER, [stored], [tokenizer.eos_token_id])
+            tokens.completion_ids(TEMPLATES["plain"], USER, [stored], [tokenizer.eos_token_id])
 
 
 def test_a_template_of_parts_gets_parts():
     tokenizer = TEMPLATES["parts"]
-    prompt = model_py.prompt_ids(tokenizer, USER)
+    prompt = tokens.prompt_ids(tokenizer, USER)
     chat = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(
         chat, tokenize=False, add_generation_prompt=True) == "[user]hi<end>\n[assistant]"
@@ -229,7 +230,7 @@ def test_a_template_of_parts_gets_parts():
     ({"prompt": assistant(None, tool_calls=CALL)}, ("cannot be turned into tokens",)),
     ({"prompt": "<return>"}, ("has the token 263", "vocabulary only 258", "resize"))))
 def test_prompts_that_no_model_can_read(capsys, change, says):
-    one_line_of_error(capsys, ["x:1: ", *says], lambda: model_py.row_prompt_ids(
+    one_line_of_error(capsys, ["x:1: ", *says], lambda: tokens.row_prompt_ids(
         TEMPLATES["plain"], Vocabulary(258), {"__at__": "x:1"} | change))
 
 
@@ -241,7 +242,7 @@ def test_answers_beyond_the_vocabulary_and_prompts_without_tokens(tiny, loaded, 
     tokenizer = copy.deepcopy(loaded[0])
     tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Strip()
     one_line_of_error(capsys, ["x:1: the tokenizer makes no tokens of the prompt"], lambda: (
-        model_py.row_prompt_ids(tokenizer, loaded[1], {"__at__": "x:1", "prompt": " \n"})))
+        tokens.row_prompt_ids(tokenizer, loaded[1], {"__at__": "x:1", "prompt": " \n"})))
 
 
 def test_what_a_tokenizer_puts_before_a_text_is_not_put_twice():
@@ -252,8 +253,8 @@ def test_what_a_tokenizer_puts_before_a_text_is_not_put_twice():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<a> <b> $A <z>", special_tokens=list(zip(("<a>", "<b>", "<z>"), ids)))
     for text in ("hi", "<a><b>hi"):
-        assert tokenizer.decode(model_py.prompt_ids(tokenizer, text)) == "<a><b>hi"
-    assert tokenizer.decode(model_py.completion_ids(tokenizer, "hi", " <z>, you", ids[2:])) == " <z>, you<z>"
+        assert tokenizer.decode(tokens.prompt_ids(tokenizer, text)) == "<a><b>hi"
+    assert tokenizer.decode(tokens.completion_ids(tokenizer, "hi", " <z>, you", ids[2:])) == " <z>, you<z>"
 
 
 @pytest.mark.parametrize("kind, added", (("GPT2Tokenizer", {}), ("Qwen2Tokenizer", {"normalizer": "NFC"})))
@@ -281,12 +282,12 @@ def test_the_token_that_the_template_writes_after_an_answer_ends_it(tiny, tmp_pa
     """Of a model whose end tokens it is not among, as Qwen's base models: said, sampled and trained so."""
     tokenizer = chat_tokenizer("m.content", end="<return>\n")
     model = model_py.load_model(write_model(tiny, tmp_path, tokenizer), "auto", "cpu")
-    ends = model_py.end_ids(model, tokenizer)
+    ends = tokens.end_ids(model, tokenizer)
     assert ends == [model.generation_config.eos_token_id, tokenizer.convert_tokens_to_ids("<return>")]
     assert "ends an answer with <return>, which" in capsys.readouterr().out
-    assert tokenizer.decode(model_py.completion_ids(tokenizer, USER, "yes", ends)) == "yes<return>"
+    assert tokenizer.decode(tokens.completion_ids(tokenizer, USER, "yes", ends)) == "yes<return>"
     for template in ("two ends", "no end", "plain"):
-        assert model_py.end_ids(model, TEMPLATES[template]) == ends[:1]
+        assert tokens.end_ids(model, TEMPLATES[template]) == ends[:1]
     assert capsys.readouterr().out == ""
 
 
@@ -355,10 +356,10 @@ def test_prompts_beyond_max_length_are_dropped_and_counted(tiny, tmp_path, capsy
 def test_texts_keep_special_tokens_on_request_and_never_the_end_token(special):
     tokenizer = chat_tokenizer("m.content", special=special)
     end = tokenizer.convert_tokens_to_ids("<end>")
-    prompt, ids = model_py.prompt_ids(tokenizer, USER), tokenizer("<think>a</think> 4").input_ids + [end]
-    kept = model_py.decode(tokenizer, prompt, ids, [end], keep_special=True)
+    prompt, ids = tokens.prompt_ids(tokenizer, USER), tokenizer("<think>a</think> 4").input_ids + [end]
+    kept = tokens.decode(tokenizer, prompt, ids, [end], keep_special=True)
     assert kept == "<think>a</think> 4"
-    assert model_py.decode(tokenizer, prompt, ids, [end]) == ("a 4" if special else kept)
+    assert tokens.decode(tokenizer, prompt, ids, [end]) == ("a 4" if special else kept)
 
 
 def test_the_flag_keeps_special_tokens_and_without_it_their_loss_is_said(tiny, tmp_path, capsys):

@@ -17,7 +17,8 @@ import torch
 import transformers
 
 from conftest import ROOT, call, make_tokenizer, read_rows, write_rows
-from model import load_model, load_tokenizer, prompt_ids
+from model import load_model, load_tokenizer
+from tokens import prompt_ids
 from test_sampling import assert_sampled_from, by_id, likeliest
 
 ENV = Path(os.environ.get("VLLM_ENV", "~/.cache/qrpo-vllm")).expanduser()
