@@ -187,14 +187,11 @@ def is_gpu(device):
 
 
 def place():
-    """file.py:function, of the innermost that is the project's."""
+    """The innermost function that is the project's: its name, whatever file it is in."""
     frame = sys._getframe()
-    while frame:
-        file = Path(frame.f_code.co_filename)
-        if file.parent in (ROOT, ROOT / "examples"):
-            return f"{file.name}:{frame.f_code.co_name}"
+    while frame and Path(frame.f_code.co_filename).parent not in (ROOT, ROOT / "examples"):
         frame = frame.f_back
-    return "elsewhere"
+    return frame.f_code.co_name if frame else "elsewhere"
 
 
 GROUP = torch._C._group_tensors_by_device_and_dtype

@@ -129,7 +129,7 @@ def test_sampling(tiny, rewarded, tmp_path, monkeypatch):
     cpu, there = ([[c["token_ids"] for c in row["ref_completions"]] for row in read_rows(folder)]
                   for folder in (rewarded.parent / "refs", tmp_path))
     assert there == cpu
-    assert often(gpu, 20) == {"generate_refs.py:sample": 2 * 20, "generate_refs.py:decode_step": len(steps)}
+    assert often(gpu, 20) == {"sample": 2 * 20, "decode_step": len(steps)}
 
 
 def test_a_stopped_and_resumed_run_has_the_weights_of_a_cpu(tiny, rewarded, tmp_path, monkeypatch):
@@ -152,8 +152,8 @@ def test_a_stopped_and_resumed_run_has_the_weights_of_a_cpu(tiny, rewarded, tmp_
         weights = train(tiny, rewarded, tmp_path / "gpu", "--resume")
     n = len(forward_passes)
     assert often(gpu, STEPS) == {
-        "model.py:pad": n - STEPS + 1,  # one for the state that was loaded
-        "model.py:forward": 2 * n, "model.py:chunked_logps": n, "dataset.py:means": STEPS}
+        "pad": n - STEPS + 1,  # one for the state that was loaded
+        "forward": 2 * n, "chunked_logps": n, "means": STEPS}
     assert weights == train(tiny, rewarded, tmp_path / "cpu")
     assert logged(tmp_path / "gpu") == logged(tmp_path / "cpu")
 
