@@ -312,10 +312,10 @@ def choose(runtime, image, packages):
         row = PROBE_ROW | {"completion": program}
         verdict, = run(Jobs([row], "answer"), command(name, image, packages, LIMITS), 1, LIMITS)
         if (verdict["passed"], verdict["total"]) == (1, 2):
-            weaker = f" ({'; '.join(reasons)}), whose promises are weaker: see sandbox/README.md"
-            print(f"sandbox: {name}{weaker if name == 'landlock' and reasons else ''}", file=sys.stderr)
+            weaker = f" ({reasons[0]}), whose promises are weaker: see sandbox/README.md" if reasons else ""
+            print(f"sandbox: {name}{weaker if name == 'landlock' else ''}", file=sys.stderr)
             return name
-        reasons.append(f"{name}: {verdict['detail']}")
+        reasons.append(f"{name}: {verdict['detail'].removeprefix('the sandbox failed: ')}")
     raise RuntimeError(f"no sandbox works here: {'; '.join(reasons)}. What may help: {remedy()}; or run "
                        "programs that you trust with --unsafe")
 

@@ -295,7 +295,7 @@ def test_no_exception_of_the_preamble_ends_a_loop_with_success():
     assert {name: v["reward"] for name, v in verdicts(rows, **SHORT).items()} == {1: 0, 2: 0, 3: 1}
 
 
-def test_what_tests_leave_running_meets_no_other_program():
+def test_what_tests_leave_running_meets_no_other_program(monkeypatch):
     test = """
 import threading
 def check(candidate):
@@ -305,7 +305,10 @@ def check(candidate):
     assert candidate(1) == 38
 """
     rows = [row(n, f"{RIGHT} + 0 * {n}", test) for n in range(40)]
+    killed, kill = [], host.Worker.kill
+    monkeypatch.setattr(host.Worker, "kill", lambda worker: killed.append(worker) or kill(worker))
     assert [v for v in verdicts(rows, workers=1).values() if v["reward"] != 1] == []
+    assert len(killed) == 1  # at the end
 
 
 # ---- wrong programs ----

@@ -286,4 +286,5 @@ def judge_one(judge, space, entry_point):
         code, why = judge.fault or "w", judge.why or type(error).__name__
     while judge.done < judge.tests.total:
         judge.record(code, why)
-    os.write(judge.report, b"\n" + judge.detail.encode())
+    leaves = "!" * (threading.active_count() > 1)  # something that runs on: this judge will end
+    os.write(judge.report, b"\n" + (leaves + judge.detail).encode())

@@ -3,12 +3,13 @@ folder of its own. Linux 5.13 or newer. README.md says what is weaker than with 
 
     python -m sandbox --runtime=landlock --data=programs.jsonl --out=verdicts.jsonl
 """
+import contextlib
 import os
-import shutil
+import platform
+import signal
 import struct
-import tempfile
 
-from .confine import LIBC, NoWalls, leave_root, system
+from .confine import LIBC, MACHINES, NoWalls, leave_root, system
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same numbers on every machine
 WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 2, 4, 8, 1 << 14
@@ -26,7 +27,8 @@ class Landlock(NoWalls):
         version = system(LIBC.syscall(CREATE_RULESET, None, 0, 1), "Landlock")
         self.known = (1 << KNOWN.get(version, 16)) - 1
         self.paths = [path for path, _ in options["visible"]]
-        self.top = tempfile.mkdtemp(prefix=f"sandbox-{os.getpid()}-", dir=options["folders"])
+        self.top = f"{options['folders']}/sandbox-{os.getpid()}-{os.urandom(8).hex()}"
+        os.mkdir(self.top, 0o700)
         self.folders = [f"{self.top}/program", f"{self.top}/judge"]
         self.folder = self.folders[0]
         for folder in self.folders:
@@ -60,6 +62,10 @@ class Landlock(NoWalls):
             os.close(place)
         return ruleset
 
+    def clone(self, is_judge):
+        """fork(), without what Python does after one."""
+        return system(LIBC.syscall(MACHINES[platform.machine()][2], signal.SIGCHLD, 0, 0, 0, 0), "clone")
+
     def renew(self):
         empty(self.folders[0])
 
@@ -69,7 +75,9 @@ class Landlock(NoWalls):
         os.environ["HOME"] = os.environ["TMPDIR"] = self.folders[is_judge]
 
     def remove(self):
-        shutil.rmtree(self.top, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the host removes it, too
+            empty(self.top)
+            os.rmdir(self.top)
 
 
 def empty(folder):

@@ -275,7 +275,7 @@ class Run:
 
     def over(self, then, now, scope):
         waited, *used = (b - a for a, b in zip(then, now))
-        if max(used) > self.limits[scope + "cpu"] or waited > self.limits[scope + "wall"]:
+        if sum(used) > self.limits[scope + "cpu"] or waited > self.limits[scope + "wall"]:
             return "timeout"
         return ""
 
@@ -302,6 +302,7 @@ class Run:
             return {"later": True, "kept": False}
         report, _, fault = self.data.decode("ascii", "replace").partition("?")
         codes, whole, detail = report[8:].partition("\n")
+        leaves, detail = detail.startswith("!"), detail.removeprefix("!")
         cut = not whole and not fault and not self.judge_stopped and len(self.sides) == 2
         if cut and exit_status(self.judge) in (None, 0, signal.SIGKILL):
             sys.exit("the judge was killed from outside")
@@ -316,7 +317,7 @@ class Run:
         passed = codes.count(".")
         return {"reward": passed / total if total else None, "passed": passed, "total": total,
                 "verdict": word, "detail": detail, "seconds": seconds,
-                "kept": not self.stopped and not self.slow and word in ("pass", "wrong", "exception")}
+                "kept": not (self.stopped or self.slow or leaves) and word in ("pass", "wrong", "exception")}
 
     def death(self, seconds):
         """(verdict, detail) of a candidate that has ended, or closed its pipes."""
