@@ -24,7 +24,6 @@ import types
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
 import rows
 from kv_cache import Cache
@@ -392,26 +391,42 @@ def main():
         print(f"{args.data}: {len(too_long)} rows dropped, whose prompts have {longest} tokens or more")
     requests = (request(row) for row in rows.select(args.data, left))
     args.batch_size = min(args.batch_size, args.num_refs * max(1, len(left)))
-    bar = tqdm(total=len(left), unit="prompt", desc="generate", smoothing=0, disable=not main_process)
     made_by = settings | {"dtype": str(model.dtype).removeprefix("torch."),
                           "own_distribution": own_distribution(args)}
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - set(ends)
-    total, hidden, start = 0, 0, time.time()
+    counts, start = collections.Counter(), time.time()
+    bar = rows.progress(total=len(left), unit="prompt", desc="generate", smoothing=0)
     for row, completions in ENGINES[args.engine](model, requests, args, ends):
-        prompt = row["made_by"]["prompt"]["token_ids"]
-        row[args.field] = [{"text": decode(tokenizer, prompt, ids, ends, args.keep_special_tokens),
-                            "token_ids": ids, "finish_reason": "stop" if ids[-1] in ends else "length"}
-                           for ids in completions]
+        row[args.field] = as_field(row, completions, tokenizer, ends, args)
         row["made_by"] |= {args.field: made_by}
         rows.append(part, row)
-        total += sum(map(len, completions))
-        hidden += sum(not special.isdisjoint(ids) for ids in completions)
+        counts["completions"] += len(completions)
+        counts["tokens"] += sum(map(len, completions))
+        counts["truncated"] += sum(ids[-1] not in ends for ids in completions)
+        counts["hidden"] += sum(not special.isdisjoint(ids) for ids in completions)
+        bar.set_postfix_str(f"{counts['tokens'] / (time.time() - start):,.0f} tokens/s", refresh=False)
         bar.update()
-        bar.set_postfix_str(f"{total / (time.time() - start):,.0f} tokens/s")
     bar.close()
-    if hidden and not args.keep_special_tokens:
-        print(f"{args.out}: {hidden} completions hold special tokens that their texts, and so rewards, leave "
-              "out; --keep_special_tokens keeps them")
+    if counts and main_process:
+        print(summary(args, counts), flush=True)
+
+
+def as_field(row, completions, tokenizer, ends, args):
+    """The completions of a row, lists of token ids, as its field holds them."""
+    prompt = row["made_by"]["prompt"]["token_ids"]
+    return [{"text": decode(tokenizer, prompt, ids, ends, args.keep_special_tokens), "token_ids": ids,
+             "finish_reason": "stop" if ids[-1] in ends else "length"} for ids in completions]
+
+
+def summary(args, counts):
+    """The last line: what this process made, and what is odd about it."""
+    text = (f"{args.out}: {counts['completions']:,} completions of {counts['tokens']:,} tokens; "
+            f"{counts['truncated'] / counts['completions']:.1%} ran out of tokens "
+            f"(--max_new_tokens={args.max_new_tokens})")
+    if counts["hidden"] and not args.keep_special_tokens:
+        text += (f"; {counts['hidden']} hold special tokens that their texts, and so rewards, leave out "
+                 "(--keep_special_tokens keeps them)")
+    return text
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ import torch
 from tiktoken._educational import bpe_train
 from tokenizers.processors import TemplateProcessing
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils.logging import disable_progress_bar
@@ -483,7 +482,7 @@ def train_model(model, corpus, encoding, args):
     rng = random.Random(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = 0.1 * args.steps + 1
-    bar = tqdm(range(args.steps), desc="training the reference model")
+    bar = rows.progress(range(args.steps), desc="training the reference model")
     for step in bar:
         # linear warm-up and a cosine to 0, whichever is lower
         share = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
@@ -499,7 +498,7 @@ def train_model(model, corpus, encoding, args):
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 # ---- the command ----
