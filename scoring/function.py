@@ -211,7 +211,8 @@ def asked_wait(error):
         text = headers.get("Retry-After", "") if headers else ""
         date = email.utils.parsedate_tz(text)
         if text.isdecimal() or date:
-            seconds = int(text) if text.isdecimal() else email.utils.mktime_tz(date) - time.time()
+            # a date has whole seconds only
+            seconds = int(text) if text.isdecimal() else email.utils.mktime_tz(date) + 1 - time.time()
             return min(max(seconds, 0), 120)
     return None
 

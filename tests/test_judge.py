@@ -248,6 +248,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint(monkeypatch):
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)  # the default, 5, refuses connections
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     server.daemon_threads = True
     server.handle_error = lambda *args: None  # the client hangs up on slow answers

@@ -18,7 +18,8 @@ case "$1" in *train.py) exit ${CODE:-0} ;; esac
 
 def run_sh(*args, at, cwd=None, **env):
     """Run a copy of run.sh that lies in the folder `at` -> (exit code, what it printed)."""
-    done = subprocess.run(["bash", str(at / "run.sh"), *args], cwd=cwd or at, env=os.environ | env, text=True,
+    own = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    done = subprocess.run(["bash", str(at / "run.sh"), *args], cwd=cwd or at, env=own | env, text=True,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.returncode, done.stdout
 
