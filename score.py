@@ -30,6 +30,7 @@ import rows
 import sandbox
 from scoring.function import Failed, Judge, function_rewards, function_settings, no_exit, text_of
 from scoring.reward_model import RewardModel, model_settings
+from tokens import is_chat
 
 REWARD_OF = {"ref_completions": "ref_rewards", "samples": "sample_rewards", "completion": "reward",
              "chosen": "chosen_reward", "rejected": "rejected_reward",
@@ -110,6 +111,7 @@ def completions_of(row):
     for column in REWARD_OF:
         if column not in SAMPLED:
             if row.get(column) is not None:
+                check_answer(row, column)
                 yield column, None, row[column]
             continue
         completions = row.get(column) or []
@@ -118,6 +120,16 @@ def completions_of(row):
                 rows.fail(f"{row['__at__']}: {column} must be a list of objects with a `text`, as "
                           "generate_refs.py writes them")
             yield column, k, completion
+
+
+def check_answer(row, column):
+    """Refuse what training refuses, too: an answer is a text, or one message of the assistant."""
+    answer = row[column]
+    if isinstance(answer, str):
+        return
+    if not (is_chat(answer) and [message["role"] for message in answer] == ["assistant"]):
+        rows.fail(f"{row['__at__']}: {column} must be a text, or a list of one message of the assistant; "
+                  "move earlier messages to the prompt")
 
 
 def reward_in(row, name, k):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import rows
+from tokens import content_text
 
 # what a function does not get as columns of the row
 OWN = {"prompt", "prompts", "completion", "completions", "completion_ids", "chosen", "rejected",
@@ -31,7 +32,7 @@ OWN = {"prompt", "prompts", "completion", "completions", "completion_ids", "chos
 def text_of(completion):
     """The text of a completion: a string, a sampled one, or the content of a chat's last message."""
     if isinstance(completion, list):
-        return completion[-1]["content"]
+        return content_text(completion[-1].get("content"))
     return completion["text"] if isinstance(completion, dict) else completion
 
 

@@ -11,8 +11,8 @@ import transformers
 import rows
 from model import (context_length, get_device, get_dtype, keep_freed_memory, load_tokenizer, load_weights,
                    model_fingerprint)
-from tokens import render
 from scoring.function import as_messages, load_function, text_of
+from tokens import render
 
 GROUP = 64  # batches whose completions are sorted by length together; a kill loses as many
 

@@ -11,6 +11,7 @@ from tokenizers import processors
 
 from conftest import (call, make_tokenizer, one_line_of_error, read_rows, refused, start_ranks,
                       start_until_finished, write_rows)
+from scoring.function import text_of
 
 ROWS = [{"prompt": f"p{i}", "extra": i, "ref_completions": [{"text": "ab" * (i + k)} for k in range(3)]}
         for i in range(7)]
@@ -543,3 +544,20 @@ def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path):
     call("score.py", f"--data={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out'}",
          f"--reward={reward_file(tmp_path, LENGTH)}:length")
     assert read_rows(tmp_path / "out")[0]["extra"] == "\ud83d"
+
+
+ASSISTANT, USER = {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}
+
+
+@pytest.mark.parametrize("answer", (
+    [], ["a"], [USER], [ASSISTANT, ASSISTANT], [USER, ASSISTANT], {"text": "a"}, [{"role": "assistant"}]))
+def test_an_answer_that_training_refuses_is_not_scored(tmp_path, capsys, answer):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": [USER], "completion": answer}])
+    (tmp_path / "reward.py").write_text("def one(prompts, completions, **columns):\n    return [1.0]\n")
+    refused(capsys, ["rows.jsonl:1", "completion"], "score.py", f"--data={data}",
+            f"--out={tmp_path / 'out'}", f"--reward={tmp_path / 'reward.py'}:one")
+
+
+def test_an_answer_in_text_parts_is_judged_by_their_text():
+    parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
+    assert text_of([{"role": "assistant", "content": parts}]) == "42"
