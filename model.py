@@ -138,15 +138,14 @@ def check_files(path):
 
 
 def load_config(path, trust_remote_code=False):
-    """The configuration of a model, in which every probability of dropout and the noise of routers is 0.
-    Evaluation mode alone would not do: layers that recompute their activations must be in training mode
-    (`checkpoint_activations`).
+    """The configuration of a model, in which every probability of dropout is 0. Evaluation mode alone would
+    not do: layers that recompute their activations must be in training mode (`checkpoint_activations`).
     """
     config = load(transformers.AutoConfig, path, trust_remote_code=trust_remote_code)
     for part in (config, *vars(config).values()):  # a multimodal model has one for each of its parts
         if isinstance(part, transformers.PretrainedConfig):
             for name, value in vars(part).items():
-                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                if isinstance(value, float) and "drop" in name:
                     setattr(part, name, 0.0)
     return config
 

@@ -17,6 +17,7 @@ import model as model_py
 import qrpo
 from conftest import call, make_tokenizer, one_line_of_error, refused, write_rows
 from model import Policy, load_model, load_tokenizer
+from test_families import make
 from tokens import end_ids, pad, prompt_ids
 
 CPU = torch.device("cpu")
@@ -222,7 +223,7 @@ def test_an_expert_that_no_token_of_the_check_passed_is_trained(tiny):
     assert unpassed
 
 
-def test_dropout_and_the_noise_of_routers_are_off_while_activations_are_recomputed(tmp_path):
+def test_dropout_is_off_while_activations_are_recomputed(tmp_path):
     """Of layers that read their own training mode (OPT), and in every part of the configuration."""
     config = transformers.OPTConfig(vocab_size=259, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
                                     num_attention_heads=2, max_position_embeddings=64, dropout=0.3,
@@ -294,3 +295,18 @@ def test_the_operations_of_a_mixture_are_those_of_the_experts_that_a_token_passe
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     passed = sum(n * (0.25 if ".experts." in name else 1) for name, n in sizes.items() if "embed" not in name)
     assert model_py.flops_per_token(model, 0) == 6 * passed
+
+
+@pytest.mark.parametrize("kind, settings", (
+    ("phimoe", {"router_jitter_noise": 0.01, "input_jitter_noise": 0.1}),
+    ("mixtral", {"router_jitter_noise": 0.1}), ("opt", {"dropout": 0.1}), ("gpt2", {"resid_pdrop": 0.1})))
+def test_a_model_has_the_logits_of_plain_transformers_also_while_it_recomputes(tmp_path, kind, settings):
+    """PhiMoE's routers use their jitter as a threshold in evaluation mode, too, and add noise in training."""
+    make(kind, tmp_path / "model", **settings)
+    model = load_model(tmp_path / "model", torch.float32, torch.device("cpu"))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=0)
+    model_py.checkpoint_activations(model)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=0)
