@@ -40,14 +40,14 @@ def arguments():
     add("--out", required=True, help="folder for the rows with completions")
     add("--field", default="ref_completions", choices=("ref_completions", "samples"),
         help="samples: those of a trained policy, beside the references, to evaluate it or to train on")
-    add("--num_refs", type=int, default=16, help="completions per prompt")
-    add("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
-    add("--max_new_tokens", type=int, default=512, help="longest completion, in tokens")
-    add("--max_length", type=int, default=0,
+    add("--num_refs", type=rows.count, default=16, help="completions per prompt")
+    add("--temperature", type=rows.not_negative, default=1.0, help="divides the logits; 0 is greedy")
+    add("--top_p", type=rows.share, default=1.0, help="sample from the likeliest tokens of this mass")
+    add("--max_new_tokens", type=rows.count, default=512, help="longest completion, in tokens")
+    add("--max_length", type=rows.whole, default=0,
         help="tokens of prompt and completion; rows whose prompt has as many are dropped, and counted. 0: "
              "the model's context, and such a row is refused")
-    add("--batch_size", type=int, default=128,
+    add("--batch_size", type=rows.count, default=128,
         help="completions sampled at a time; memory grows with it")
     add("--engine", default="torch", choices=ENGINES, help="what samples")
     add("--engine_options", type=rows.json_object, default={}, metavar="JSON",
@@ -58,16 +58,9 @@ def arguments():
         help="""what the chat template gets besides the messages, such as '{"enable_thinking": false}'""")
     add("--keep_special_tokens", action="store_true",
         help="in the texts that rewards see, such as a special <think>. As in TRL, they see none otherwise")
-    add("--seed", type=int, default=0, help="of the random numbers")
+    add("--seed", type=rows.whole, default=0, help="of the random numbers")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     args = parser.parse_args()
-    for name in ("num_refs", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            rows.fail(f"--{name} must be at least 1")
-    if args.max_length < 0:
-        rows.fail("--max_length must not be negative")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        rows.fail("--temperature must be at least 0, and --top_p in (0, 1]")
     if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         rows.fail("--engine=vllm: vLLM is not installed here; pip install vllm, or omit --engine")
     if args.engine_options and args.engine != "vllm":

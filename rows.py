@@ -98,6 +98,7 @@ def flag_type(kind, accepts, what):
 
 positive = flag_type(float, lambda value: value > 0, "a number above 0")
 not_negative = flag_type(float, lambda value: value >= 0, "a number of at least 0")
+share = flag_type(float, lambda value: 0 < value <= 1, "a number in (0, 1]")
 count = flag_type(int, lambda value: value >= 1, "a whole number of at least 1")
 whole = flag_type(int, lambda value: value >= 0, "a whole number of at least 0")
 

@@ -227,6 +227,8 @@ def prompts(model, tmp_path, table=({"prompt": "a"},)):
 @pytest.mark.parametrize("flags, says", (
     (["--model=/no/such/model"], ("/no/such/model", "Hugging Face folder")),
     (["--temperature=-1"], ("--temperature",)),
+    (["--temperature=nan"], ("--temperature", "at least 0")),
+    (["--seed=-1"], ("--seed", "at least 0")),
     (["--top_p=0"], ("--top_p",)),
     (["--num_refs=0"], ("--num_refs",))))
 def test_generate_flags(tiny, tmp_path, capsys, flags, says):
