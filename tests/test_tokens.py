@@ -373,7 +373,7 @@ def test_the_flag_keeps_special_tokens_and_without_it_their_loss_is_said(tiny, t
         held = [c for c in row["ref_completions"] if 256 in c["token_ids"]]
         shown = [c for c in held if "<bos>" in c["text"]]
         assert len(held) >= 3 and shown == (held if flags else [])
-        said = f"{len(held)} completions hold special tokens" in capsys.readouterr().out
+        said = f"{len(held)} hold special tokens" in capsys.readouterr().out
         assert said == (not flags)
         rewarded = write_rows(tmp_path / "rewarded.jsonl", [row | {"ref_rewards": [*range(64)]}])
         ends_well("train.py", f"--model={tiny}", f"--data={rewarded}", "--out=run", "--dry_run")
