@@ -337,17 +337,22 @@ def describe(path, trust_remote_code):
     return types.SimpleNamespace(config=config, generation_config=generation_config, dtype="bfloat16")
 
 
+def load_sampler(args):
+    """The model to sample from, checked; for vLLM, what there is to know of it without its weights."""
+    if args.engine == "vllm":
+        return describe(args.model, args.trust_remote_code)
+    device = get_device()
+    keep_freed_memory(device)
+    dtype = sampling_dtype(args.dtype, device, load_config(args.model, args.trust_remote_code))
+    model = load_model(args.model, dtype, device, args.trust_remote_code)
+    check_sampler(model)
+    return model
+
+
 def main():
     args = arguments()
     tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
-    if args.engine == "vllm":
-        model = describe(args.model, args.trust_remote_code)
-    else:
-        device = get_device()
-        keep_freed_memory(device)
-        dtype = sampling_dtype(args.dtype, device, load_config(args.model, args.trust_remote_code))
-        model = load_model(args.model, dtype, device, args.trust_remote_code)
-        check_sampler(model)
+    model = load_sampler(args)
     ends, context = end_ids(model, tokenizer), context_length(model)
     longest = min(context, args.max_length or context)
 
