@@ -335,6 +335,13 @@ def test_a_second_process_on_the_same_run_is_refused(tiny, rewarded, tmp_path, c
     first.kill()
 
 
+def test_runs_that_start_at_the_same_time_share_a_cache(tiny, rewarded, undisturbed, tmp_path):
+    runs = [Process("train.py", *flags(tiny, rewarded, tmp_path / str(i), f"--eval_data={rewarded}",
+                                       f"--cache={tmp_path / 'cache'}")) for i in range(4)]
+    assert [run.wait() for run in runs] == [0] * 4
+    assert {weights(tmp_path / str(i)) for i in range(4)} == {weights(undisturbed)}
+
+
 # ---- kills, signals and full disks ----
 
 def die_after_saving(step):
