@@ -14,8 +14,6 @@ import re
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model  # noqa: E402
 import rows  # noqa: E402
@@ -182,7 +180,7 @@ def write(path, table):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(new, "w", encoding="utf-8", errors="backslashreplace") as f:
-            for row in tqdm(table, desc=path.name, unit="row"):
+            for row in rows.progress(table, desc=path.name, unit="row"):
                 if isinstance(row, str):
                     dropped[row] += 1
                 else:
