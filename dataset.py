@@ -216,6 +216,8 @@ class Reader:
         unknown = any(math.isnan(reward) for reward in rewards)
         if unknown and (self.choices.needs_reward or REGIMES[self.choices.train_on].sampled):
             return "of unknown reward"
+        if any(np.isin(c.ids[:-1], self.ends).any() for c in group):
+            return "with an end token before their end"
         if self.choices.needs_refs and len(known_refs) == 0:
             return "without a known reference reward"
         if self.choices.pairs and rewards[0] == rewards[1]:

@@ -153,6 +153,15 @@ def chat_prompt(tokenizer, prompt, args=None):
                   continue_final_message=continued)
 
 
+def answered(prompt, answer):
+    """A chat with the message that answers it, which continues a last message of the assistant."""
+    *before, last = prompt
+    if last["role"] != "assistant":
+        return [*prompt, answer]
+    content = content_text(last.get("content")) + content_text(answer.get("content"))
+    return [*before, last | answer | {"content": content}]
+
+
 REMEDY = "change --template_args, or give prompt and answer as texts, as the model should read them"
 
 
@@ -165,18 +174,14 @@ def chat_answer(tokenizer, prompt, completion, args=None):
     if not is_chat(completion) or [message["role"] for message in completion] != ["assistant"]:
         raise ValueError("it must be a text, or a list of one message of the assistant; of a whole "
                          "conversation, keep the last")
-    message, = completion
     before = chat_prompt(tokenizer, prompt, args)
-    if prompt[-1]["role"] == "assistant":
-        *prompt, start = prompt
-        content = content_text(start["content"]) + content_text(message.get("content"))
-        message = start | message | {"content": content}
-    whole = render(tokenizer, [*prompt, message], args, add_generation_prompt=False)
+    chat = answered(prompt, completion[0])
+    whole = render(tokenizer, chat, args, add_generation_prompt=False)
     if not whole.startswith(before):
         same = len(os.path.commonprefix([before, whole]))
         raise ValueError(f"the chat template writes {whole[same:same + 30]!r} with the answer, where the "
                          f"prompt goes on with {before[same:same + 30]!r}: {REMEDY}")
-    for name, text in said(message):
+    for name, text in said(chat[-1]):
         if "".join(text.split()) not in "".join(whole.split()):
             raise ValueError(f"the chat template leaves out a part of its {name}: {REMEDY}")
     return before, whole

@@ -12,7 +12,7 @@ import rows
 from model import (context_length, get_device, get_dtype, keep_freed_memory, load_tokenizer, load_weights,
                    model_fingerprint)
 from scoring.function import as_messages, load_function, text_of
-from tokens import render
+from tokens import answered, chat_prompt, render
 
 GROUP = 64  # batches whose completions are sorted by length together; a kill loses as many
 
@@ -40,20 +40,37 @@ class RewardModel:
         dtype = get_dtype(args.dtype, self.device)
         model = load_weights(kind, self.path, dtype=dtype, trust_remote_code=args.trust_remote_code)
         self.model = float32_head(model).to(self.device).eval()
+        self.config = model.config.get_text_config()
+        self.config.use_cache = False
         self.limit = min(args.max_length, context_length(model))
         for name, module in model.named_modules():
             # RoBERTa's positions begin after this index
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
                 self.limit = min(self.limit, module.num_embeddings - module.padding_idx - 1)
         self.budget = args.batch_tokens or (16384 if self.device.type == "cuda" else 1024)
-        self.cut = 0  # completions whose end was not seen
-        self.config = model.config.get_text_config()
-        self.config.use_cache = False
         self.pad = self.config.pad_token_id  # the model's forward looks for the last token that is not it
-        self.causal = self.is_causal()
-        self.pairs = not (self.causal or self.tokenizer.chat_template or self.tokenizer.sep_token is None)
+        self.pairs = self.tokenizer.sep_token is not None and not self.tokenizer.chat_template
         if self.pairs:
             print(f"{self.path}: an encoder without a chat template; reads prompt and completion as a pair")
+        self.cut = 0  # completions whose end was not seen
+        self.check()
+
+    def check(self):
+        """Refuse a model whose score of a sequence depends on the padding of its batch."""
+        row = {"prompt": "Why?", "__at__": self.path}
+        sequences = [self.tokens(row, "Because. " * n) for n in (1, 2, 4)]
+        sequences = [sequence for sequence in sequences if sequence]
+        try:
+            alone = [self.scores([sequence])[0] for sequence in sequences]
+            together = self.scores(sequences)
+            error = max(abs(one - other) for one, other in zip(alone, together))
+        except Exception as error:  # whatever the code of a family raises
+            rows.fail(f"{self.path}: a {self.config.model_type} model cannot score a text ({error}); "
+                      "give another reward model")
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.3
+        if not error <= tolerance * max(map(abs, alone)):
+            rows.fail(f"{self.path}: a {self.config.model_type} model reads the padding of a batch; give "
+                      "another reward model")
 
     def tokens(self, row, completion):
         """What the model reads, cut at the end: a list of (token id, 1 in the second of two texts); None if
@@ -85,25 +102,10 @@ class RewardModel:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         try:
-            before = render(self.tokenizer, prompt, add_generation_prompt=True)
-            return before, render(self.tokenizer, prompt + as_messages(completion))
+            answer, = as_messages(completion)
+            return chat_prompt(self.tokenizer, prompt), render(self.tokenizer, answered(prompt, answer))
         except Exception as error:  # whatever a template raises
             rows.fail(f"{row['__at__']}: the chat template of {self.path} refuses the row ({error})")
-
-    @torch.no_grad()
-    def is_causal(self):
-        """Whether tokens look at earlier ones only, so that padding on the right needs no mask: attention
-        without one takes half the time.
-        """
-        ids = torch.arange(16, device=self.device)
-        changed = torch.cat([ids[:8], ids[8:] + 8])  # of the same shape, so rounding is the same in any dtype
-        try:
-            before = self.model(input_ids=ids[None], output_hidden_states=True).hidden_states[-1]
-            after = self.model(input_ids=changed[None], output_hidden_states=True).hidden_states[-1]
-        except Exception:  # such a model may return whatever it likes
-            return False
-        difference = (before - after)[0, :8].abs().median()
-        return bool(difference < 0.01 * before.std())
 
     @torch.no_grad()
     def scores(self, batch):
@@ -116,11 +118,9 @@ class RewardModel:
         width = max(map(len, batch))
         padded = [tokens + [(pad, 0)] * (width - len(tokens)) for tokens in batch]
         ids, types = torch.tensor(padded).unbind(2)  # (batch, time)
-        inputs = {"input_ids": ids}
-        if not self.causal:
-            lengths = torch.tensor([len(tokens) for tokens in batch])
-            mask = torch.arange(width) < lengths[:, None]
-            inputs["attention_mask"] = mask.long()
+        lengths = torch.tensor([len(tokens) for tokens in batch])
+        mask = torch.arange(width) < lengths[:, None]
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if types.any():
             inputs["token_type_ids"] = types
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
@@ -143,8 +143,6 @@ class RewardModel:
         while order:
             longest = len(sequences[order[0]])
             size = max(1, self.budget // longest)
-            if self.config.is_encoder_decoder:  # it looks for end tokens, and padding may be such
-                size = 1
             batch, order = order[:size], order[size:]
             found = self.scores([sequences[i] for i in batch])
             for i, score in zip(batch, found):
@@ -153,7 +151,7 @@ class RewardModel:
 
     def __call__(self, todo):
         """Yield (row, rewards) of an iterable of (row, completions)."""
-        group, sequences = [], []
+        self.cut, group, sequences = 0, [], []
         for row, completions in itertools.chain(todo, [(None, [])]):
             waiting = sum(len(tokens or ()) for tokens in sequences)
             if row is None or waiting >= GROUP * self.budget:

