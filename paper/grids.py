@@ -6,6 +6,7 @@ run that two grids share has the same name in both and is trained once. To see a
 
     python paper/sweep.py list chat
 """
+import os
 from itertools import product
 from shlex import quote
 
@@ -295,3 +296,45 @@ def stories_run(seed, name, arguments):
         "EVALUATE": "--num_refs=4",
     }
     return run(f"{name}-seed{seed}", f"out/stories/seed{seed}", arguments, **env)
+
+
+# ---- a real chat model: SmolLM2-135M-Instruct on data/sentences, two rewards ----
+
+SMOLLM2 = os.environ.get("SMOLLM2", "HuggingFaceTB/SmolLM2-135M-Instruct")  # a folder, where there is no hub
+REAL = "--beta=0.1 --batch_size=32 --dtype=bfloat16 --micro_batch_tokens=4096"
+REAL_LOSSES = {  # 32 steps of 32 completions: half of the references, or two passes over the pairs
+    "qrpo": ("--num_candidates=4", ("3e-6", "6e-6")),
+    "qrpo-exact": ("--loss=qrpo --quantile=exact --num_candidates=4", ("3e-6", "6e-6")),
+    "forward_kl": ("--loss=forward_kl --quantile=exact --num_candidates=4", ("1e-5", "2e-5")),
+    "sft": ("--loss=sft --min_reward=0.7 --epochs=3", ("1e-5", "2e-5")),
+    "dpo": ("--loss=dpo", ("3e-6", "1e-5")),
+    "rebel": ("--loss=rebel", ("3e-6", "1e-5")),
+    "simpo": ("--loss=simpo --beta=5", ("3e-6", "1e-5")),
+}
+REAL_PAIRS = " --train_on=best_worst --epochs=2 --batch_size=16"
+
+
+def real():
+    """Sentiment is smooth. Two_sentences has three levels, so `paper` and `exact` differ."""
+    for reward, seed, loss in product(("sentiment", "two_sentences"), SEEDS, REAL_LOSSES):
+        flags, learning_rates = REAL_LOSSES[loss]
+        if loss in PAIRS:
+            flags += REAL_PAIRS
+        for lr in learning_rates:
+            yield real_run(reward, seed, f"{loss}-lr{lr}", f"train {REAL} {flags} --learning_rate={lr}")
+
+
+def real_refs():
+    for reward, seed in product(("sentiment", "two_sentences"), SEEDS):
+        yield real_run(reward, seed, "refs", "refs")
+
+
+def real_run(reward, seed, name, arguments):
+    env = {
+        "MODEL": SMOLLM2,
+        "DATA": "data/sentences",
+        "REWARD": f"data/sentences/reward.py:{reward}",
+        "GENERATE": "--num_refs=8 --max_new_tokens=48",
+        "EVALUATE": "--num_refs=4",
+    }
+    return seed_run(f"real/{reward}", seed, f"{reward}-{name}", arguments, **env)

@@ -9,6 +9,7 @@ checkpoint, the other half is reported. Prints what it finds, and writes to --ou
     figure3    reward against the number of reference rewards, for each beta
     figure4    log-ratio against normalised completion length, over all test prompts
     figure5    density of the reward under pi_ref and under pi*; needs no runs
+    ties       what `paper` and `exact` converge to where rewards tie, on a toy; needs no runs
     figure6    held-out log-ratio of chosen and rejected completions over the steps
     alpaca     each method's completions as AlpacaEval's JSON
 
@@ -57,7 +58,7 @@ def parse_arguments():
     add("--tokenizer", help="count lengths in tokens of this tokenizer, as the paper does with the reward "
         "model's; by default in sampled tokens")
     args = parser.parse_args()
-    if args.what != "figure5" and not args.runs:
+    if args.what not in ("figure5", "ties") and not args.runs:
         rows.fail("--runs is missing; name the folders that contain the runs")
     if args.what == "figure4" and args.tokenizer:
         rows.fail("--tokenizer: figure4 measures lengths in the model's own tokens; omit the flag")
@@ -447,6 +448,52 @@ def optimum(beta, reward):
     return density, 1 - beta * log_Z
 
 
+def ties(args):
+    """20 completions of one prompt, rewards of three levels, 16 references: every loss to convergence."""
+    generator = torch.Generator().manual_seed(0)
+    ref_logps = torch.log_softmax(torch.randn(20, generator=generator, dtype=torch.float64) / 2, 0)
+    rewards = torch.tensor([0.0] * 12 + [0.5] * 5 + [1.0] * 3, dtype=torch.float64)
+    beta = torch.tensor([0.1], dtype=torch.float64)
+    below = (ref_logps.exp() * (rewards < rewards[:, None])).sum(1)
+    not_above = (ref_logps.exp() * (rewards <= rewards[:, None])).sum(1)
+    R = beta * qrpo.log_mean_exp(beta.expand(20), "identity", below, not_above)  # the exact quantile reward
+    best = (beta * (ref_logps + R / beta).logsumexp(0)).item()
+    curves = {"step": np.arange(1, 501)}
+    figure, (axis,) = panels(1)
+    for quantile in qrpo.QUANTILES:
+        logps = train_toy(beta, ref_logps, rewards, quantile)                    # (steps, 20)
+        objective = (logps.exp() * (R - beta * (logps - ref_logps))).sum(1)
+        curves[quantile] = objective.numpy()
+        axis.plot(curves["step"], curves[quantile], label=f"--quantile={quantile}: {objective[-1]:.2f}")
+        shares = [f"{logps[-1].exp()[rewards == level].sum():.3f}" for level in (0, 0.5, 1)]
+        print(f"{quantile}: objective {objective[-1]:.4f} of {best:.4f}; "
+              f"mass on rewards 0, 0.5, 1: {', '.join(shares)}")
+    axis.axhline(best, color="k", linestyle=":", linewidth=1, label=f"the optimum: {best:.2f}")
+    axis.set(xscale="log", xlabel="step", ylabel="objective, exact quantiles, beta 0.1")
+    axis.legend(loc="lower right")
+    save(figure, args.out, "ties", curves)
+
+
+def train_toy(beta, ref_logps, rewards, quantile, steps=500):
+    """QRPO on the logits of a categorical policy, with fresh samples of pi_ref at every step; the policy's
+    logps at each step, (steps, completions).
+    """
+    generator = torch.Generator().manual_seed(1)
+    logits = ref_logps.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], 0.02)
+    found = []
+    for _ in range(steps):
+        y = torch.multinomial(ref_logps.exp(), 64, replacement=True, generator=generator)
+        refs = torch.multinomial(ref_logps.exp(), 64 * 16, replacement=True, generator=generator).view(64, 16)
+        logps = torch.log_softmax(logits, 0)
+        loss = qrpo.qrpo_loss(beta, logps[y], ref_logps[y], rewards[y], rewards[refs], quantile=quantile).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(torch.log_softmax(logits.detach(), 0))
+    return torch.stack(found)
+
+
 def figure6(args):
     methods = choose_methods(args, trained(load(args)), args.by)
     figure, axes = panels(len(methods))
@@ -484,7 +531,7 @@ def alpaca(args):
 
 
 COMMANDS = {"table": table, "frontier": frontier, "figure1": figure1, "figure3": figure3, "figure4": figure4,
-            "figure5": figure5, "figure6": figure6, "alpaca": alpaca}
+            "figure5": figure5, "ties": ties, "figure6": figure6, "alpaca": alpaca}
 
 
 def main():

@@ -3,6 +3,7 @@
     python tests/bench.py sample    generate_refs.py         transformers' generate(), and vLLM, see below
     python tests/bench.py score     score.py --reward=model  prompt by prompt, padded to the longest
     python tests/bench.py train     train.py --loss=dpo      TRL's DPOTrainer, if --trl_python is given
+    python tests/bench.py all       these, smaller, and the sandbox, as one table: ten minutes
     python tests/bench.py growth    time and memory by length, vocabulary, references, prompts: growth.png
 
 A 21M-parameter Llama of random weights with 32,000 words, float32; prompts of about 60 tokens, completions of
@@ -230,6 +231,33 @@ def train_peer(folder):
     return len(read(folder, "pairs")), time.perf_counter() - began
 
 
+def train_products(folder):
+    """The limit: nothing but the matrix products of the reference pass, the forward and the backward."""
+    _, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    pairs, completion_tokens, tokens = read(folder, "pairs"), 0, 0
+    for pair in pairs:
+        lengths = [len(pair[side].split()) for side in ("chosen", "rejected")]
+        completion_tokens += sum(lengths)
+        tokens += sum(lengths) + 2 * len(pair["prompt"].split())
+    batches = math.ceil(tokens / 1024)
+    began = time.perf_counter()
+    for _ in range(batches):
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                n = completion_tokens // batches if name == "lm_head" else 1024
+                multiply(layer.weight.data, n)
+    return len(pairs), time.perf_counter() - began
+
+
+def multiply(weight, n):
+    """The four products of a linear layer on n tokens."""
+    x, gradient = torch.ones(n, weight.shape[1]), torch.ones(n, weight.shape[0])
+    _ = x @ weight.T     # of the reference pass
+    _ = x @ weight.T     # forward
+    _ = gradient @ weight  # backward: the gradient of x
+    _ = gradient.T @ x     # and that of the weight
+
+
 def load(path, kind):
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     return tokenizer, kind.from_pretrained(path, dtype="auto").eval()
@@ -238,7 +266,9 @@ def load(path, kind):
 SIDES = {  # name: (the unit of work, the default of --n, {side: its function}); the first side is ours
     "sample": ("tokens", 16, {"ours": sample_ours, "generate()": sample_peer, "vLLM": sample_vllm}),
     "score": ("completions", 64, {"ours": score_ours, "prompt by prompt": score_peer}),
-    "train": ("pairs", 64, {"ours": train_ours, "TRL's DPOTrainer": train_peer})}
+    "train": ("pairs", 64, {"ours": train_ours, "matrix products alone": train_products,
+                            "TRL's DPOTrainer": train_peer})}
+SMALL = {"sample": 4, "score": 16, "train": 32}  # --n of `all`
 ENVIRONMENT = {"vLLM": "vllm_python", "TRL's DPOTrainer": "trl_python"}  # sides that need one of their own
 
 
@@ -395,13 +425,50 @@ def run(args, name, folder, side):
         return child(name, f"--side={side}", f"--folder={scratch}", python=interpreter(side, args))
 
 
-def main():
+def compare(args, name):
+    """{side: the best of its runs}, the sides in turn."""
+    best = {}
+    sides = available(SIDES[name][2], args)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_work(folder, args.n, args.model)
+        if name == "sample":
+            make_requests(folder, args)
+        for _ in range(args.repeat):
+            for side in sides:
+                result = run(args, name, folder, side)
+                best[side] = max(result, best.get(side, result), key=lambda r: r["rate"])
+    return best
+
+
+def show(unit, best):
+    """A Markdown table of one comparison, with the ratios."""
+    ours = best["ours"]
+    print(f"\n| | {unit}/s | peak GB | {unit} | ours, as a multiple: speed | memory |\n|{' --- |' * 6}")
+    for side, r in best.items():
+        speed, memory = ours["rate"] / r["rate"], ours["gigabytes"] / r["gigabytes"]
+        print(f"| {side} | {r['rate']:,.2f} | {r['gigabytes']:.2f} | {r['work']:,} | "
+              f"{speed:.2f} | {memory:.2f} |")
+    sys.stdout.flush()
+
+
+def everything(args):
+    """Every comparison in small, then the sandbox."""
+    for name, (unit, _, _) in SIDES.items():
+        args.n = SMALL[name]
+        show(unit, compare(args, name))
+    print(flush=True)
+    command = [sys.executable, REPO / "tests/bench_sandbox.py", "--trivial=2000"]
+    subprocess.run(command, check=True)
+
+
+def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=(*SIDES, "growth"))
+    add("what", choices=(*SIDES, "all", "growth"))
     add("--n", type=int, help="prompts (of 16 completions each) or pairs; default 16, 64, 64")
-    add("--repeat", type=int, default=3, help="runs of each side; the best counts (default %(default)s)")
+    add("--repeat", type=int, default=2, help="runs of each side; the best counts (default %(default)s)")
     add("--trl_python", help="train: the interpreter of an environment with trl and torch")
     add("--vllm_python", help="sample, growth: the interpreter of an environment with vllm")
     add("--model", help="sample: the folder of a model of yours")
@@ -413,37 +480,29 @@ def main():
     add("--point", help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.what == "growth":
-        if not args.point:
-            return growth(args)
-        title, x, line = args.point.split(":")
-        return print(json.dumps(grow(title, int(x), line, args.folder)))
     if bool(args.model) != bool(args.data) or args.model and args.what != "sample":
         parser.error("--model and --data go together, and are for sample")
-    unit, n, sides = SIDES[args.what]
-    args.n = args.n or n
+    return args
+
+
+def main():
+    args = arguments()
+    if args.point:
+        title, x, line = args.point.split(":")
+        return print(json.dumps(grow(title, int(x), line, args.folder)))
     if args.side:
-        work, seconds = sides[args.side](args.folder)
+        work, seconds = SIDES[args.what][2][args.side](args.folder)
         rate = {"rate": work / seconds, "work": work, "seconds": seconds, "gigabytes": gigabytes()}
         return print(json.dumps(rate))
-    sides = available(sides, args)
-    with tempfile.TemporaryDirectory() as folder:
-        folder, best = Path(folder), {}
-        make_work(folder, args.n, args.model)
-        if args.what == "sample":
-            make_requests(folder, args)
-        for _ in range(args.repeat):
-            for side in sides:
-                result = run(args, args.what, folder, side)
-                best[side] = max(result, best.get(side, result), key=lambda r: r["rate"])
-    print(f"{'':20}{unit + '/s':>16}{'peak GB':>10}{'seconds':>10}{unit:>14}")
-    for side, r in best.items():
-        print(f"{side:20}{r['rate']:16,.2f}{r['gigabytes']:10.2f}{r['seconds']:10.1f}{r['work']:14,}")
-    for side in sides[1:]:
-        speed = best["ours"]["rate"] / best[side]["rate"]
-        memory = best["ours"]["gigabytes"] / best[side]["gigabytes"]
-        print(f"ours: {speed:.2f} times the speed of {side}, {memory:.2f} of the memory, on "
-              f"{torch.get_num_threads()} threads")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{torch.get_num_threads()} threads, {versions}")
+    if args.what == "growth":
+        return growth(args)
+    if args.what == "all":
+        return everything(args)
+    unit, n, _ = SIDES[args.what]
+    args.n = args.n or n
+    show(unit, compare(args, args.what))
 
 
 if __name__ == "__main__":

@@ -284,6 +284,14 @@ def test_figures_and_the_numbers_behind_them(sweep):
         ("chosen", 1.5, 0.5), ("rejected", -2.0, 0.0)]
 
 
+def test_where_rewards_tie_only_exact_converges_to_the_optimum(sweep):
+    printed = command(sweep, "ties").splitlines()
+    paper, exact = [float(line.split()[2]) for line in printed[:2]]
+    assert paper == pytest.approx(0.752, abs=0.004) and exact == pytest.approx(0.7697, abs=0.0005)
+    curves = read_csv(sweep / "out/ties.csv")
+    assert [curves[0][name] for name in ("paper", "exact")] != ["", ""] and len(curves) == 500
+
+
 def test_frontier(sweep):
     """log_ratio is 3 to 11 in turn, so of a prompt's two samples: a mean of 4, 8, 7, 6, 5 or 9 in turn."""
     command(sweep, "frontier")
