@@ -13,7 +13,7 @@ from .candidate import Candidate
 from .channel import is_builtin
 from .confine import silence, take
 from .judge import RowFault, compile_preamble
-from .tests import Tests
+from .tests import Tests, imports_of
 
 KEY = 32  # characters of a key
 
@@ -58,7 +58,9 @@ def run_together(size, report, limits):
     try:
         compile_preamble(job["preamble"])
         tests = Tests(job["test"], job["entry_point"])
-    except (SyntaxError, ValueError, RowFault) as error:
+        for part in ("preamble", "test"):  # what is not installed is no fault of the program
+            exec(imports_of(job[part]), {})
+    except (SyntaxError, ValueError, ImportError, RowFault) as error:
         return say(f"?the row's own preamble or test fails: {type(error).__name__} {error}"[:300])
     say(f"{tests.total:08x}")
     judge = Together(say, tests.total)
@@ -70,7 +72,7 @@ def run_together(size, report, limits):
         random.seed(0)
         space["__judge__"] = judge
         exec(tests.code, space)
-        space["check"](function)
+        space[tests.check](function)
         kind = None if judge.done and not judge.detail else AssertionError  # a `return` before the last test
     except BaseException as error:  # raised outside of a test: those after it have failed
         kind = type(error)
