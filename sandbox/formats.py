@@ -10,6 +10,7 @@ may be None. ValueError, with a reason, for a row of no known format.
 import ast
 import base64
 import builtins
+import contextlib
 import io
 import json
 import pickle
@@ -36,36 +37,31 @@ COMPARE = """
 from decimal import Decimal, InvalidOperation
 inf, nan = float("inf"), float("nan")
 
+def same_lines(printed, expected):
+    # as LiveCodeBench: each line without the space around it, or the numbers in it
+    printed, expected = (text.strip().split("\\n") for text in (printed, expected))
+    return len(printed) == len(expected) and all(
+        a.strip() == b.strip() or same(a.split(), b.split(), 0) for a, b in zip(printed, expected)
+    )
+
 def same_words(printed, expected):
-    # as APPS: lines that are not blank, in each what stands between spaces
+    # as APPS: lines that are not blank, in each what stands between spaces; numbers as numpy's allclose
     printed, expected = (
         [line.split() for line in text.split("\\n") if line.strip()] for text in (printed, expected)
     )
-    if [len(line) for line in printed] != [len(line) for line in expected]:
-        return False
-    pairs = zip([word for line in printed for word in line], [word for line in expected for word in line])
-    return all(a == b or same_number(a, b) for a, b in pairs)
+    return len(printed) == len(expected) and all(same(a, b, 1e-5) for a, b in zip(printed, expected))
 
-def same_number(a, b):
-    # by value; what is no integer as numpy's allclose
+def same(words, expected, tolerance):
+    if len(words) != len(expected):
+        return False
+    return all(tolerance and a == b or close(a, b, Decimal(tolerance)) for a, b in zip(words, expected))
+
+def close(a, b, tolerance):
     try:
         a, b = Decimal(a), Decimal(b)
-        return a == b or b % 1 != 0 and abs(a - b) <= Decimal("1e-8") + Decimal("1e-5") * abs(b)
+        return a == b or tolerance > 0 and b % 1 != 0 and abs(a - b) <= Decimal("1e-8") + tolerance * abs(b)
     except InvalidOperation:
         return False
-
-def same_lines(printed, expected):
-    # as LiveCodeBench: each line without the space around it, or as numbers
-    printed, expected = ([line.strip() for line in text.strip().split("\\n")] for text in (printed, expected))
-    return len(printed) == len(expected) and all(
-        a == b or numbers(a) == numbers(b) != None for a, b in zip(printed, expected)
-    )
-
-def numbers(line):
-    try:
-        return [Decimal(word) for word in line.split()]
-    except InvalidOperation:
-        return None
 
 def listed(value):
     return list(value) if isinstance(value, tuple) else value
@@ -78,6 +74,7 @@ def plain(value):
         return {str(key): plain(item) for key, item in value.items()}
     return value
 """
+DEFINED = ast.FunctionDef, ast.ClassDef
 UNITTEST = """
 import unittest
 
@@ -97,14 +94,15 @@ def normalize(row, way="apart"):
         raise ValueError(f"has no tests: one of the columns {', '.join(FORMATS)} is needed")
     convert, block = FORMATS[column]
     try:
-        found = {"preamble": row.get("preamble") or "", "solution": solution_of(row),
-                 "block": row.get("block") or block} | convert(row)
+        found = {"preamble": row.get("preamble") or "", "block": row.get("block") or block} | convert(row)
     except Exception as error:  # whatever is wrong with the row
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise ValueError(f"{column}: {reason}") from None
     for name in ("preamble", "test", "entry_point"):
         if not isinstance(found[name], str):
             raise ValueError(f"{name} must be a string")
+    solutions = [row.get(name) for name in ("canonical_solution", "solution", "code")]
+    found["solution"] = next((text for text in solutions if isinstance(text, str)), None)
     if found["block"] not in ("first", "last"):
         raise ValueError("block must be first or last")
     if found.pop("together", False) and way != "together":
@@ -112,47 +110,30 @@ def normalize(row, way="apart"):
     return found
 
 
-def solution_of(row):
-    for column in ("canonical_solution", "solution", "code"):
-        if isinstance(row.get(column), str):
-            return row[column]
-    return None
-
-
 def from_check(row):
     """`test` with `def check(candidate)`, as in HumanEval, or with a unittest.TestCase, as in BigCodeBench:
     the prompt, where that is Python, comes first."""
     if not isinstance(row.get("entry_point"), str):
         raise ValueError("has no 'entry_point', which names the function to test")
+    found = {"test": row["test"], "entry_point": row["entry_point"]}
     prompt = row.get("prompt") or row.get("complete_prompt")
-    preamble = prompt if isinstance(prompt, str) and is_code(prompt) else ""
-    found = {"test": row["test"], "entry_point": row["entry_point"],
-             "preamble": row.get("preamble") or preamble}
-    if methods := methods_of(row["test"]):
-        check = "".join(f"    passes(candidate, {kind}, {name!r})\n" for kind, name in methods)
+    if any(isinstance(node, (ast.Import, ast.ImportFrom, *DEFINED)) for node in statements(prompt)):
+        found["preamble"] = row.get("preamble") or prompt
+    cases = [node for node in statements(row["test"]) if isinstance(node, ast.ClassDef)
+             and any(ast.unparse(base).endswith("TestCase") for base in node.bases)]
+    if cases and not re.search(r"^def check\(", row["test"], re.MULTILINE):
+        check = "".join(f"    passes(candidate, {case.name}, {node.name!r})\n" for case in cases
+                        for node in case.body if isinstance(node, DEFINED) and node.name.startswith("test"))
         found |= {"test": row["test"] + UNITTEST + check, "together": True}
     return found
 
 
-def is_code(text):
+def statements(text):
+    """Those of a text that is Python, where the last function may lack its body; else none."""
     for tail in ("", "\n    pass"):
-        try:
-            return any(isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
-                       for node in ast.parse(text + tail).body)
-        except SyntaxError:
-            pass
-    return False
-
-
-def methods_of(source):
-    """(class, method) of each of unittest's tests in a source without `check`."""
-    tree = ast.parse(source).body
-    if any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree):
-        return []
-    cases = [node for node in tree if isinstance(node, ast.ClassDef)
-             and any(ast.unparse(base).endswith("TestCase") for base in node.bases)]
-    return [(case.name, node.name) for case in cases for node in case.body
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test")]
+        with contextlib.suppress(SyntaxError, TypeError):
+            return ast.parse(text + tail).body
+    return []
 
 
 def from_asserts(row):
@@ -171,24 +152,15 @@ def called(source):
     """The function that asserts call: the first name called, in an assert if there is one, that neither
     Python nor the source defines; else the first of Python's."""
     tree = ast.parse(source)
-    known = set(vars(builtins))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.alias):
-            known.add(node.asname or node.name)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            known.add(node.name)
+    known = {node.name for node in ast.walk(tree) if isinstance(node, DEFINED)}
+    known |= {node.asname or node.name for node in ast.walk(tree) if isinstance(node, ast.alias)}
+    known |= set(vars(builtins))
     asserts = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     names = [node.func.id for test in [*asserts, tree] for node in ast.walk(test)
              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     if not names:
         raise ValueError("test_list calls no function")
     return next((name for name in names if name not in known), names[0])
-
-
-def from_input_output(row):
-    """`input_output`, as in APPS and TACO: JSON of inputs, outputs and perhaps fn_name."""
-    cases = row["input_output"]
-    return from_columns(json.loads(cases) if isinstance(cases, str) else cases)
 
 
 def from_columns(row):
@@ -198,11 +170,15 @@ def from_columns(row):
     lists = isinstance(inputs, list) and isinstance(outputs, list)
     if not lists or len(inputs) != len(outputs) or not inputs:
         raise ValueError("inputs and outputs must be lists of equal length, not empty")
-    if row.get("fn_name"):
-        return calls(row["fn_name"], SUPPLIED, [
-            f"plain(candidate(*{[int_keys(value) for value in given]!r})) in {right_ones(wanted)!r}"
-            for given, wanted in zip(inputs, outputs)])
-    return script(SUPPLIED, "same_words", map(lines, inputs), map(lines, outputs))
+    if not row.get("fn_name"):
+        return source(SUPPLIED, [f"same_words(candidate({lines(given)!r}), {lines(wanted)!r})"
+                                 for given, wanted in zip(inputs, outputs)])
+    calls = [f"candidate(*{[int_keys(value) for value in given]!r})" for given in inputs]
+    # most results are written as a list of one item
+    right = [[wanted, *wanted] if isinstance(wanted, list) and len(wanted) == 1 else [wanted]
+             for wanted in outputs]
+    return source(SUPPLIED, [f"plain({call}) in {values!r}" for call, values in zip(calls, right)],
+                  row["fn_name"])
 
 
 def int_keys(value):
@@ -213,12 +189,6 @@ def int_keys(value):
         return value
 
 
-def right_ones(wanted):
-    """The values that are right: APPS writes most results as a list of one item."""
-    wanted = json.loads(json.dumps(wanted))
-    return [wanted, *wanted] if isinstance(wanted, list) and len(wanted) == 1 else [wanted]
-
-
 def lines(text):
     return text if isinstance(text, str) else "\n".join(map(str, text))
 
@@ -227,16 +197,17 @@ def from_live_code_bench(row):
     """`public_test_cases`, as in LiveCodeBench: JSON of {input, output, testtype}; private ones are
     packed."""
     cases = unpacked(row["public_test_cases"]) + unpacked(row.get("private_test_cases") or "[]")
-    inputs, outputs = ([case[side] for case in cases] for side in ("input", "output"))
+    pairs = [(case["input"], case["output"]) for case in cases]
     if all(case["testtype"] == "stdin" for case in cases):
-        return script(SUPPLIED + LIMITS, "same_lines", inputs, outputs)
-    metadata = row.get("metadata") or "{}"
-    name = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
+        return source(SUPPLIED + LIMITS, [f"same_lines(candidate({given!r}), {wanted!r})"
+                                          for given, wanted in pairs])
+    name = unpacked(row.get("metadata") or "{}").get("func_name")
     if not name:
         raise ValueError("functional tests need a func_name in metadata")
-    arguments = [[json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs]
-    return calls(name, SUPPLIED + LIMITS, [f"listed(candidate(*{given!r})) == {json.loads(wanted)!r}"
-                                           for given, wanted in zip(arguments, outputs)])
+    pairs = [([json.loads(line) for line in given.split("\n") if line.strip()], json.loads(wanted))
+             for given, wanted in pairs]
+    return source(SUPPLIED + LIMITS, [f"listed(candidate(*{given!r})) == {wanted!r}"
+                                      for given, wanted in pairs], name)
 
 
 class TextOnly(pickle.Unpickler):
@@ -246,38 +217,26 @@ class TextOnly(pickle.Unpickler):
         raise ValueError("private_test_cases hold more than text")
 
 
-def unpacked(cases):
-    """A list of test cases: as such, as JSON, or as LiveCodeBench packs the private ones."""
-    if not isinstance(cases, str):
-        return cases
-    if not cases.lstrip().startswith("["):
-        cases = TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(cases)))).load()
-    return json.loads(cases)
+def unpacked(value):
+    """A value: as such, as JSON, or as LiveCodeBench packs its private tests."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip()[:1] not in ("[", "{"):
+        value = TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()
+    return json.loads(value)
 
 
-# ---- the source of tests ----
-
-def source(preamble, entry_point, asserts):
+def source(preamble, asserts, name=None):
+    """A test of a function, or of a method of `Solution`; without a name of a whole program."""
     test = COMPARE + "\ndef check(candidate):\n" + "".join(f"    assert {text}\n" for text in asserts)
-    return {"preamble": preamble, "test": test, "entry_point": entry_point}
-
-
-def script(preamble, same, inputs, outputs):
-    """A whole program reads stdin and prints."""
-    return source(preamble, "__main__", [
-        f"{same}(candidate({given!r}), {wanted!r})" for given, wanted in zip(inputs, outputs)])
-
-
-def calls(name, preamble, asserts):
-    """A function, or a method of `Solution`."""
     entry = f"(Solution().{name} if hasattr(globals().get('Solution'), {name!r}) else {name})"
-    return source(preamble, entry, asserts)
+    return {"preamble": preamble, "test": test, "entry_point": entry if name else "__main__"}
 
 
 FORMATS = {  # the column that tells a format: how it is converted, which block of an answer is the program
     "test_list": (from_asserts, "first"),                 # MBPP, MBPP+
     "test": (from_check, "first"),                        # LeetCodeDataset, HumanEval, BigCodeBench
-    "input_output": (from_input_output, "first"),         # APPS, TACO
+    "input_output": (lambda row: from_columns(unpacked(row["input_output"])), "first"),  # APPS, TACO
     "inputs": (from_columns, "first"),                    # the same without JSON
     "public_test_cases": (from_live_code_bench, "last"),  # LiveCodeBench
 }

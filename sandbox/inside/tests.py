@@ -25,6 +25,8 @@ class Tests:
 
     def __init__(self, source, entry_point):
         tree = WithoutMessages().visit(ast.parse(source))
+        imports = ast.Module([node for node in tree.body if isinstance(node, IMPORTS)], [])
+        self.imports = compile(imports, "<test>", "exec", dont_inherit=True)
         names = ("id", "attr", "name")  # of variables, of attributes, of what is imported
         self.names = {getattr(node, name, "") for node in ast.walk(tree) for name in names}
         found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
@@ -144,16 +146,6 @@ def calls_check(node):
 
 def is_true(node):
     return isinstance(node, ast.Constant) and bool(node.value)
-
-
-def imports_of(source):
-    """Code of what a source imports at its top level; its last function may lack a body."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        tree = ast.parse(source + "\n    pass")
-    tree.body = [node for node in tree.body if isinstance(node, IMPORTS)]
-    return compile(tree, "<imports>", "exec", dont_inherit=True)
 
 
 def undefined(tree):

@@ -11,9 +11,9 @@ import random
 
 from .candidate import Candidate
 from .channel import is_builtin
-from .confine import silence, take
-from .judge import RowFault, compile_preamble
-from .tests import Tests, imports_of
+from .confine import module_space, silence, take
+from .judge import compile_preamble
+from .tests import Tests
 
 KEY = 32  # characters of a key
 
@@ -56,11 +56,10 @@ def run_together(size, report, limits):
     job = json.loads(take(size))
     silence()
     try:
-        compile_preamble(job["preamble"])
+        exec(compile_preamble(job["preamble"]), module_space())
         tests = Tests(job["test"], job["entry_point"])
-        for part in ("preamble", "test"):  # what is not installed is no fault of the program
-            exec(imports_of(job[part]), {})
-    except (SyntaxError, ValueError, ImportError, RowFault) as error:
+        exec(tests.imports, module_space())  # what is not installed is no fault of the program
+    except Exception as error:
         return say(f"?the row's own preamble or test fails: {type(error).__name__} {error}"[:300])
     say(f"{tests.total:08x}")
     judge = Together(say, tests.total)
