@@ -180,7 +180,7 @@ def tests_rewards(args, todo):
     def programs():
         for row, completions in todo:
             try:
-                tests = sandbox.normalize(row)
+                tests = sandbox.normalize(row, args.judge)
             except ValueError as error:
                 rows.fail(f"{row['__at__']}: --reward=tests: {error}")
             waiting[row["id"]] = [row, [None] * len(completions), len(completions)]

@@ -1,15 +1,16 @@
-"""Test formats: from the columns of known data sets to what the sandbox runs: preamble, test,
-entry_point, solution.
+"""Test formats: from the columns of known data sets to what the sandbox runs (preamble, test, entry_point,
+solution), and to the program in a model's answer.
 
-In: a row of one of the formats in formats.md. Out: a dict of four strings; `solution`
-(the row's own, which shows whether its tests can be passed at all) may be None. ValueError, with a
-reason, for a row of no known format.
+In: a row of one of the formats in formats.md. Out: a dict of these strings and of `block`, which block of
+an answer is the program; `solution` (the row's own, which shows whether its tests can be passed at all)
+may be None. ValueError, with a reason, for a row of no known format.
 
     python -c 'import sandbox; print(sandbox.normalize({"test_list": ["assert f(1) == 2"]})["test"])'
 """
 import ast
 import base64
 import builtins
+import contextlib
 import io
 import json
 import pickle
@@ -17,39 +18,53 @@ import re
 import textwrap
 import zlib
 
-# What the programs of contests may use without importing it, as in the benchmarks themselves.
-IMPORTS = """
-import bisect, collections, copy, datetime, functools, heapq, itertools, json, math, operator
-import random, re, string, sys
-from bisect import *
-from collections import *
-from functools import *
-from heapq import *
-from itertools import *
-from math import ceil, comb, factorial, floor, gcd, inf, isqrt, log, sqrt
-from typing import *
+MARK = "\ufeff"  # a byte order mark
+# What the programs of contests may use without importing it. Last come the built-in pow, open and compile.
+STARS = """string re datetime collections heapq bisect copy math random statistics itertools functools
+    operator io sys json typing builtins""".split()
+SUPPLIED = "".join(f"from {name} import *\n" for name in STARS) + f"""
+import {", ".join(STARS)}, fractions, time
+try:
+    import numpy as np
+except ImportError:
+    pass
+"""
+LIMITS = """
+sys.setrecursionlimit(50_000)
+getattr(sys, "set_int_max_str_digits", int)(50_000)  # not in Python below 3.10.7
 """
 COMPARE = """
 from decimal import Decimal, InvalidOperation
 inf, nan = float("inf"), float("nan")
 
-def same_output(printed, expected, tolerance):
-    # by lines without blank ones, in each by what stands between spaces; numbers by value
+def same_lines(printed, expected):
+    # as LiveCodeBench: each line without the space around it, or the numbers in it
+    printed, expected = (text.strip().split("\\n") for text in (printed, expected))
+    return len(printed) == len(expected) and all(
+        a.strip() == b.strip() or same(a.split(), b.split(), 0) for a, b in zip(printed, expected)
+    )
+
+def same_words(printed, expected):
+    # as APPS: lines that are not blank, in each what stands between spaces; numbers as numpy's allclose
     printed, expected = (
         [line.split() for line in text.split("\\n") if line.strip()] for text in (printed, expected)
     )
-    if [len(line) for line in printed] != [len(line) for line in expected]:
-        return False
-    pairs = zip([word for line in printed for word in line], [word for line in expected for word in line])
-    return all(a == b or same_number(a, b, tolerance) for a, b in pairs)
+    return len(printed) == len(expected) and all(same(a, b, 1e-5) for a, b in zip(printed, expected))
 
-def same_number(a, b, tolerance):
+def same(words, expected, tolerance):
+    if len(words) != len(expected):
+        return False
+    return all(tolerance and a == b or close(a, b, Decimal(tolerance)) for a, b in zip(words, expected))
+
+def close(a, b, tolerance):
     try:
         a, b = Decimal(a), Decimal(b)
-        margin = Decimal("1e-8") + Decimal(tolerance) * abs(b)
-        return a == b or tolerance > 0 and b % 1 != 0 and abs(a - b) <= margin
+        return a == b or tolerance > 0 and b % 1 != 0 and abs(a - b) <= Decimal("1e-8") + tolerance * abs(b)
     except InvalidOperation:
         return False
+
+def listed(value):
+    return list(value) if isinstance(value, tuple) else value
 
 def plain(value):
     # as JSON would have it
@@ -59,102 +74,119 @@ def plain(value):
         return {str(key): plain(item) for key, item in value.items()}
     return value
 """
+DEFINED = ast.FunctionDef, ast.ClassDef
+UNITTEST = """
+import unittest
+
+def passes(candidate, kind, name):
+    result = unittest.TestSuite([kind(name)]).run(unittest.TestResult())
+    assert result.wasSuccessful()
+
+def check(candidate):
+"""
 
 
-def normalize(row):
-    """What the sandbox needs of a row."""
-    for column, convert in FORMATS.items():
-        if row.get(column) is not None:
-            found = {"preamble": row.get("preamble") or "", "solution": solution_of(row)} | convert(row)
-            break
-    else:
+def normalize(row, way="apart"):
+    """What the sandbox needs of a row, to judge it in this way (see host.WAYS)."""
+    row = {name: value.removeprefix(MARK) if isinstance(value, str) else value for name, value in row.items()}
+    column = next((name for name in FORMATS if row.get(name) is not None), None)
+    if column is None:
         raise ValueError(f"has no tests: one of the columns {', '.join(FORMATS)} is needed")
+    convert, block = FORMATS[column]
+    try:
+        found = {"preamble": row.get("preamble") or "", "block": row.get("block") or block} | convert(row)
+    except Exception as error:  # whatever is wrong with the row
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        raise ValueError(f"{column}: {reason}") from None
     for name in ("preamble", "test", "entry_point"):
         if not isinstance(found[name], str):
             raise ValueError(f"{name} must be a string")
+    solutions = [row.get(name) for name in ("canonical_solution", "solution", "code")]
+    found["solution"] = next((text for text in solutions if isinstance(text, str)), None)
+    if found["block"] not in ("first", "last"):
+        raise ValueError("block must be first or last")
+    if found.pop("together", False) and way != "together":
+        raise ValueError("unittest's cases change what is around the program: use --judge=together")
     return found
 
 
-def solution_of(row):
-    for column in ("canonical_solution", "solution", "code"):
-        if isinstance(row.get(column), str):
-            return row[column]
-    return None
-
-
 def from_check(row):
-    """`test` with `def check(candidate)`, as in HumanEval: its prompt, where that is Python, comes
-    first."""
+    """`test` with `def check(candidate)`, as in HumanEval, or with a unittest.TestCase, as in BigCodeBench:
+    the prompt, where that is Python, comes first."""
     if not isinstance(row.get("entry_point"), str):
         raise ValueError("has no 'entry_point', which names the function to test")
-    prompt = row.get("prompt")
-    preamble = prompt if isinstance(prompt, str) and is_code(prompt) else ""
-    return {
-        "test": row["test"],
-        "entry_point": row["entry_point"],
-        "preamble": row.get("preamble") or preamble,
-    }
+    found = {"test": row["test"], "entry_point": row["entry_point"]}
+    prompt = row.get("prompt") or row.get("complete_prompt")
+    if any(isinstance(node, (ast.Import, ast.ImportFrom, *DEFINED)) for node in statements(prompt)):
+        found["preamble"] = row.get("preamble") or prompt
+    cases = [node for node in statements(row["test"]) if isinstance(node, ast.ClassDef)
+             and any(ast.unparse(base).endswith("TestCase") for base in node.bases)]
+    if cases and not re.search(r"^def check\(", row["test"], re.MULTILINE):
+        check = "".join(f"    passes(candidate, {case.name}, {node.name!r})\n" for case in cases
+                        for node in case.body if isinstance(node, DEFINED) and node.name.startswith("test"))
+        found |= {"test": row["test"] + UNITTEST + check, "together": True}
+    return found
 
 
-def is_code(text):
+def statements(text):
+    """Those of a text that is Python, where the last function may lack its body; else none."""
     for tail in ("", "\n    pass"):
-        try:
-            return any(isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
-                       for node in ast.parse(text + tail).body)
-        except SyntaxError:
-            pass
-    return False
+        with contextlib.suppress(SyntaxError, TypeError):
+            return ast.parse(text + tail).body
+    return []
 
 
 def from_asserts(row):
     """`test_list`, as in MBPP: assert statements that call the function by its name. MBPP+ has a
     `test` of more."""
     before = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
-    tests = [row["test"]] if isinstance(row.get("test"), str) else row["test_list"]
-    source = "\n".join([*before, *tests])
+    listed = [text.removeprefix(MARK) for text in row["test_list"]]
+    tests = [row["test"]] if isinstance(row.get("test"), str) else listed
     return {
-        "test": source,
-        "entry_point": row.get("entry_point") or called("\n".join([*before, *row["test_list"]])),
+        "test": "\n".join([*before, *tests]),
+        "entry_point": row.get("entry_point") or called("\n".join([*before, *listed])),
     }
 
 
 def called(source):
-    """The function that asserts call: the first name called, in an assert if there is one, that
-    neither Python nor the source defines."""
+    """The function that asserts call: the first name called, in an assert if there is one, that neither
+    Python nor the source defines; else the first of Python's."""
     tree = ast.parse(source)
-    known = set(vars(builtins))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.alias):
-            known.add(node.asname or node.name)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            known.add(node.name)
+    known = {node.name for node in ast.walk(tree) if isinstance(node, DEFINED)}
+    known |= {node.asname or node.name for node in ast.walk(tree) if isinstance(node, ast.alias)}
+    known |= set(vars(builtins))
     asserts = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
-    for node in [inner for test in asserts for inner in ast.walk(test)] + list(ast.walk(tree)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in known:
-            return node.func.id
-    raise ValueError("test_list calls no function")
-
-
-def from_input_output(row):
-    """`input_output`, as in APPS and TACO: JSON of inputs, outputs and perhaps fn_name."""
-    cases = row["input_output"]
-    cases = json.loads(cases) if isinstance(cases, str) else cases
-    return from_columns({**row, **cases})
+    names = [node.func.id for test in [*asserts, tree] for node in ast.walk(test)
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    if not names:
+        raise ValueError("test_list calls no function")
+    return next((name for name in names if name not in known), names[0])
 
 
 def from_columns(row):
     """`inputs` and `outputs`: lists of equal length; with `fn_name` the arguments of calls, else
     stdin and stdout."""
-    inputs, outputs, name = row["inputs"], row.get("outputs"), row.get("fn_name") or row.get("entry_point")
+    inputs, outputs = row["inputs"], row.get("outputs")
     lists = isinstance(inputs, list) and isinstance(outputs, list)
     if not lists or len(inputs) != len(outputs) or not inputs:
         raise ValueError("inputs and outputs must be lists of equal length, not empty")
-    if all(is_design(case, name) for case in inputs):
-        return calls_of_methods(inputs, outputs)
-    if not name:
-        return of_scripts(map(lines, inputs), map(lines, outputs), "1e-5")
-    wrapped = all(isinstance(output, list) and len(output) == 1 for output in outputs)
-    return calls(name, inputs, [[output, *output] if wrapped else [output] for output in outputs])
+    if not row.get("fn_name"):
+        return source(SUPPLIED, [f"same_words(candidate({lines(given)!r}), {lines(wanted)!r})"
+                                 for given, wanted in zip(inputs, outputs)])
+    calls = [f"candidate(*{[int_keys(value) for value in given]!r})" for given in inputs]
+    # most results are written as a list of one item
+    right = [[wanted, *wanted] if isinstance(wanted, list) and len(wanted) == 1 else [wanted]
+             for wanted in outputs]
+    return source(SUPPLIED, [f"plain({call}) in {values!r}" for call, values in zip(calls, right)],
+                  row["fn_name"])
+
+
+def int_keys(value):
+    """A dict whose keys were integers before it was JSON."""
+    try:
+        return {int(key): item for key, item in value.items()}
+    except (AttributeError, ValueError):
+        return value
 
 
 def lines(text):
@@ -165,18 +197,17 @@ def from_live_code_bench(row):
     """`public_test_cases`, as in LiveCodeBench: JSON of {input, output, testtype}; private ones are
     packed."""
     cases = unpacked(row["public_test_cases"]) + unpacked(row.get("private_test_cases") or "[]")
-    inputs, outputs = ([case[side] for case in cases] for side in ("input", "output"))
+    pairs = [(case["input"], case["output"]) for case in cases]
     if all(case["testtype"] == "stdin" for case in cases):
-        return of_scripts(inputs, outputs, "0")
-    metadata = row.get("metadata") or "{}"
-    name = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
-    inputs = [[json.loads(line) for line in text.split("\n") if line.strip()] for text in inputs]
-    outputs = [json.loads(text) for text in outputs]
-    if all(is_design(case, name) for case in inputs):
-        return calls_of_methods(inputs, outputs)
+        return source(SUPPLIED + LIMITS, [f"same_lines(candidate({given!r}), {wanted!r})"
+                                          for given, wanted in pairs])
+    name = unpacked(row.get("metadata") or "{}").get("func_name")
     if not name:
         raise ValueError("functional tests need a func_name in metadata")
-    return calls(name, inputs, [[output] for output in outputs])
+    pairs = [([json.loads(line) for line in given.split("\n") if line.strip()], json.loads(wanted))
+             for given, wanted in pairs]
+    return source(SUPPLIED + LIMITS, [f"listed(candidate(*{given!r})) == {wanted!r}"
+                                      for given, wanted in pairs], name)
 
 
 class TextOnly(pickle.Unpickler):
@@ -186,78 +217,29 @@ class TextOnly(pickle.Unpickler):
         raise ValueError("private_test_cases hold more than text")
 
 
-def unpacked(cases):
-    """A list of test cases: as such, as JSON, or as LiveCodeBench packs the private ones."""
-    if not isinstance(cases, str):
-        return cases
-    if not cases.lstrip().startswith("["):
-        cases = TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(cases)))).load()
-    return json.loads(cases)
+def unpacked(value):
+    """A value: as such, as JSON, or as LiveCodeBench packs its private tests."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip()[:1] not in ("[", "{"):
+        value = TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()
+    return json.loads(value)
 
 
-# ---- the source of tests ----
-
-def source(asserts):
-    return COMPARE + "\ndef check(candidate):\n" + "".join(f"    assert {text}\n" for text in asserts)
-
-
-def of_scripts(inputs, outputs, tolerance):
-    """A whole program reads stdin and prints."""
-    asserts = [
-        f"same_output(candidate({given!r}), {wanted!r}, {tolerance})"
-        for given, wanted in zip(inputs, outputs)
-    ]
-    return {"preamble": IMPORTS, "test": source(asserts), "entry_point": "__main__"}
-
-
-def calls(name, inputs, outputs):
-    """A function, or a method of `Solution`; each output is a list of values of which one is right."""
-    asserts = [
-        f"plain(candidate(*{given!r})) in {[*map(as_json, wanted)]!r}"
-        for given, wanted in zip(inputs, outputs)
-    ]
+def source(preamble, asserts, name=None):
+    """A test of a function, or of a method of `Solution`; without a name of a whole program."""
+    test = COMPARE + "\ndef check(candidate):\n" + "".join(f"    assert {text}\n" for text in asserts)
     entry = f"(Solution().{name} if hasattr(globals().get('Solution'), {name!r}) else {name})"
-    return {"preamble": IMPORTS, "test": source(asserts), "entry_point": entry}
+    return {"preamble": preamble, "test": test, "entry_point": entry if name else "__main__"}
 
 
-def as_json(value):
-    return json.loads(json.dumps(value))
-
-
-def is_design(case, name):
-    """Whether a case is the names of methods, a class's first, and the arguments of each."""
-    if (
-        not isinstance(case, list)
-        or len(case) != 2
-        or not all(isinstance(part, list) and part for part in case)
-    ):
-        return False
-    names, arguments = case
-    return (
-        len(names) == len(arguments)
-        and all(isinstance(text, str) and text.isidentifier() for text in names)
-        and all(isinstance(values, list) for values in arguments)
-        and name in (None, names[0])
-    )
-
-
-def calls_of_methods(inputs, outputs):
-    """A class: an object is made, and its methods called in turn."""
-    asserts = [
-        f"plain(candidate(*{given!r})) == {as_json(wanted)!r}" for given, wanted in zip(inputs, outputs)
-    ]
-    name = inputs[0][0][0]
-    entry = (
-        f"(lambda names, args: (lambda it: "
-        f"[None, *(getattr(it, n)(*a) for n, a in zip(names[1:], args[1:]))])"
-        f"({name}(*args[0])))"
-    )
-    return {"preamble": IMPORTS, "test": source(asserts), "entry_point": entry}
-
-
-FORMATS = {"test_list": from_asserts, "test": from_check,
-           "input_output": from_input_output, "inputs": from_columns,
-           "public_test_cases": from_live_code_bench}
+FORMATS = {  # the column that tells a format: how it is converted, which block of an answer is the program
+    "test_list": (from_asserts, "first"),                 # MBPP, MBPP+
+    "test": (from_check, "first"),                        # LeetCodeDataset, HumanEval, BigCodeBench
+    "input_output": (lambda row: from_columns(unpacked(row["input_output"])), "first"),  # APPS, TACO
+    "inputs": (from_columns, "first"),                    # the same without JSON
+    "public_test_cases": (from_live_code_bench, "last"),  # LiveCodeBench
+}
 
 
 # ---- the program in an answer ----
@@ -265,35 +247,56 @@ FORMATS = {"test_list": from_asserts, "test": from_check,
 # At the start of a line, or after other text if it is marked as Python. No part may take quadratic time.
 FENCE = re.compile(r"(?:^([ \t]*)|(?<!`)(?=```+py\w{0,5}[ \t\r]*\n))(```+(?!`)|~~~+(?!~))"
                    r"[ \t]{0,9}\{?\.?([\w+#-]{0,20})(?:[^\n`]*\n|(?= .*```))", re.MULTILINE | re.IGNORECASE)
+# What a fence does not end: Python's strings and comments
+TEXT = r"#[^\n]*" + "".join(
+    rf"|{q * 3}[^{q}\\]*(?:(?:\\.|{q}(?!{q * 2}))[^{q}\\]*)*(?:{q * 3}|\\?\Z)|{q}(?:\\.|[^{q}\\\n])*{q}?"
+    for q in "'\"")
 PYTHON = ("python", "python3", "py", "py3")
 BLOCKS = {  # rule: what it means
-    "answer": "the first Python block after the last </think>, or else the first that names no language",
+    "answer": "the first Python block after the last </think>, or else the first that names no language; "
+              "the last block of any kind where the row's format says so",
     "first": "the first block marked python, as in the paper",
 }
 
 
-def first_block(text, rule="answer"):
-    """The program in a model's answer: the first closed block of code that the rule asks for (see
-    BLOCKS), or None."""
-    if rule == "answer":
-        text = text.rpartition("</think>")[2]
-        if text.lstrip().startswith("<think>"):  # the answer never came
-            return None
-    unmarked = None
-    position = 0
+def program_of(row, which, rule="answer"):
+    """The program in a row's answer: a closed block, by a rule of BLOCKS and `which` of normalize(); all of
+    the answer where it has none and the row says "fenced": false; else None."""
+    answer = row["completion"].rpartition("</think>")[2]
+    if rule == "first":
+        programs = [block for language, block in blocks(row["completion"]) if language in PYTHON]
+    elif answer.lstrip().startswith("<think>"):  # it never came
+        programs = []
+    elif which == "last":
+        programs = [block for _, block in blocks(answer)][-1:]
+    else:
+        found = list(blocks(answer))
+        programs = [block for names in (PYTHON, [""]) for language, block in found if language in names]
+    programs += [answer] * (row.get("fenced") is False)
+    return programs[0].removeprefix(MARK) if programs else None
+
+
+def blocks(text):
+    """(language, text) of each closed block of a Markdown text."""
+    position, inside = 0, f"{TEXT}|"
     while start := FENCE.search(text, position):
         mark = start[2]
-        end = re.compile(rf"(?<!{mark[0]}){mark}{mark[0]}*[ \t\r]*$", re.MULTILINE).search(text, start.end())
+        fence = rf"(?<!{mark[0]}){mark}{mark[0]}*(?![\w{mark[0]}])"
+        end = fence_after(f"{inside}({fence})", text, start.end())
+        if not end and inside:  # a string without end: look for none any more, or each block would search all
+            inside = ""
+            end = fence_after(f"({fence})", text, start.end())
         if not end:
-            break
+            return
         block = text[start.end():end.start()]
         if start[1] != "":
             block = textwrap.dedent(block)
         elif "\n" not in block:
             block = block.lstrip(" ")
-        if start[3].lower() in PYTHON:
-            return block
-        if not start[3] and unmarked is None:
-            unmarked = block
+        yield start[3].lower(), block
         position = end.end()
-    return unmarked if rule == "answer" else None
+
+
+def fence_after(pattern, text, position):
+    found = re.compile(pattern, re.DOTALL).finditer(text, position)
+    return next((match for match in found if match[1]), None)

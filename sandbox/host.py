@@ -23,7 +23,7 @@ import sys
 import time
 
 from . import formats
-from .formats import BLOCKS, first_block
+from .formats import BLOCKS
 from .runtimes import ENVIRONMENT, IMAGE, PACKAGES, RUNTIMES, command, remedy
 
 FLAGS = {  # name: (default, what it means); the limits travel to the workers
@@ -161,13 +161,12 @@ class Jobs:
         """A job that has not run yet, or None."""
         while not self.first and (row := next(self.rows, None)):
             try:
-                program = first_block(row["completion"], self.block)
-                if program is None and row.get("fenced") is False:
-                    program = row["completion"].rpartition("</think>")[2]
+                tests = formats.normalize(row, self.way)
+                program = formats.program_of(row, tests["block"], self.block)
                 if program is None:
                     self.ready.append({"id": row["id"], **NO_CODE})
                     continue
-                job = self.add(Job(formats.normalize(row), program, self.way))
+                job = self.add(Job(tests, program, self.way))
                 job.ids.append(row["id"])
                 if job.key in self.verdicts:
                     self.settle(job, self.verdicts[job.key])

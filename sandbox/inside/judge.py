@@ -202,7 +202,8 @@ class Judge(Channel):
         if kind is RowFault:
             return False
         if kind in (NameError, ImportError, ModuleNotFoundError) and not self.fault and not self.lost:
-            raise RowFault(f"the tests fail by themselves: {kind.__name__} {error.name}")
+            raise RowFault(f"the tests fail by themselves: {kind.__name__} {error.name}; with "
+                           "--judge=together they see what the program defines")
         self.record("." if kind is None else self.fault or "w",
                     self.why or ("" if kind in (None, AssertionError) else kind.__name__))
         return True
@@ -278,7 +279,7 @@ def judge_one(judge, space, entry_point):
         if not judge.begin():
             code, why = judge.fault, judge.why
         else:
-            space["check"](candidate)
+            space[judge.tests.check](candidate)
             code = "." if judge.done and not judge.detail else "w"  # a `return` before the last test
     except RowFault:
         raise

@@ -8,6 +8,7 @@ and their number. Run by the judge only: no program is near.
 """
 import ast
 
+IMPORTS = ast.Import, ast.ImportFrom
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 # Functions and methods whose call tests nothing, even of a value of the candidate
 HARMLESS = "print append add extend insert update sort reverse setdefault appendleft push".split()
@@ -23,14 +24,14 @@ class Tests:
     """
 
     def __init__(self, source, entry_point):
-        tree = ast.parse(source)
+        tree = WithoutMessages().visit(ast.parse(source))
+        imports = ast.Module([node for node in tree.body if isinstance(node, IMPORTS)], [])
+        self.imports = compile(imports, "<test>", "exec", dont_inherit=True)
         names = ("id", "attr", "name")  # of variables, of attributes, of what is imported
         self.names = {getattr(node, name, "") for node in ast.walk(tree) for name in names}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assert):
-                node.msg = None  # nobody reads it, and where it fails, that is no fault of the test
         found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
         check = found[-1] if found else self.wrap(tree)
+        self.check = check.name
         tree.body = [node for node in tree.body if not calls_check(node)]
         arguments = check.args.posonlyargs + check.args.args
         needed = len(arguments) - len(check.args.defaults) + check.args.kw_defaults.count(None)
@@ -49,9 +50,10 @@ class Tests:
         self.code = compile(ast.fix_missing_locations(tree), "<test>", "exec", dont_inherit=True)
 
     def wrap(self, tree):
-        """Make a script the body of a function `check`; its imports stay where they are."""
-        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        check, = ast.parse("def check(candidate): pass").body
+        """Make a script the body of a function; its imports stay where they are. The one under test may be
+        called check."""
+        imports = [node for node in tree.body if isinstance(node, IMPORTS)]
+        check, = ast.parse("def __check__(candidate): pass").body
         check.body = [node for node in tree.body if node not in imports] or check.body
         tree.body = imports + [check]
         return check
@@ -119,6 +121,21 @@ class Tests:
         test, = ast.parse("with __judge__.test(): pass").body
         test.body = statements
         return test
+
+
+class WithoutMessages(ast.NodeTransformer):
+    """Where a test has failed, a name that its message does not know is no fault of the row."""
+
+    def visit_Assert(self, node):
+        node.msg = None
+        return node
+
+    def visit_Raise(self, node):
+        if not isinstance(node.exc, ast.Call) or getattr(node.exc.func, "id", "") == "NameError":
+            return node
+        guard, = ast.parse("try: pass\nexcept NameError: raise AssertionError from None").body
+        guard.body = [node]
+        return guard
 
 
 def calls_check(node):

@@ -11,8 +11,8 @@ import random
 
 from .candidate import Candidate
 from .channel import is_builtin
-from .confine import silence, take
-from .judge import RowFault, compile_preamble
+from .confine import module_space, silence, take
+from .judge import compile_preamble
 from .tests import Tests
 
 KEY = 32  # characters of a key
@@ -56,9 +56,10 @@ def run_together(size, report, limits):
     job = json.loads(take(size))
     silence()
     try:
-        compile_preamble(job["preamble"])
+        exec(compile_preamble(job["preamble"]), module_space())
         tests = Tests(job["test"], job["entry_point"])
-    except (SyntaxError, ValueError, RowFault) as error:
+        exec(tests.imports, module_space())  # what is not installed is no fault of the program
+    except Exception as error:
         return say(f"?the row's own preamble or test fails: {type(error).__name__} {error}"[:300])
     say(f"{tests.total:08x}")
     judge = Together(say, tests.total)
@@ -70,7 +71,7 @@ def run_together(size, report, limits):
         random.seed(0)
         space["__judge__"] = judge
         exec(tests.code, space)
-        space["check"](function)
+        space[tests.check](function)
         kind = None if judge.done and not judge.detail else AssertionError  # a `return` before the last test
     except BaseException as error:  # raised outside of a test: those after it have failed
         kind = type(error)
