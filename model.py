@@ -23,9 +23,8 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
+                                                     set_model_state_dict, set_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -114,27 +113,21 @@ def keep_freed_memory(device):
 
 def load(kind, path, **kwargs):
     """kind.from_pretrained(path), with an error in one line. kind: a transformers Auto class."""
-    check_files(path)
+    refuse_adapter(path)
     try:
         return kind.from_pretrained(path, **kwargs)
     except Exception as error:  # of a missing or broken file, or whatever the code of a model raises
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         what = kind.__name__.replace("AutoModelFor", "").replace("Auto", "")
-        rows.fail(f"{path}: no {what} can be loaded from it ({reason}); give a Hugging Face folder, or a "
-                  "hub name that this machine can reach")
+        rows.fail(f"{path}: no {what} can be loaded from it ({reason}); give a complete Hugging Face folder "
+                  "(after `git lfs pull`, if it is a clone), or a hub name that this machine can reach")
 
 
-def check_files(path):
-    """Refuse a folder that holds something else than a model, before its files are read."""
-    if not os.path.isdir(path):
-        return
+def refuse_adapter(path):
+    """An adapter's folder, too, loads as a model: the one that it adapts."""
     if Path(path, "adapter_config.json").exists():
         rows.fail(f"{path}: is the folder of an adapter; merge it into its model (peft's merge_and_unload) "
                   "and give that folder. A run of train.py --lora holds the merged model itself")
-    for file in files_of(path, WEIGHTS + OTHER_FILES):
-        with open(file, "rb") as content:
-            if content.read(20) == b"version https://git-":
-                rows.fail(f"{file}: is a pointer of git-lfs, not the file itself; run `git lfs pull` there")
 
 
 def load_config(path, trust_remote_code=False):
@@ -172,22 +165,16 @@ def dequantization(path, config):
 def load_tokenizer(path, trust_remote_code=False, template_args=None):
     """template_args: what its chat template gets besides the messages, such as {"enable_thinking": False}."""
     tokenizer = load(transformers.AutoTokenizer, path, trust_remote_code=trust_remote_code)
-    if tokenizer.is_fast and splitting(tokenizer) != splitting(own_tokenizer(path, tokenizer)):
-        rows.say_once(f"{path}: transformers {transformers.__version__} would split text as any "
-                 f"{type(tokenizer).__name__} does, and not as its tokenizer.json says, which is used here")
-        tokenizer = own_tokenizer(path, tokenizer)
+    with contextlib.suppress(OSError, ValueError):  # it has no tokenizer.json
+        own = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+        if tokenizer.is_fast and splitting(tokenizer) != splitting(own):
+            # transformers 5 makes those of some classes anew
+            rows.say_once(f"{path}: transformers {transformers.__version__} would split text as any "
+                          f"{type(tokenizer).__name__} does, and not as its tokenizer.json says, which is "
+                          "used here")
+            tokenizer = own
     tokenizer.template_args = template_args or {}
     return tokenizer
-
-
-def own_tokenizer(path, tokenizer):
-    """The tokenizer as tokenizer.json describes it, where transformers 5 rebuilds some classes; the given
-    one if there is no such file.
-    """
-    try:
-        return transformers.PreTrainedTokenizerFast.from_pretrained(path)
-    except (OSError, ValueError):
-        return tokenizer
 
 
 def splitting(tokenizer):
@@ -229,41 +216,35 @@ def is_tied(model):
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-@contextlib.contextmanager
-def all_threads():
-    """In it, torch uses all CPUs of this machine: torchrun gives each process one, and the others wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def load_skeleton(path, dtype, device, trust_remote_code=False):
     """As `load_model`, without weights, for `shard` to fill: rank 0 alone reads them, to its CPU."""
-    source = None
+    source, facts = None, [None]
     if rows.rank_and_world()[0] == 0:
+        threads = torch.get_num_threads()  # torchrun gives one, but the other ranks wait
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         # in that dtype, not as they are stored: what a model computes when it is made, such as Gemma's scale
         # of embeddings, is rounded to its dtype
-        with all_threads():
-            source = load_model(path, dtype, torch.device("cpu"), trust_remote_code)
+        source = load_model(path, dtype, torch.device("cpu"), trust_remote_code)
         frozen = [name for name, parameter in source.named_parameters() if not parameter.requires_grad]
-        facts = [(source.config, source.generation_config, source.backbone_name, frozen)]
-    else:
-        facts = [None]
+        ids = probe_ids(source)
+        facts = [{"config": source.config, "generation_config": source.generation_config, "frozen": frozen,
+                  "backbone_name": source.backbone_name, "ids": ids.tolist(),
+                  "token_logps": token_logps(Policy(source), ids)}]
+        torch.set_num_threads(threads)
     try:
         barrier()  # rank 0 may read for long
         dist.broadcast_object_list(facts)
     except RuntimeError:
         sys.exit(2)  # rank 0 has failed, and said why
-    config, generation_config, backbone_name, frozen = facts[0]
+    loaded = facts[0]
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.generation_config, model.backbone_name, model.source = generation_config, backbone_name, [source]
-    for name in frozen:
+            loaded["config"], dtype=dtype, trust_remote_code=trust_remote_code)
+    model.generation_config = loaded["generation_config"]
+    model.backbone_name = loaded["backbone_name"]
+    for name in loaded["frozen"]:
         model.get_parameter(name).requires_grad_(False)
+    model.source, model.loaded = [source], loaded  # for `shard`
     return model.eval()
 
 
@@ -276,11 +257,9 @@ def add_lora(model, rank, seed):
         import peft
     except ImportError:
         rows.fail("--lora needs peft; pip install peft")
-    prefix = f"{backbone_name(model)}."
+    prefix = f"{model.backbone_name}."
     linear = [name for name, module in model.named_modules() if name.startswith(prefix)
               and type(module) in (torch.nn.Linear, Conv1D) and module.weight.requires_grad]
-    if not linear:
-        rows.fail(f"{model.name_or_path}: has no linear layers to adapt; omit --lora")
     torch.manual_seed(seed)  # the same on every rank
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, task_type="CAUSAL_LM")
     kind = model.config.model_type
@@ -313,15 +292,9 @@ def find_backbone(model, ids):
     return found[-1], logits
 
 
-def backbone_name(model):
-    if not hasattr(model, "backbone_name"):  # not loaded by `load_model`
-        prepare(model)
-    return model.backbone_name
-
-
 def backbone(model):
     """The part of a causal LM that gives its last hidden states."""
-    return model.get_submodule(backbone_name(model))
+    return model.get_submodule(model.backbone_name)
 
 
 def logits_of(model, output, hidden):
@@ -363,32 +336,19 @@ def prepare(model):
     reached = leaves(logits)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in reached)
-    for experts in expert_lists(model):  # no token of the probe may have chosen one of them
-        names = {name for expert in experts for name, p in expert.named_parameters() if p in reached}
-        for expert in experts:
-            for name, parameter in expert.named_parameters():
-                parameter.requires_grad_(name in names)
+    for module_name, module in model.named_modules():
+        in_a_list = any(part.isdigit() for part in module_name.split("."))
+        if in_a_list and isinstance(module, torch.nn.ModuleList):
+            rows.fail(f"{name}: a {config.model_type} model has experts that are modules of their own "
+                      f"({module_name}), and not each is reached by every batch; give one whose experts are "
+                      "one tensor, as in transformers")
 
 
 def probe_ids(model):
-    """Token ids to try a model on, (1, time), none of them special."""
-    special = set()
-    for part in (model.config, model.config.get_text_config()):
-        for key, value in part.to_dict().items():
-            if key.endswith(("token_id", "token_index")):
-                special.update(value if isinstance(value, list) else [value])
-    length = min(256, context_length(model))
+    """Token ids to try a model on, (1, time)."""
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    ids = [i * 7 % vocab_size for i in range(length)]
-    return torch.tensor([[i for i in ids if i not in special]], device=model.device)
-
-
-def expert_lists(model):
-    """The lists of modules within a layer, of which a token may pass only some: experts that are modules of
-    their own, as in models that bring their code.
-    """
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return [inner for outer in lists for inner in outer.modules() if inner is not outer and inner in lists]
+    length = min(256, context_length(model))
+    return 7 * torch.arange(length, device=model.device)[None] % vocab_size
 
 
 def leaves(tensor):
@@ -543,8 +503,6 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
         self.length_groups = length_groups
-        experts = [p for experts in expert_lists(model) for p in experts.parameters()]
-        self.bypassed = [p for p in experts if p.requires_grad]
 
     def forward(self, tokens, prompt_lens, lens):
         """tokens (batch, time), right-padded with anything; prompt_lens, lens (batch,): tokens of the prompt,
@@ -561,10 +519,7 @@ class Policy(torch.nn.Module):
             states.append(torch.nn.functional.pad(hidden, (0, 0, 0, tokens.shape[1] - longest)))
         hidden = torch.cat(states)[order.argsort()]  # (batch, time, dim)
         output_layer = functools.partial(logits_of, self.model, output)
-        logps = chunked_logps(hidden, tokens, prompt_lens, lens, output_layer)
-        for parameter in self.bypassed:  # an expert without tokens gets a gradient of 0: DDP waits for one
-            logps = logps + 0 * parameter.sum()
-        return logps
+        return chunked_logps(hidden, tokens, prompt_lens, lens, output_layer)
 
 
 def chunked_logps(hidden, tokens, prompt_lens, lens, output_layer):
@@ -616,16 +571,9 @@ def shard(policy, dtype, device):
     sharded across ranks (FSDP2). No rank ever holds more on its device than its part and one parameter
     or layer.
     """
-    source = policy.model.source.pop()
-    if policy.bypassed:
-        rows.fail(f"--shard: this {policy.model.config.model_type} model has experts that are modules of "
-                  "their own, and ranks whose tokens pass different ones would wait for each other; omit it")
-    facts = [None]
-    if source is not None:
-        with all_threads():
-            facts = [(probe_ids(source).tolist(), token_logps(Policy(source), probe_ids(source)))]
+    model = policy.model
     precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
-    blocks = set(policy.model._no_split_modules or ())
+    blocks = set(model._no_split_modules or ())
     for module in reversed(list(policy.modules())):  # a block within a block (Mamba) first
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=precision)
@@ -633,25 +581,21 @@ def shard(policy, dtype, device):
     policy = fully_shard(policy, mp_policy=precision, reshard_after_forward=True)
     policy.to_empty(device=device)
 
-    def from_rank_0(name, tensor):
-        """The whole tensor of that name; what the other ranks hold is only of its shape."""
-        if source is None:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        return source.get_parameter_or_buffer(name).detach().to(device, tensor.dtype)
-
+    source = model.source.pop()
+    weights = source.state_dict() if source else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
     with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            whole = from_rank_0(name, parameter)
-            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
-        for name, buffer in policy.model.named_buffers():
-            buffer.copy_(from_rank_0(name, buffer))
+        for name, buffer in model.named_buffers():  # those that no checkpoint holds, too
+            if source:
+                buffer.copy_(source.get_buffer(name))
             dist.broadcast(buffer, 0)
-    dist.broadcast_object_list(facts)
-    ids, loaded = facts[0]
-    found = token_logps(policy, torch.tensor(ids, device=device)).cpu()
+
+    expected = model.loaded["token_logps"]
+    found = token_logps(policy, torch.tensor(model.loaded["ids"], device=device)).cpu()
     tolerance = 1e-3 if dtype == torch.float32 else 0.1  # in standard deviations
-    if not (found - loaded).abs().median() < tolerance * loaded.std():
-        rows.fail(f"--shard: the sharded {policy.model.config.model_type} model has other logits than the "
+    if not (found - expected).abs().median() < tolerance * expected.std():
+        rows.fail(f"--shard: the sharded {model.config.model_type} model has other logits than the "
                   "loaded one; omit it")
     return policy
 
