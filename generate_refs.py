@@ -135,7 +135,7 @@ class Completion:
         self.u = generator.random(request["limit"], np.float32)
 
 
-def prefill(model, requests, args):
+def prefill(model, cache, requests, args):
     """One forward pass over some prompts; yields each of their completions with what it starts from."""
     if not requests:
         return
@@ -143,28 +143,25 @@ def prefill(model, requests, args):
     # padded on the right without a mask: the padding comes after everything that a causal model can look at
     tokens = pad([request["prompt"] for request in requests], model.device)
     output = backbone(model)(input_ids=tokens, past_key_values=read, use_cache=True)
-    last = [len(request["prompt"]) - 1 for request in requests]
-    hidden = output.last_hidden_state[range(len(last)), last]  # (prompts, dim)
-    logits = logits_of(model, output, hidden)  # (prompts, vocab)
+    tensors = [tensor for layer in read.layers for tensor in (layer.keys, layer.values)]
+    lengths = [len(request["prompt"]) for request in requests]
+    first = cache.add_prompts(tensors, lengths)
+    ends = [length - 1 for length in lengths]
+    logits = logits_of(model, output, output.last_hidden_state[range(len(ends)), ends])  # (prompts, vocab)
     for i, request in enumerate(requests):
-        length = len(request["prompt"])
-        prompt = []
-        for layer in read.layers:
-            prompt += [layer.keys[i, :, :length], layer.values[i, :, :length]]  # (heads, length, dim)
         request["completions"] = [Completion(request, k, args) for k in range(args.num_refs)]
         request["missing"] = args.num_refs
         for completion in request["completions"]:
-            completion.prompt = prompt
+            completion.prompt = first + i
             completion.logits = logits[i:i + 1]  # of its first token, (1, vocab)
             yield completion
 
 
 def decode_step(model, cache, tokens):
     """The logits after one more token each, (batch, vocab)."""
-    mask, positions = cache.step()
-    output = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions,
-                   past_key_values=cache, use_cache=True)
-    cache.end += 1
+    with cache.step(model) as (mask, positions):
+        output = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions,
+                       past_key_values=cache, use_cache=True)
     return output.logits[:, -1]
 
 
@@ -177,23 +174,25 @@ def sample(model, requests, args, ends):
     time; when one ends, the next takes its place. Each prompt is read once, in one forward pass with
     its neighbours.
     """
+    if not hasattr(model, "shares_prompts"):
+        check_sampler(model)
     requests = iter(requests)
     prompts_at_a_time = math.ceil(args.batch_size / (4 * args.num_refs))  # enough to fill the machine
-    cache = Cache(args.batch_size)
+    cache = Cache(args.batch_size, share=model.shares_prompts and args.num_refs > 1)
     ready = collections.deque()  # completions whose prompt has been read
     active = []                  # active[i] is row i of the cache
     logits = []                  # tensors (n, vocab), together the logits of the next token of each of them
     while True:
         while len(active) < args.batch_size:
             if not ready:
-                ready.extend(prefill(model, list(itertools.islice(requests, prompts_at_a_time)), args))
+                ready.extend(prefill(model, cache, list(itertools.islice(requests, prompts_at_a_time)), args))
             if not ready:
                 break
             completion = ready.popleft()
             cache.join(completion.prompt)
             active.append(completion)
             logits.append(completion.logits)
-            del completion.prompt, completion.logits
+            del completion.logits
         if not active:
             return
 
@@ -219,41 +218,44 @@ def sample(model, requests, args, ends):
 
 @torch.no_grad()
 def check_sampler(model):
-    """Refuse a model whose cache `sample` does not carry, such as a recurrent state: with its cache, two
-    sequences of different lengths must get the logits that the model finds without one.
+    """Set model.shares_prompts: whether it can read a prompt once for all its completions (`attend` in
+    kv_cache.py). Refuse a model whose cache `sample` does not carry at all, such as a recurrent state.
+    """
+    for shares in (True, False):
+        if shares and model.device.type != "cpu":
+            continue
+        try:
+            try_cache(model, Cache(2, shares))
+        except Exception as failure:  # whatever the code of a family raises
+            error = failure
+        else:
+            model.shares_prompts = shares
+            return
+    rows.fail(f"{model.name_or_path}: a {model.config.model_type} model has a cache or recurrent state that "
+              f"this sampler does not carry ({error}); give --engine=vllm")
+
+
+def try_cache(model, cache):
+    """ValueError if two sequences of different lengths, token by token, do not get the logits that the model
+    finds without a cache.
     """
     vocab, steps = model.config.get_text_config().vocab_size, 8
     sequences = [[(31 * i + 7) % vocab for i in range(length + steps)] for length in (3, 12)]
-    try:
-        logits = cached_logits(model, sequences, steps)
-    except Exception as error:  # whatever the code of a family raises
-        refuse_sampler(model, error)
+    requests = [{"row": {"id": i}, "prompt": ids[:-steps], "limit": 1} for i, ids in enumerate(sequences)]
+    args = argparse.Namespace(num_refs=1, seed=0, field="samples")
+    for completion in prefill(model, cache, requests, args):
+        cache.join(completion.prompt)
+    logits = []  # of each step, (2, vocab)
+    for i in range(steps, 0, -1):
+        tokens = torch.tensor([ids[-i] for ids in sequences], device=model.device)
+        logits.append(decode_step(model, cache, tokens))
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
-    for ids, found in zip(sequences, logits):
+    for ids, found in zip(sequences, torch.stack(logits, 1)):  # (steps, vocab)
         ids = torch.tensor([ids], device=model.device)
         own = model(input_ids=ids, use_cache=False).logits[0, -steps:]
         error = (found - own).abs().mean(1).median()  # in bfloat16, single tokens may go to other experts
         if not error < (0.01 if exact else 0.1) * own.std():
-            refuse_sampler(model, "with its cache it computes other logits than without")
-
-
-def cached_logits(model, sequences, steps):
-    """The logits of the last tokens of sequences, (sequences, steps, vocab), as `sample` finds them."""
-    args = argparse.Namespace(num_refs=1, seed=0, field="samples")
-    requests = [{"row": {"id": i}, "prompt": ids[:-steps], "limit": 1} for i, ids in enumerate(sequences)]
-    cache = Cache(len(sequences))
-    for completion in prefill(model, requests, args):
-        cache.join(completion.prompt)
-    logits = []
-    for place in range(-steps, 0):
-        tokens = torch.tensor([ids[place] for ids in sequences], device=model.device)
-        logits.append(decode_step(model, cache, tokens))
-    return torch.stack(logits, 1)
-
-
-def refuse_sampler(model, reason):
-    rows.fail(f"{model.name_or_path}: a {model.config.model_type} model has a cache or recurrent state that "
-              f"this sampler does not carry ({reason}); give --engine=vllm")
+            raise ValueError("with its cache it computes other logits than without")
 
 
 def sample_vllm(model, requests, args, ends):

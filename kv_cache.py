@@ -1,34 +1,47 @@
-"""Keys and values while completions are sampled, written in place.
+"""Keys and values while completions are sampled: each prompt's once, for all of its completions, and those
+of the completions themselves, written in place.
 
 generate_refs.sample makes one `Cache`, which a model of transformers gets as its past_key_values. A
-completion joins the cache with its prompt's, gets a column in every step, and leaves.
+completion joins the cache, gets a column in every step, and leaves.
 
     python -m pytest -q tests/test_sampling.py
 """
+import contextlib
+
 import torch
 import transformers
+from torch.nn.functional import pad
+from transformers.masking_utils import causal_mask_function
 
 
 class Cache(transformers.Cache):
-    """Keys and values of at most `max_rows` active completions. (A DynamicCache copies all at every step.)
+    """Keys and values of at most `batch_size` active completions. (A DynamicCache copies all at every step.)
 
-    Each buffer is (max_rows, heads, columns, dim). Completion i is row i; its tokens, prompt included, end
-    at column `end`, the same for all, so that a step writes one column, and begin at starts[i]. The rows in
-    use are the first len(starts):
+    Each buffer is (batch_size, heads, columns, dim). Completion i is row i; its tokens end at column
+    `end`, the same for all, so that a step writes one column, and begin at starts[i]. The rows in use
+    are the first len(starts):
 
         . . a a a a a a _ _     starts = [2, 4, 5], end = 8. `join` adds one below, which ends at `end`;
         . . . . b b b b _ _     `leave` moves the last one into the place of one that ended; if no column is
         . . . . . c c c _ _     left, `make_room` copies all of them to the left of a wider buffer
+
+    Each tensor of `prompts` is (prompts, heads, time, dim), right-padded. Completion i follows the prompt
+    prompt_of[i]. With `share`, its row begins after the prompt, and the model attends to both (`attend`).
+    Without, it begins with a copy of the prompt.
     """
 
     FREE_COLUMNS = 128  # in new buffers: steps until they are copied again
 
-    def __init__(self, max_rows):
+    def __init__(self, batch_size, share):
         super().__init__(layers=[])
-        self.max_rows = max_rows
-        self.buffers = []  # keys and values of each layer
-        self.starts = []   # of each active completion
+        self.max_rows = batch_size
+        self.share = share
+        self.buffers = []    # keys and values of each layer
+        self.starts = []     # of each active completion
         self.end = 0
+        self.prompts = []    # keys and values of each layer
+        self.lengths = []    # of each prompt, in tokens
+        self.prompt_of = []  # of each active completion
 
     # ---- what transformers calls ----
 
@@ -39,64 +52,155 @@ class Cache(transformers.Cache):
         return self.get_seq_length() + query_length, 0
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        n = len(self.starts)
-        first = min(self.starts)
+        n, first = len(self.starts), min(self.starts)
         found = []
-        for new, buffer in zip((keys, values), self.buffers[2 * layer_idx:]):
+        for buffer, new in zip(self.buffers[2 * layer_idx:2 * layer_idx + 2], (keys, values)):
             buffer[:n, :, self.end] = new[:, :, 0]
             found.append(buffer[:n, :, first:self.end + 1])
+        found[0].cache = self  # how `attend` finds the prompts
         return found
 
     # ---- completions come and go ----
 
-    def join(self, prompt):
-        """A new last completion. prompt: keys and values of each layer, (heads, length, dim)."""
+    def add_prompts(self, tensors, lengths):
+        """Keep more prompts, (n, heads, time, dim) for the keys and the values of each layer, and drop those
+        that no active completion follows. Returns the number of the first.
+        """
         if not self.buffers:
-            for tensor in prompt:
-                heads, _, dim = tensor.shape
-                self.buffers.append(tensor.new_zeros(self.max_rows, heads, 0, dim))
-        length = prompt[0].shape[1]
-        if self.end < length:
-            self.make_room(length)
-        row = len(self.starts)
-        start = self.end - length
-        for buffer, tensor in zip(self.buffers, prompt):
-            buffer[row, :, start:self.end] = tensor
-        self.starts.append(start)
+            self.buffers = [t.new_zeros(self.max_rows, t.shape[1], 0, t.shape[3]) for t in tensors]
+            self.prompts = [tensor[:0] for tensor in tensors]
+        used = sorted(set(self.prompt_of))
+        self.prompt_of = [used.index(number) for number in self.prompt_of]
+        self.lengths = [self.lengths[number] for number in used] + lengths
+        longest = max(self.lengths)
+        kept = torch.tensor(used, dtype=torch.long, device=tensors[0].device)
+        for i, new in enumerate(tensors):
+            old = self.prompts[i][kept]
+            same_length = [pad(t, (0, 0, 0, longest - t.shape[2])) for t in (old, new)]  # or cut
+            self.prompts[i] = torch.cat(same_length)
+        return len(used)
+
+    def join(self, number):
+        """A new last completion, of that prompt."""
+        copied = 0 if self.share else self.lengths[number]
+        if self.end < copied:
+            self.make_room(copied)
+        if copied:
+            for buffer, prompt in zip(self.buffers, self.prompts):
+                buffer[len(self.starts), :, self.end - copied:self.end] = prompt[number, :, :copied]
+        self.starts.append(self.end - copied)
+        self.prompt_of.append(number)
 
     def leave(self, i):
         """Completion i has ended: the last one takes its row."""
         start = self.starts.pop()
-        last = len(self.starts)
-        if i == last:
-            return
-        self.starts[i] = start
-        for buffer in self.buffers:
-            buffer[i, :, start:self.end] = buffer[last, :, start:self.end]
+        number = self.prompt_of.pop()
+        if i < len(self.starts):
+            self.starts[i] = start
+            self.prompt_of[i] = number
+            for buffer in self.buffers:
+                buffer[i, :, start:self.end] = buffer[len(self.starts), :, start:self.end]
 
     def make_room(self, before=0):
         """New buffers with free columns, the completions at their left end but at least `before`
         columns from it.
         """
-        n = len(self.starts)
-        first = min(self.starts, default=self.end)
+        n, first = len(self.starts), min(self.starts, default=self.end)
         end = max(before, self.end - first)
         shift = end - self.end
-        for i, old in enumerate(self.buffers):
+        for i, old in enumerate(self.buffers):  # zeros: what is masked must still be finite
             _, heads, _, dim = old.shape
-            # zeros: what is masked must still be finite
-            new = old.new_zeros(self.max_rows, heads, end + self.FREE_COLUMNS, dim)
-            new[:n, :, first + shift:end] = old[:n, :, first:self.end]
-            self.buffers[i] = new
-        self.starts = [start + shift for start in self.starts]
-        self.end = end
+            self.buffers[i] = old.new_zeros(self.max_rows, heads, end + self.FREE_COLUMNS, dim)
+            self.buffers[i][:n, :, first + shift:end] = old[:n, :, first:self.end]
+        self.starts, self.end = [start + shift for start in self.starts], end
 
-    def step(self):
-        """What the model is called with for one more token of each completion: its attention_mask,
-        (n, columns), and its position_ids, (n, 1). After the call, add 1 to `end`.
+    # ---- a step ----
+
+    @contextlib.contextmanager
+    def step(self, model):
+        """In it the model is called for one more token of each completion. Gives the call's attention_mask,
+        (n, columns) or None, and its position_ids, (n, 1).
         """
         if self.end == self.buffers[0].shape[2]:
             self.make_room()
-        starts = torch.tensor(self.starts, device=self.buffers[0].device)[:, None]
-        columns = torch.arange(min(self.starts), self.end + 1, device=starts.device)
-        return columns >= starts, self.end - starts
+        starts = torch.tensor(self.starts, device=model.device)[:, None]
+        positions = self.end - starts
+        mask = torch.arange(min(self.starts), self.end + 1, device=model.device) >= starts
+        config = model.config.get_text_config()
+        before = config._attn_implementation
+        if self.share:
+            config._attn_implementation = "shared_prompts"
+            lengths = torch.tensor(self.lengths)
+            positions += lengths[self.prompt_of, None]
+            prompt_mask = torch.arange(max(self.lengths)) < lengths[:, None]
+            self.bias = self.as_bias(mask)
+            self.prompt_bias = self.as_bias(prompt_mask)
+            self.group_by_prompt()
+            mask = None
+        try:
+            yield mask, positions
+        finally:
+            config._attn_implementation = before
+        self.end += 1
+
+    def as_bias(self, mask):
+        """What attention adds to its scores: mask (n, columns) -> (n, 1, 1, columns)."""
+        bias = torch.zeros(mask.shape, dtype=self.buffers[0].dtype).masked_fill_(~mask, -torch.inf)
+        return bias[:, None, None]
+
+    def group_by_prompt(self):
+        """group (prompts, most): the completions of each prompt, filled up with completion 0. place: two
+        tensors (n,), where each completion is in it.
+        """
+        members = [[] for _ in self.lengths]
+        places = []
+        for i, number in enumerate(self.prompt_of):
+            places.append((number, len(members[number])))
+            members[number].append(i)
+        most = max(map(len, members))
+        self.group = torch.tensor([m + [0] * (most - len(m)) for m in members])
+        self.place = torch.tensor(places).unbind(1)
+
+
+HARMLESS = "position_ids", "use_cache"  # arguments that do not change attention
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """An attention function of transformers that reads a prompt once for all its completions. query: of one
+    token each, (n, heads, 1, dim); key, value: from `Cache.update` -> (n, 1, heads, dim).
+
+    A completion attends to its prompt and to its own tokens apart. Together they are a mean, weighted by the
+    sums of the two softmaxes.
+    """
+    other = [name for name, given in kwargs.items() if given is not None and name not in HARMLESS]
+    if other or attention_mask is not None:
+        raise ValueError(f"another kind of attention: {other}")
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # gives the sums' logarithms, too
+    cache = key.cache
+    prompt_key, prompt_value = cache.prompts[2 * module.layer_idx:2 * module.layer_idx + 2]
+    n, kv_heads, _, dim = key.shape
+    query = query.reshape(n, kv_heads, -1, dim)  # every key head has this many query heads
+    own, log_own = flash(query, key, value, attn_mask=cache.bias, scale=scaling)
+
+    # all completions of a prompt are one sequence of queries: (prompts, kv_heads, most * query heads, dim)
+    together = query[cache.group].transpose(1, 2)
+    prompt, log_prompt = flash(
+        together.flatten(2, 3), prompt_key, prompt_value, attn_mask=cache.prompt_bias, scale=scaling)
+
+    def of_each(tensor):
+        """(prompts, kv_heads, most * query heads, ...) -> (n, kv_heads, query heads, ...)."""
+        return tensor.unflatten(2, together.shape[2:4]).transpose(1, 2)[cache.place]
+
+    weight = torch.sigmoid(of_each(log_prompt) - log_own)[..., None]  # at least float32
+    mean = own.to(weight.dtype).lerp(of_each(prompt).to(weight.dtype), weight)
+    return mean.to(value.dtype).reshape(n, 1, -1, value.shape[-1]), None
+
+
+def only_causal(mask_function, **kwargs):
+    """The mask of `attend`: none. Refuses sliding windows, chunks and the like."""
+    if mask_function is not causal_mask_function:
+        raise ValueError("attention to less than all earlier tokens")
+
+
+transformers.AttentionInterface.register("shared_prompts", attend)
+transformers.AttentionMaskInterface.register("shared_prompts", only_causal)

@@ -118,8 +118,6 @@ def prompts_of(step):
 
 sampling = SimpleNamespace(num_refs=args.samples, temperature=1.0, top_p=1.0, batch_size=args.batch_size,
                            field="samples", seed=args.seed)  # as generate_refs.py's flags
-with autocast:
-    generate_refs.check_sampler(model)
 
 
 def sample(step):

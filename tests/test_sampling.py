@@ -12,8 +12,8 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 import generate_refs
-from conftest import (call, make_tokenizer, one_line_of_error, read_rows, refused, start_ranks,
-                      start_until_finished, write_rows)
+from conftest import call, make_tokenizer, read_rows, refused, start_ranks, start_until_finished, write_rows
+from kv_cache import attend, only_causal
 from model import load_model, load_tokenizer, sampling_dtype
 from tokens import completion_ids, end_ids, prompt_ids
 
@@ -114,8 +114,9 @@ def test_completions_follow_the_exact_probabilities(temperature, top_p, tmp_path
     assert_sampled_from(counts, exact, n)
 
 
-FAMILIES = {  # settings of a config
-    "Llama": {}, "Qwen3": {}, "GPT2": {}, "Mistral": {"sliding_window": 8}, "Gemma2": {"sliding_window": 8}}
+FAMILIES = {  # settings of a config, and whether its completions share their prompt (kv_cache.py)
+    "Llama": ({}, True), "Qwen3": ({}, True), "GPT2": ({}, True), "Mistral": ({"sliding_window": 8}, False),
+    "Gemma2": ({"sliding_window": 8}, False)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,14 +124,16 @@ def test_greedy_sampling_is_the_models_own(family, tmp_path):
     """While completions end and others take their rows, prompts come and go, columns run out, and windows
     slide.
     """
+    settings, shares = FAMILIES[family]
     torch.manual_seed(0)
     config = getattr(transformers, family + "Config")(
         vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        head_dim=16, num_key_value_heads=1, initializer_range=0.3, **FAMILIES[family])
+        head_dim=16, num_key_value_heads=1, initializer_range=0.3, **settings)
     model = load(transformers.AutoModelForCausalLM.from_config(config), tmp_path).double()
     prompts = [torch.randint(99, (n,)).tolist() for n in (3, 12, 7, 30, 1, 9, 9, 21)]
     limits = [200, 40, 12, 5, 60, 1, 33, 20]
     ours = sample(model, prompts, limits, {7, 8}, temperature=0, batch_size=3, num_refs=2)
+    assert model.shares_prompts == shares
     for i, (prompt, limit) in enumerate(zip(prompts, limits)):
         whole = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
@@ -139,19 +142,31 @@ def test_greedy_sampling_is_the_models_own(family, tmp_path):
         assert ours[i] == [theirs, theirs]
 
 
-def test_a_model_that_computes_other_logits_with_a_cache_is_refused(loaded, tmp_path, monkeypatch, capsys):
+def test_where_shared_prompts_come_out_wrong_they_are_copied(loaded, tmp_path, monkeypatch):
+    """As when a version of torch no longer has the function that `attend` calls, or a family's scores are
+    changed by an argument that `attend` does not know.
+    """
     model = load(loaded[1], tmp_path)
-    generate_refs.check_sampler(model)
-    forward = model.forward
 
-    def with_noise(*args, past_key_values=None, **kwargs):
-        output = forward(*args, past_key_values=past_key_values, **kwargs)
-        if past_key_values is not None:
-            output.logits = output.logits + torch.randn_like(output.logits)
-        return output
-    monkeypatch.setattr(model, "forward", with_noise)
-    one_line_of_error(capsys, ["other logits than without", "--engine=vllm"],
-                      lambda: generate_refs.check_sampler(model))
+    def wrong(module, query, key, value, *args, **kwargs):
+        return 1.1 * attend(module, query, key, value, *args, **kwargs)[0], None
+    for function in (wrong, None):
+        monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "shared_prompts", function)
+        generate_refs.check_sampler(model)
+        assert not model.shares_prompts
+    monkeypatch.undo()
+    generate_refs.check_sampler(model)
+    assert model.shares_prompts and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("argument", ("softcap", "s_aux", "sliding_window", "unheard_of"))
+def test_attention_with_more_arguments_is_refused(argument):
+    with pytest.raises(ValueError, match=argument):
+        attend(None, None, None, None, None, position_ids=torch.zeros(1), **{argument: 1.0})
+    with pytest.raises(ValueError, match="another kind of attention"):
+        attend(None, None, None, None, torch.zeros(1))
+    with pytest.raises(ValueError, match="less than all"):
+        only_causal(mask_function=lambda *index: True)
 
 
 def test_a_completion_does_not_depend_on_its_batch(loaded):
