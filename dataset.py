@@ -356,7 +356,7 @@ def build(folder, path, tokenizer, model, choices):
     for reason, count in dropped.items():
         print(f"{path}: {count} completions dropped, {reason}", flush=True)
     if not (folder / "tokens.bin").stat().st_size:
-        rows.fail(f"{path}: nothing is left to train on")
+        rows.fail(f"{path}: nothing is left of its completions")
 
     def column(name):
         return np.fromfile(folder / f"{name}.bin", KINDS[name])
@@ -447,8 +447,6 @@ def summary(data):
         text += (f"; mean reward {np.nanmean(data.rewards):.4g}, of references {np.nanmean(refs):.4g}; "
                  f"{(tied > 0).mean():.1%} of the completions tie with a reference, {(tied == 1).mean():.1%} "
                  "with all")
-        if (tied > 0).mean() > 0.5:
-            text += " (--quantile=exact is for ties)"
         if np.isnan(refs).any():
             text += f"; {np.isnan(refs).mean():.1%} of the reference rewards are unknown"
     return text

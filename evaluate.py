@@ -463,32 +463,28 @@ def draw_optimum(args, results, data):
 CURVES = {  # title: metrics of train.py and examples/online.py; those of held-out rows begin with eval_
     "loss": ["loss"],
     "log-ratio to the reference model, nats": ["log_ratio"],
-    "log-ratio of better and worse completions, nats": ["log_ratio_chosen", "log_ratio_rejected"],
+    "log-ratio of better and worse completions, nats": ["log_ratio_better", "log_ratio_worse"],
     "KL to the reference model, nats": ["kl"],
     "objective, on fresh samples": ["objective"],
     "norm of the gradient": ["grad_norm"],
 }
 
 
-def draw_curves(out, config):
+def draw_curves(out):
     """The metrics over the steps: lines from training, points from held-out rows."""
     curves = {}  # metric: [(step, value)]
     for row in rows.complete_lines(out / "metrics.jsonl"):
         for name, value in row.items():
             curves.setdefault(name, []).append((row["step"], value))
     shown = {title: names for title, names in CURVES.items() if names[0] in curves}
-    regime = dataset.REGIMES.get(config.get("train_on"))
     figure, axes = panels(len(shown))
     for axis, (title, names) in zip(axes, shown.items()):
         for i, name in enumerate(names):
-            label = name
-            if regime and regime.size == 1:  # no pairs: reward above, and below, the mean of its prompt
-                label = name.replace("chosen", "better").replace("rejected", "worse")
             steps, values = zip(*curves[name])
-            axis.plot(steps, values, f"C{i}-", label=label, linewidth=1.2)
+            axis.plot(steps, values, f"C{i}-", label=name, linewidth=1.2)
             if f"eval_{name}" in curves:
                 steps, values = zip(*curves[f"eval_{name}"])
-                axis.plot(steps, values, f"C{i}o--", label=f"eval_{label}", markersize=4)
+                axis.plot(steps, values, f"C{i}o--", label=f"eval_{name}", markersize=4)
         axis.set(xlabel="training step", title=title)
         axis.legend(fontsize=8)
     return save(figure, out / "curves.png")
@@ -534,7 +530,7 @@ def main():
     if args.beta is not None:
         pictures.append(draw_optimum(args, results, data))
     if (args.out / "metrics.jsonl").exists():
-        pictures.append(draw_curves(args.out, run["config"]))
+        pictures.append(draw_curves(args.out))
     write_page(args, pictures, content)
     made = f"{args.out}: report.html for a browser, results.json, samples.npz, {len(pictures)} pictures"
     print("; ".join([made, *content["odd"]]))

@@ -9,7 +9,7 @@ checkpoint, the other half is reported. Prints what it finds, and writes to --ou
     figure3    reward against the number of reference rewards, for each beta
     figure4    log-ratio against normalised completion length, over all test prompts
     figure5    density of the reward under pi_ref and under pi*; needs no runs
-    figure6    held-out log-ratio of chosen and rejected completions over the steps
+    figure6    held-out log-ratio of better and worse completions over the steps
     alpaca     each method's completions as AlpacaEval's JSON
 
 A figure is a PNG with its numbers in a CSV; the paper's own results (published.json) are shown beside them.
@@ -454,7 +454,7 @@ def figure6(args):
     for axis, method in zip(axes, methods):
         logs = [pd.DataFrame(rows.complete_lines(run / "metrics.jsonl")) for run in method.models.run]
         log = pd.concat(logs)
-        for side, color in {"chosen": "C0", "rejected": "C3"}.items():
+        for side, color in {"better": "C0", "worse": "C3"}.items():
             column = f"eval_log_ratio_{side}"
             if column not in log:
                 rows.fail(f"{method.name}: its metrics.jsonl has no {column}; train with --eval_data")

@@ -124,6 +124,27 @@ def test_evaluation_at_another_temperature_prints_no_kl_and_training_says_so(tin
     assert "sampled at temperature 0.7 and top_p 1.0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags, times", (
+    ((), 10), (("--transform=log",), 11), (("--quantile=exact",), None), (("--loss=sft",), None)))
+def test_training_says_what_the_published_quantile_asks_of_completions_that_all_tie(
+        tiny, rewarded, tmp_path, capsys, flags, times):
+    """At beta 0.1, e^{f(1)/beta} / Z: 10, and for the log transform 11."""
+    table = read_rows(rewarded)
+    for row in table[3:]:
+        row["ref_rewards"] = [0.0] * 4
+    data = write_rows(tmp_path / "data.jsonl", table)
+    common = f"--model={tiny}", f"--data={data}", *flags
+    ends_well("train.py", *common, f"--out={tmp_path / 'dry'}", "--dry_run")
+    call("train.py", *common, f"--out={tmp_path / 'run'}")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(said) == (2 if times else 0)  # once each
+    for line in said:
+        assert line.startswith("WARNING: 90% of the completions") and f" {times} times as likely" in line
+        assert "--quantile=exact would leave them as they are" in line
+    ends_well("train.py", f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'none'}", "--dry_run")
+    assert "WARNING" not in capsys.readouterr().out  # these do not tie
+
+
 # ---- SentencePiece ----
 
 def sentencepiece():

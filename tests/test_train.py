@@ -79,7 +79,7 @@ def test_checkpoints_are_whole_models_and_the_resume_state_goes_when_the_run_end
 def test_the_log_has_every_step_and_evaluations_before_and_after(undisturbed):
     log = read_rows(undisturbed / "metrics.jsonl")
     assert [row["step"] for row in log] == [0, *range(1, STEPS + 1), STEPS]
-    assert {"loss", "log_ratio", "log_ratio_chosen", "log_ratio_rejected", "drift", "grad_norm",
+    assert {"loss", "log_ratio", "log_ratio_better", "log_ratio_worse", "drift", "grad_norm",
             "learning_rate", "epoch", "seconds", "tokens_per_second"} == set(log[1]) - {"step"}
     assert {"eval_loss", "eval_log_ratio"} < set(log[0]) and {"eval_loss", "eval_log_ratio"} < set(log[-1])
 
@@ -231,8 +231,8 @@ def test_a_step_is_the_gradient_of_the_mean_loss_however_it_is_split(
         assert logged(out) == [pytest.approx(expected, rel=1e-4)]
         assert logged(out, "grad_norm") == [pytest.approx(gradient.norm().item(), rel=1e-3)]
         torch.testing.assert_close(gradients[i], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
-        assert logged(out, "log_ratio_chosen") == [pytest.approx(better, rel=1e-3, abs=1e-4)]
-        assert logged(out, "log_ratio_rejected") == [pytest.approx(worse, rel=1e-3, abs=1e-4)]
+        assert logged(out, "log_ratio_better") == [pytest.approx(better, rel=1e-3, abs=1e-4)]
+        assert logged(out, "log_ratio_worse") == [pytest.approx(worse, rel=1e-3, abs=1e-4)]
 
 
 def test_length_normalize_divides_beta_by_the_tokens_of_the_completion(tiny, rewarded, tmp_path, loaded):
