@@ -42,7 +42,8 @@ def fail(message):
     """A mistake of the user's: one line on stderr, exit code 2."""
     if multiprocessing.parent_process():
         raise Exit(message)  # in a worker process: the main one says it
-    tqdm.write(f"error: {message}", file=sys.stderr)  # above a progress bar, not behind it
+    say = tqdm.write if sys.stderr.isatty() else print  # above a progress bar, not behind it
+    say(f"error: {message}", file=sys.stderr)
     raise Exit(2)
 
 
