@@ -413,15 +413,24 @@ def say_once(text):
         print(text, flush=True)
 
 
+class Lines(tqdm):
+    """A bar for a log file: whole lines."""
+
+    def display(self, msg=None, pos=None):
+        if msg is None:  # else the bar is to disappear
+            print(self, file=self.fp)
+
+
 def progress(*args, **kwargs):
     """tqdm's bar, of the main process; where stderr is no terminal, a line a minute. Set its postfix with
     refresh=False, and then update it.
     """
     kwargs.setdefault("disable", rank_and_world()[0] != 0)
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
-        kwargs |= {"delay": 60, "mininterval": 60, "maxinterval": 60, "miniters": 1, "bar_format": line}
-    return tqdm(*args, **kwargs)
+    if sys.stderr.isatty():
+        return tqdm(*args, **kwargs)
+    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
+    kwargs |= {"delay": 60, "mininterval": 60, "maxinterval": 60, "miniters": 1, "leave": False}
+    return Lines(*args, **kwargs, bar_format=line)
 
 
 def check_run(out, config, resume):
