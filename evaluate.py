@@ -489,7 +489,11 @@ def draw_curves(out):
     for row in rows.complete_lines(out / "metrics.jsonl"):
         for name, value in row.items():
             curves[name].append((row["step"], value))
-    shown = {title: names for title, names in CURVES.items() if names[0] in curves}
+    shown = {}
+    for title, names in CURVES.items():
+        logged = [name for name in names if name in curves]
+        if logged:
+            shown[title] = logged
     figure, axes = panels(len(shown))
     for axis, (title, names) in zip(axes, shown.items()):
         for color, name in zip(("C0", "C1"), names):

@@ -159,6 +159,13 @@ def test_curves_have_a_panel_for_what_belongs_together(tmp_path, monkeypatch):
                       ["log_ratio_better", "eval_log_ratio_better",
                        "log_ratio_worse", "eval_log_ratio_worse"],
                       ["grad_norm"]]
+    for row in log:  # a run in which no completion is better than the mean of its prompt
+        for name in ("log_ratio_better", "eval_log_ratio_better"):
+            row.pop(name, None)
+    write_rows(tmp_path / "metrics.jsonl", log)
+    evaluate.draw_curves(tmp_path)
+    labels = [line.get_label() for line in figures[1].axes[2].lines]
+    assert labels == ["log_ratio_worse", "eval_log_ratio_worse"]
 
 
 @pytest.mark.parametrize("field, made_by", [

@@ -173,7 +173,7 @@ def test_a_function_that_is_wrong_and_a_negative_flag_are_refused(tmp_path, caps
     reward = reward_file(tmp_path, "def reward(prompts, completions, **columns):\n    return [1.0, 2.0]\n")
     refused(capsys, ["in.jsonl:", "returned 2 rewards for the 1 completions"], "score.py", *flags,
             f"--reward={reward}", "--concurrency=4")
-    refused(capsys, ["--concurrency and --retries"], "score.py", *flags, f"--reward={reward}",
+    refused(capsys, ["--concurrency", "a whole number"], "score.py", *flags, f"--reward={reward}",
             "--concurrency=-1")
 
 

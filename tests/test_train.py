@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 
 import rows
-from conftest import (Process, call, ends_well, read_rows, refused, run, start_ranks, start_until_finished,
+from conftest import (Process, call, ends_well, read_rows, refused, start_ranks, start_until_finished,
                       write_rows)
 
 FLAGS = ("--beta=0.1", "--learning_rate=1e-3", "--batch_size=16", "--micro_batch_tokens=160",
@@ -292,9 +292,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny, reward
 
 # ---- several processes ----
 
-def test_two_processes_under_torchrun_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_path):
+def test_two_processes_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_path):
     out = tmp_path / "two"
-    run("train.py", *flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2"), ranks=2)
+    command = flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2")
+    assert [rank.wait() for rank in start_ranks(2, "train.py", *command)] == [0, 0]
     for name, tolerance in (("loss", 2e-6), ("eval_loss", 2e-6), ("grad_norm", 2e-6), ("log_ratio", 2e-5)):
         np.testing.assert_allclose(logged(out, name), logged(undisturbed, name), rtol=1e-5, atol=tolerance)
     assert names(out) == names(undisturbed)
