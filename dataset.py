@@ -454,14 +454,13 @@ def summary(data):
 
 def load(path, cache, model_path, tokenizer, model, choices):
     """The arrays of `build` as attributes, mapped from a folder in `cache`, where they are made by the
-    main process if they are not there. Runs on the same data share them. Also: fingerprint.
+    main process if they are not there. Runs on the same data share them. Also: fingerprint, summary.
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
     code = [rows.code_of(sys.modules[name]) for name in ("dataset", "tokens")]
     key = rows.fingerprint([files, model_fingerprint(model_path), tokenizer.template_args, choices, code])
     folder = Path(cache) / f"data-{key}"
-    main_process = rows.rank_and_world()[0] == 0
-    if main_process:
+    if rows.rank_and_world()[0] == 0:
         with rows.locked(folder):  # another run may share the cache
             if not folder.exists():
                 with rows.replacing(folder) as new:
@@ -469,10 +468,9 @@ def load(path, cache, model_path, tokenizer, model, choices):
                     build(new, path, tokenizer, model, choices)
     barrier()
     about = rows.load_json(folder / "about.json")
-    if main_process:
-        print(f"{path}: {about['summary']}", flush=True)
     data = arrays(folder)
     data.fingerprint = about["fingerprint"]
+    data.summary = f"{path}: {about['summary']}"
     return data
 
 

@@ -230,6 +230,9 @@ train_data = dataset.load(args.data, cache, args.model, tokenizer, model, choice
 eval_data = None
 if args.eval_data:
     eval_data = dataset.load(args.eval_data, cache, args.model, tokenizer, model, choices)
+for data in filter(None, (train_data, eval_data)):
+    if main_process:
+        print(data.summary, flush=True)
 if "ref_rewards" in needs and (train_data.tied == 1).all():  # tied: share of the other references
     rows.fail(f"{args.data}: no completion's reward differs from its other references', so there is nothing "
               "to learn; look at the reward, or sample more references")
