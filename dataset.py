@@ -358,7 +358,7 @@ def build(folder, path, tokenizer, model, choices):
     for reason, count in dropped.items():
         print(f"{path}: {count} completions dropped, {reason}", flush=True)
     if not (folder / "tokens.bin").stat().st_size:
-        rows.fail(f"{path}: nothing is left to train on")
+        rows.fail(f"{path}: nothing is left of its completions")
 
     def column(name):
         return np.fromfile(folder / f"{name}.bin", KINDS[name])
@@ -449,8 +449,6 @@ def summary(data):
         text += (f"; mean reward {np.nanmean(data.rewards):.4g}, of references {np.nanmean(refs):.4g}; "
                  f"{(tied > 0).mean():.1%} of the completions tie with a reference, {(tied == 1).mean():.1%} "
                  "with all")
-        if (tied > 0).mean() > 0.5:
-            text += " (--quantile=exact is for ties)"
         if np.isnan(refs).any():
             text += f"; {np.isnan(refs).mean():.1%} of the reference rewards are unknown"
     return text
@@ -458,14 +456,13 @@ def summary(data):
 
 def load(path, cache, model_path, tokenizer, model, choices):
     """The arrays of `build` as attributes, mapped from a folder in `cache`, where they are made by the
-    main process if they are not there. Runs on the same data share them. Also: fingerprint.
+    main process if they are not there. Runs on the same data share them. Also: fingerprint, summary.
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
     code = [rows.code_of(sys.modules[name]) for name in ("dataset", "tokens")]
     key = rows.fingerprint([files, model_fingerprint(model_path), tokenizer.template_args, choices, code])
     folder = Path(cache) / f"data-{key}"
-    main_process = rows.rank_and_world()[0] == 0
-    if main_process:
+    if rows.rank_and_world()[0] == 0:
         with rows.locked(folder):  # another run may share the cache
             if not folder.exists():
                 with rows.replacing(folder) as new:
@@ -473,10 +470,9 @@ def load(path, cache, model_path, tokenizer, model, choices):
                     build(new, path, tokenizer, model, choices)
     barrier()
     about = rows.load_json(folder / "about.json")
-    if main_process:
-        print(f"{path}: {about['summary']}", flush=True)
     data = arrays(folder)
     data.fingerprint = about["fingerprint"]
+    data.summary = f"{path}: {about['summary']}"
     return data
 
 

@@ -14,9 +14,9 @@ reference rewards). No policy can exceed beta log Z. The column "optimum" is wha
 the reference completions, each with its exact weight pi*/pi_ref.
 """
 import base64
+import collections
 import json
 import math
-import re
 import secrets
 import tempfile
 import time
@@ -32,32 +32,34 @@ import dataset
 import qrpo
 import rows
 from model import Policy, get_device, get_dtype, load_model, load_tokenizer
+from scoring.function import text_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-MODELS = {"reference": ("ref_completions", "ref_rewards"), "policy": ("samples", "sample_rewards")}  # fields
+MODELS = {"reference": ("ref_completions", "ref_rewards"), "policy": ("samples", "sample_rewards")}
+FIELDS = [field for pair in MODELS.values() for field in pair]  # that every row must have
 FORWARD_TOKENS = 8192  # padded tokens in a forward pass
 PROMPTS, COMPLETIONS = 500, 4  # the most that the page shows: prompts, and completions of a model for each
 
 
+# ---- settings ----
+
 def arguments():
     parser = rows.Parser(__doc__)
-    add = parser.add_argument
-    add("--model", required=True, help="the policy: a Hugging Face folder")
-    add("--ref_model", required=True, help="the reference model")
-    add("--data", required=True, help="rewarded rows with completions of both")
-    add("--out", required=True, type=Path, help="folder for results and pictures")
-    add("--beta", type=rows.positive,
-        help="of the objective (default: that of the QRPO run in --model, or none)")
-    add("--transform", choices=qrpo.TRANSFORMS, help="of the quantile (default: the run's, or identity)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of both models; auto: bfloat16 on a GPU")
-    add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
+    flag = parser.add_argument
+    flag("--model", required=True, help="the policy: a Hugging Face folder")
+    flag("--ref_model", required=True, help="the reference model")
+    flag("--data", required=True, help="rewarded rows with completions of both")
+    flag("--out", required=True, type=Path, help="folder for results and pictures")
+    flag("--beta", type=rows.positive,
+         help="of the objective (default: that of the QRPO run in --model, or none)")
+    flag("--transform", choices=qrpo.TRANSFORMS, help="of the quantile (default: the run's, or identity)")
+    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+         help="of both models; auto: bfloat16 on a GPU")
+    flag("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     return parser.parse_args()
 
-
-# ---- read: the run, the rows, the log-ratios ----
 
 def load_run(args):
     """run.json of the run that made --model, which is a run's folder or a checkpoint in one; an empty config
@@ -71,9 +73,8 @@ def load_run(args):
     config = run["config"]
     if model.parent.name == "checkpoints":
         config["steps"] = int(model.name.removeprefix("step_"))
-    # with a beta of its own for every completion there is no one objective
-    one_beta = not config.get("length_normalize") and config.get("transform") in qrpo.TRANSFORMS
-    if config.get("has_targets") and one_beta:
+    # where every completion has a beta of its own, there is no one objective
+    if config.get("has_targets") and not config.get("length_normalize"):
         args.beta = args.beta or config["beta"]
         args.transform = args.transform or config["transform"]
     args.transform = args.transform or "identity"
@@ -81,13 +82,16 @@ def load_run(args):
     return run
 
 
+# ---- read: what the rows say, and the log-ratios ----
+
 def read(path):
     """What the rows say of themselves, as a namespace: made_by {model: the settings it was sampled with};
-    biased {model: how it was sampled, if not from its own distribution}; unknown {model: how many of its
-    rewards are}; opinions {NAME: {model: means of the prompts}}, of the rewards of `score.py --name=NAME`.
+    biased {model: how it was sampled, if not from its own distribution}; count {model: its completions};
+    opinions {NAME: {model: means of the prompts}}, of the rewards of `score.py --name=NAME`; page, the rows
+    that report.html shows.
     """
-    found = SimpleNamespace(made_by={}, biased={}, unknown={"reference": 0, "policy": 0}, opinions={})
-    for row in rows.stream(path, require=("ref_completions", "ref_rewards", "samples", "sample_rewards")):
+    found = SimpleNamespace(made_by={}, biased={}, count={"reference": 0, "policy": 0}, opinions={}, page=[])
+    for row in rows.stream(path, require=FIELDS):
         if not found.made_by:  # the first row
             columns = [column for column in row if column.startswith("sample_rewards_")]
             names = [column.removeprefix("sample_rewards_") for column in columns]
@@ -97,20 +101,29 @@ def read(path):
             how = dataset.other_distribution(row, field)
             if how:
                 found.biased[model] = how
-            known = known_rewards(row, field, column)
-            found.unknown[model] += len(row[field]) - len(known)
+            found.count[model] += len(row[field])
             for name, means in found.opinions.items():
-                known = known_rewards(row, field, f"{column}_{name}")
-                means[model].append(np.mean(known) if known else math.nan)
+                means[model].append(mean_reward(row, field, f"{column}_{name}"))
+        if len(found.page) < PROMPTS:
+            found.page.append(for_page(row))
     return found
 
 
-def known_rewards(row, field, column):
-    """The rewards in a column of a row for the completions in a field, without unknown ones."""
+def mean_reward(row, field, column):
+    """The mean of the known rewards in a column for the completions in a field."""
     rewards = row.get(column)
     if not isinstance(rewards, list) or len(rewards) != len(row[field]):
         rows.fail(f"{row['__at__']}: needs as many {column} as {field}; run score.py")
-    return [reward for reward in rewards if reward is not None]
+    known = np.array(rewards, float)  # null becomes NaN
+    return mean_and_se(known)[0]
+
+
+def for_page(row):
+    """What the page shows of a row."""
+    short = {"id": str(row["id"]), "prompt": row["prompt"]}
+    for name in FIELDS:
+        short[name] = row[name][:COMPLETIONS]
+    return short
 
 
 def load_completions(args, device):
@@ -177,7 +190,6 @@ NUMBERS = {  # name: the array that it is the mean of
     "quantile reward": "R",
 }
 KL = "KL to reference, nats"
-DIGITS = {"length, tokens": 1}  # to print; 4 of all others
 
 
 def measure(args, held_out, data):
@@ -234,25 +246,18 @@ def mean_and_se(values):
     return mean, se
 
 
-# ---- show ----
+# ---- say ----
 
 def as_text(table):
     """The table as lines of cells, all text; the first line names the columns."""
     lines = [["", *table["mean reward"]]]
     for name, columns in table.items():
-        digits = DIGITS.get(name, 4)
+        digits = 1 if name == "length, tokens" else 4
         cells = [f"{mean:.{digits}f} ± {se:.{digits}f}" for mean, se in columns.values()]
         # of one prompt there is no standard error
         cells = [cell.removesuffix(" ± nan").replace("nan", "unknown") for cell in cells]
         lines.append([name, *cells])
     return lines
-
-
-BIASED = {
-    "reference": "the quantiles are not those among its own completions",
-    "policy": "no KL and no objective, which are means over what it samples itself",
-}
-SAME = ("dtype", "max_new_tokens", "engine", "template_args")  # with which both should be sampled
 
 
 def verdict(args, table):
@@ -268,6 +273,13 @@ def verdict(args, table):
     return f"{text}."
 
 
+BIASED = {
+    "reference": "the quantiles are not those among its own completions",
+    "policy": "no KL and no objective, which are means over what it samples itself",
+}
+SAME = ("dtype", "max_new_tokens", "engine", "template_args")  # with which both should be sampled
+
+
 def oddities(held_out, data):
     """What a reader should know before believing the numbers, in a few words each."""
     found = []
@@ -278,7 +290,8 @@ def oddities(held_out, data):
         if name in reference and name in policy and reference[name] != policy[name]:
             found.append(f"sampled with another {name}: reference {reference[name]}, policy {policy[name]}")
     for model, completions in data.items():
-        unknown, cut = held_out.unknown[model], completions.truncated.mean()
+        unknown = held_out.count[model] - len(completions.rewards)
+        cut = completions.truncated.mean()
         if unknown:
             found.append(f"{unknown} of the {model}'s rewards are unknown and left out")
         if cut > 0.05:
@@ -291,21 +304,26 @@ def oddities(held_out, data):
 
 
 def show(content):
-    """Print the table, and the first completions to a prompt."""
+    """Print the table, the prompts that gained and lost most, and the verdict."""
     print(f"\n{content['total']} held-out prompts; mean ± standard error over prompts\n")
     lines = content["lines"]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for name, *numbers in lines:
         numbers = map(str.rjust, numbers, widths[1:])
         print(name.ljust(widths[0]), *numbers, sep="  ")
-    row = content["prompts"][0]
-    print(f"\nThe first completions of row {row['id']}:")
-    for model, (field, _) in MODELS.items():
-        text = repr(row[field][0]["text"])
-        if len(text) > 200:
-            text = f"{text[:200]} ..."
-        print(f"{model:10}", text)
-    print(f"\n{content['verdict']}")
+    print("\nThe largest and the smallest gain, with the first completions:")
+    for row in (content["prompts"][0], content["prompts"][-1]):
+        means = row["means"]
+        print(f"\nrow {row['id']}: mean reward {means['reference']:.4g} -> {means['policy']:.4g}")
+        print("prompt    ", shortened(text_of(row["prompt"])))
+        for model, (field, _) in MODELS.items():
+            print(f"{model:10}", shortened(row[field][0]["text"]))
+    if content["verdict"]:
+        print(f"\n{content['verdict']}")
+
+
+def shortened(text):
+    return repr(text) if len(text) <= 200 else f"{text[:200]!r} ..."
 
 
 # ---- write ----
@@ -326,31 +344,25 @@ def write(args, results, samples):
     rows.write_json(args.out / "results.json", without_nan)
 
 
-def page_rows(args, data, rewards):
-    """The rows that the page shows, in the order of the data: each with what is known of its prompt, `means`,
-    and log_ratios {model: of every completion, NaN if its reward is unknown}. rewards: see `measure`.
+def add_numbers(page, data, rewards):
+    """Adds to every row of the page its place in the data; means, of its rewards and log-ratios; and
+    log_ratios {model: of every completion, NaN if its reward is unknown}. rewards: see `measure`. Returns
+    them with the largest gain first.
     """
-    policy = data["policy"]
-    ids = policy.ids.tolist()
-    place = {name: i for i, name in enumerate(ids)}
-    if Path(args.data).is_dir():  # its rows are in the order in which they were done
-        ids.sort(key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
-    log_ratio = by_prompt(policy, policy.log_ratio)
-    found = dict.fromkeys(ids[:PROMPTS])
-    for row in rows.select(args.data, found.keys()):
-        name = str(row["id"])
-        at = place[name]
+    place = {name: i for i, name in enumerate(data["policy"].ids.tolist())}
+    log_ratio = by_prompt(data["policy"], data["policy"].log_ratio)
+    for row in page:
+        at = place[row["id"]]
+        row["place"] = at
         row["means"] = {column: values[at] for column, values in rewards.items()}
         row["means"]["log_ratio"] = log_ratio[at]
         row["log_ratios"] = {}
         for model, (_, column) in MODELS.items():
-            here = data[model].row == at
-            known = iter(data[model].log_ratio[here])
+            known = iter(data[model].log_ratio[data[model].row == at])
             row["log_ratios"][model] = [
                 math.nan if reward is None else next(known)
                 for reward in row[column]]
-        found[name] = row
-    return list(found.values())
+    return sorted(page, key=lambda row: np.nan_to_num(row["means"]["difference"]), reverse=True)
 
 
 def write_page(args, pictures, content):
@@ -414,13 +426,15 @@ def draw_results(args, rewards):
     return save(figure, args.out / "results.png")
 
 
-def histogram(lo, hi, weights=None, bins=20):
-    """Density of quantiles, (bins,), with the mass of every completion spread evenly over its cell (lo,
-    hi]; (n,).
-    """
-    edges = np.linspace(0, 1, bins + 1)
-    inside = np.minimum(hi[:, None], edges[1:]) - np.maximum(lo[:, None], edges[:-1])  # (n, bins)
-    return np.average(inside.clip(0) / (hi - lo)[:, None], axis=0, weights=weights) * bins
+EDGES = np.linspace(0, 1, 21)  # of 20 bins of quantiles
+
+
+def density(lo, hi, weights=None):
+    """Density of quantiles, (20,), with the mass of every completion spread evenly over its cell (lo, hi]."""
+    lo, hi = lo[:, None], hi[:, None]  # (n, 1)
+    inside = np.minimum(hi, EDGES[1:]) - np.maximum(lo, EDGES[:-1])  # (n, 20)
+    share = inside.clip(0) / (hi - lo)
+    return 20 * np.average(share, axis=0, weights=weights)
 
 
 def draw_optimum(args, results, data):
@@ -430,18 +444,17 @@ def draw_optimum(args, results, data):
     reference, policy = data["reference"], data["policy"]
     best, _ = results["objective"]["optimum"]
     start, _ = results["objective"]["reference"]
-    figure, (density, objective) = panels(2)
-    edges = np.linspace(0, 1, 21)
-    reached = histogram(policy.lo, policy.hi)
-    optimum = histogram(reference.lo, reference.hi, reference.weight)
-    density.stairs(reached, edges, fill=True, alpha=0.5, label="policy")
-    density.stairs(optimum, edges, color="C3", label="optimum, with these rewards' ties")
-    density.axhline(1, color="k", linestyle=":", label="reference model")
-    density.set(
+    figure, (quantiles, objective) = panels(2)
+    reached = density(policy.lo, policy.hi)
+    optimum = density(reference.lo, reference.hi, reference.weight)
+    quantiles.stairs(reached, EDGES, fill=True, alpha=0.5, label="policy")
+    quantiles.stairs(optimum, EDGES, color="C3", label="optimum, with these rewards' ties")
+    quantiles.axhline(1, color="k", linestyle=":", label="reference model")
+    quantiles.set(
         xlabel="quantile of the reward among the reference model's",
         ylabel="density",
         title="the policy's completions")
-    density.legend(fontsize=8)
+    quantiles.legend(fontsize=8)
 
     points = [(0, start, 0)]  # step, objective, its standard error
     checkpoints = sorted(args.out.glob("checkpoints/*/results.json"))
@@ -463,32 +476,31 @@ def draw_optimum(args, results, data):
 CURVES = {  # title: metrics of train.py and examples/online.py; those of held-out rows begin with eval_
     "loss": ["loss"],
     "log-ratio to the reference model, nats": ["log_ratio"],
-    "log-ratio of better and worse completions, nats": ["log_ratio_chosen", "log_ratio_rejected"],
+    "log-ratio of better and worse completions, nats": ["log_ratio_better", "log_ratio_worse"],
     "KL to the reference model, nats": ["kl"],
     "objective, on fresh samples": ["objective"],
     "norm of the gradient": ["grad_norm"],
 }
 
 
-def draw_curves(out, config):
+def draw_curves(out):
     """The metrics over the steps: lines from training, points from held-out rows."""
-    curves = {}  # metric: [(step, value)]
+    curves = collections.defaultdict(list)  # metric: [(step, value)]
     for row in rows.complete_lines(out / "metrics.jsonl"):
         for name, value in row.items():
-            curves.setdefault(name, []).append((row["step"], value))
-    shown = {title: names for title, names in CURVES.items() if names[0] in curves}
-    regime = dataset.REGIMES.get(config.get("train_on"))
+            curves[name].append((row["step"], value))
+    shown = {}
+    for title, names in CURVES.items():
+        logged = [name for name in names if name in curves]
+        if logged:
+            shown[title] = logged
     figure, axes = panels(len(shown))
     for axis, (title, names) in zip(axes, shown.items()):
-        for i, name in enumerate(names):
-            label = name
-            if regime and regime.size == 1:  # no pairs: reward above, and below, the mean of its prompt
-                label = name.replace("chosen", "better").replace("rejected", "worse")
-            steps, values = zip(*curves[name])
-            axis.plot(steps, values, f"C{i}-", label=label, linewidth=1.2)
-            if f"eval_{name}" in curves:
-                steps, values = zip(*curves[f"eval_{name}"])
-                axis.plot(steps, values, f"C{i}o--", label=f"eval_{label}", markersize=4)
+        for color, name in zip(("C0", "C1"), names):
+            axis.plot(*zip(*curves[name]), color, label=name, linewidth=1.2)
+            held_out = f"eval_{name}"
+            if held_out in curves:
+                axis.plot(*zip(*curves[held_out]), f"{color}o--", label=held_out, markersize=4)
         axis.set(xlabel="training step", title=title)
         axis.legend(fontsize=8)
     return save(figure, out / "curves.png")
@@ -515,7 +527,7 @@ def main():
         "lines": as_text(table),
         "verdict": "" if args.beta is None else verdict(args, table),
         "total": len(data["policy"].ids),
-        "prompts": page_rows(args, data, values["mean reward"]),
+        "prompts": add_numbers(held_out.page, data, values["mean reward"]),
     }
     show(content)
     results = {
@@ -523,7 +535,6 @@ def main():
         "beta": args.beta,
         "transform": args.transform,
         "prompts": content["total"],
-        "unknown_rewards": held_out.unknown,
         "odd": content["odd"],
     }
 
@@ -534,7 +545,7 @@ def main():
     if args.beta is not None:
         pictures.append(draw_optimum(args, results, data))
     if (args.out / "metrics.jsonl").exists():
-        pictures.append(draw_curves(args.out, run["config"]))
+        pictures.append(draw_curves(args.out))
     write_page(args, pictures, content)
     made = f"{args.out}: report.html for a browser, results.json, samples.npz, {len(pictures)} pictures"
     print("; ".join([made, *content["odd"]]))

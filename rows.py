@@ -42,7 +42,8 @@ def fail(message):
     """A mistake of the user's: one line on stderr, exit code 2."""
     if multiprocessing.parent_process():
         raise Exit(message)  # in a worker process: the main one says it
-    tqdm.write(f"error: {message}", file=sys.stderr)  # above a progress bar, not behind it
+    say = tqdm.write if sys.stderr.isatty() else print  # above a progress bar, not behind it
+    say(f"error: {message}", file=sys.stderr)
     raise Exit(2)
 
 
@@ -412,15 +413,24 @@ def say_once(text):
         print(text, flush=True)
 
 
+class Lines(tqdm):
+    """A bar for a log file: whole lines."""
+
+    def display(self, msg=None, pos=None):
+        if msg is None:  # else the bar is to disappear
+            print(self, file=self.fp)
+
+
 def progress(*args, **kwargs):
     """tqdm's bar, of the main process; where stderr is no terminal, a line a minute. Set its postfix with
     refresh=False, and then update it.
     """
     kwargs.setdefault("disable", rank_and_world()[0] != 0)
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
-        kwargs |= {"delay": 60, "mininterval": 60, "maxinterval": 60, "miniters": 1, "bar_format": line}
-    return tqdm(*args, **kwargs)
+    if sys.stderr.isatty():
+        return tqdm(*args, **kwargs)
+    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
+    kwargs |= {"delay": 60, "mininterval": 60, "maxinterval": 60, "miniters": 1, "leave": False}
+    return Lines(*args, **kwargs, bar_format=line)
 
 
 def check_run(out, config, resume):

@@ -22,7 +22,6 @@ completions that are rewarded already, goes to columns of its own: with --name=j
 """
 import math
 import sys
-import time
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -40,43 +39,42 @@ SAMPLED = "ref_completions", "samples", "other_completions"  # these hold lists 
 
 def arguments(argv=None):
     parser = rows.Parser(__doc__)
-    add = parser.add_argument
-    add("--data", required=True, help="JSONL file or folder of rows with completions")
-    add("--out", required=True, help="folder for the rewarded rows")
-    add("--reward", required=True, help="tests, FILE.py:NAME or model:PATH (see above)")
-    add("--name", default="", help="of a second opinion, see above (default: the reward to train on)")
-    add("--concurrency", type=int, default=0,
-        help="function: make N calls at a time, each for one completion; a call that raises an error is "
-             "made again. For judges over a network. 0: one call for each row, and an error ends the run")
-    add("--retries", type=int, default=7,
-        help="with --concurrency: calls after the first, 1, 2, 4, ... seconds apart, or when the server "
-             "says; then the reward is null")
-    add("--accept_null", action="store_true",
-        help="go on where ten rows one after another, or the last ones, get no reward at all")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="model: auto is bfloat16 on a GPU")
-    add("--batch_tokens", type=int, default=0,
-        help="model: padded tokens in a forward pass; memory grows with it. 0: 16384 on a GPU, 1024 on a CPU")
-    add("--max_length", type=int, default=2048, help="model: cut its input to N tokens")
-    add("--model_class", help="model: FILE.py:CLASS that loads the checkpoint, where transformers has "
-        "none for it, such as paper/armorm.py:ArmoRM")
-    add("--trust_remote_code", action="store_true", help="model: run code that comes with it")
-    add("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES),
-        help="tests: auto is the first that works")
-    add("--packages", default=sandbox.PACKAGES, help="tests: import names of installed packages that "
-                                                     "programs and tests may use, such as numpy")
-    add("--block", default="answer", choices=tuple(sandbox.BLOCKS),
-        help="tests: which code block of an answer is the program; see sandbox/formats.md")
-    add("--judge", default="apart", choices=tuple(sandbox.WAYS),
-        help="tests: apart from the program, or together with it; see sandbox/README.md")
-    add("--unsafe", action="store_true", help="tests: run without isolation. Never for programs of a model")
+    flag = parser.add_argument
+    flag("--data", required=True, help="JSONL file or folder of rows with completions")
+    flag("--out", required=True, help="folder for the rewarded rows")
+    flag("--reward", required=True, help="tests, FILE.py:NAME or model:PATH (see above)")
+    flag("--name", default="", help="of a second opinion, see above (default: the reward to train on)")
+    flag("--concurrency", type=rows.whole, default=0,
+         help="function: make N calls at a time, each for one completion; a call that raises an error is "
+              "made again. For judges over a network. 0: one call for each row, and an error ends the run")
+    flag("--retries", type=rows.whole, default=7,
+         help="with --concurrency: calls after the first, 1, 2, 4, ... seconds apart, or when the server "
+              "says; then the reward is null")
+    flag("--accept_null", action="store_true",
+         help="go on where ten rows one after another, or the last ones, get no reward at all")
+    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+         help="model: auto is bfloat16 on a GPU")
+    flag("--batch_tokens", type=rows.whole, default=0,
+         help="model: padded tokens in a forward pass; 0: 16384 on a GPU, 1024 on a CPU")
+    flag("--max_length", type=rows.count, default=2048, help="model: cut its input to N tokens")
+    flag("--model_class",
+         help="model: FILE.py:CLASS that loads the checkpoint, where transformers has none for it, such as "
+              "paper/armorm.py:ArmoRM")
+    flag("--trust_remote_code", action="store_true", help="model: run code that comes with it")
+    flag("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES),
+         help="tests: auto is the first that works")
+    flag("--packages", default=sandbox.PACKAGES,
+         help="tests: import names of installed packages that programs and tests may use, such as numpy")
+    flag("--block", default="answer", choices=tuple(sandbox.BLOCKS),
+         help="tests: which code block of an answer is the program; see sandbox/formats.md")
+    flag("--judge", default="apart", choices=tuple(sandbox.WAYS),
+         help="tests: apart from the program, or together with it; see sandbox/README.md")
+    flag("--unsafe", action="store_true", help="tests: run without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
-        add(f"--{name}", type=type(default), default=default, help=f"tests: {text}")
+        flag(f"--{name}", type=type(default), default=default, help=f"tests: {text}")
     args = parser.parse_args(argv)
     if args.name and not args.name.isidentifier():
         rows.fail(f"--name={args.name}: must be one word of letters, digits and _, as in --name=judge")
-    if args.concurrency < 0 or args.retries < 0:
-        rows.fail("--concurrency and --retries must not be negative")
     args.kind = kind_of(args.reward)
     return args
 
@@ -264,31 +262,33 @@ def set_rewards(row, rewards, made_by, reward_of):
 
 
 def summary(table, reward_of):
-    """A line about rewarded rows: how many, their mean reward, and what is odd about them."""
-    num_rows = num_null = num_cut = 0
-    known, ties = [], []
+    """A line about rewarded rows: the mean of every column of rewards, and what is odd about them."""
+    rewards = {}  # column: those in it
+    num_rows = num_cut = num_tied = 0
     for row in table:
         num_rows += 1
-        references = row.get(reward_of["ref_completions"]) or []
+        references = [reward for reward in row.get(reward_of["ref_completions"]) or [] if reward is not None]
         for column, k, completion in completions_of(row):
+            name = reward_of[column]
+            reward = reward_in(row, name, k)
+            rewards.setdefault(name, []).append(reward)
             if k is not None and completion.get("finish_reason") == "length":
                 num_cut += 1
-            reward = reward_in(row, reward_of[column], k)
-            if reward is None:
-                num_null += 1
-                continue
-            known.append(reward)
-            others = set(references)
-            if column == "ref_completions":
-                others = set(references[:k] + references[k + 1:])
-            others.discard(None)
-            if others:
-                ties.append(others == {reward})
-    mean = sum(known) / len(known) if known else math.nan
-    line = f"{num_rows} rows, {len(known)} rewards, mean {mean:.4f}; {num_null} null; "
-    line += f"{num_cut} completions ran out of tokens"
-    if ties:
-        line += f"; {sum(ties) / len(ties):.0%} of the rewards tie with all of their references'"
+            # a reference needs others to tie with
+            if references.count(reward) == len(references) > (column == "ref_completions"):
+                num_tied += 1
+    line = f"{num_rows} rows"
+    for name, values in rewards.items():
+        known = [reward for reward in values if reward is not None]
+        mean = sum(known) / len(known) if known else math.nan
+        line += f"; {len(known)} {name}, mean {mean:.4f}"
+        if len(known) < len(values):
+            line += f", and {len(values) - len(known)} null"
+    total = sum(map(len, rewards.values()))
+    if num_cut:
+        line += f"; {num_cut / total:.0%} of the completions ran out of tokens"
+    if num_tied:
+        line += f"; {num_tied / total:.0%} of the rewards tie with all (other) references of their prompt"
     return line
 
 
@@ -303,8 +303,7 @@ def main():
         args.data, args.out, settings, check=lambda row: unrewarded(row, made_by, reward_of))
     rank, world = rows.rank_and_world()
     bar = rows.progress(total=len(left), unit="row", desc="score", smoothing=0)
-    failed, scored = [], 0
-    started = time.time()
+    failed = []
 
     def todo():
         """The rows with something to reward; the others are complete."""
@@ -321,9 +320,6 @@ def main():
             set_rewards(row, rewards, made_by, reward_of)
             rows.append(part, row)
             failed += [reward for reward in rewards if isinstance(reward, Failed)]
-            scored += len(rewards)
-            speed = scored / (time.time() - started)
-            bar.set_postfix_str(f"{speed:,.1f} rewards/s", refresh=False)
             bar.update()
     if failed:
         print(f"{args.reward}: {len(failed)} completions got no reward in {args.retries + 1} calls each, the "

@@ -230,15 +230,28 @@ train_data = dataset.load(args.data, cache, args.model, tokenizer, model, choice
 eval_data = None
 if args.eval_data:
     eval_data = dataset.load(args.eval_data, cache, args.model, tokenizer, model, choices)
+for data in filter(None, (train_data, eval_data)):
+    if main_process:
+        print(data.summary, flush=True)
 if "ref_rewards" in needs and (train_data.tied == 1).all():  # tied: share of the other references
     rows.fail(f"{args.data}: no completion's reward differs from its other references', so there is nothing "
               "to learn; look at the reward, or sample more references")
 
-all_tie = (train_data.tied == 1).mean()
-if args.loss == "qrpo" and args.quantile == "paper" and all_tie > 0.1 and main_process:
-    print(f"WARNING: {all_tie:.0%} of the completions have the same reward as all of their references. The "
-          f"paper's quantile asks each to rise by log(1/beta), {-math.log(args.beta):.1f} nats; "
-          "--quantile=exact asks for no change", flush=True)
+
+
+def targets(b):
+    """The log-ratios that the loss asks for, in nats, (B,)."""
+    return qrpo.target_log_ratios(betas(b), b.rewards, b.ref_rewards, args.transform, args.quantile,
+                                  b.among_refs)
+
+
+tied = np.flatnonzero(train_data.tied == 1)  # with all of their references
+if args.loss == "qrpo" and args.quantile == "paper" and len(tied) > 0.1 * len(train_data.tied):
+    rise = targets(get_batch(train_data, tied[:256], device)).mean().exp()
+    if main_process:
+        print(f"WARNING: {len(tied) / len(train_data.tied):.0%} of the completions have the same reward as "
+              f"all of their references, and --quantile=paper asks these to become {rise:.3g} times as "
+              "likely, however bad they are; --quantile=exact would leave them as they are", flush=True)
 
 num_examples = len(train_data.lens) // size  # completions or pairs
 steps_per_epoch = math.ceil(num_examples / args.batch_size)  # all of nearly the same size
@@ -257,12 +270,8 @@ def examples_of(step):
 if args.dry_run:
     shown = examples_of(0)[:4].reshape(-1)
     b = get_batch(train_data, shown, device)
-    targets = torch.full_like(b.rewards, math.nan)
-    if "ref_rewards" in needs:
-        targets = qrpo.target_log_ratios(
-            betas(b), b.rewards, b.ref_rewards, args.transform, args.quantile, b.among_refs)
-    if main_process:
-        dataset.show(train_data, tokenizer, shown, targets.tolist())
+    asked = targets(b) if "ref_rewards" in needs else torch.full_like(b.rewards, math.nan)
+    dataset.show(train_data, tokenizer, shown, asked.tolist())
     sys.exit()
 
 if args.gradient_checkpointing:
@@ -337,9 +346,9 @@ def metrics(b, logps, loss):
     return {
         "loss": loss,
         "log_ratio": log_ratio,
-        "log_ratio_chosen": log_ratio.where(b.side > 0, math.nan),    # the better, see dataset.sides
-        "log_ratio_rejected": log_ratio.where(b.side < 0, math.nan),  # the worse
-        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),          # nats per token; 0 at the start
+        "log_ratio_better": log_ratio.where(b.side > 0, math.nan),  # chosen, or better than the row's mean
+        "log_ratio_worse": log_ratio.where(b.side < 0, math.nan),   # rejected, or worse; see dataset.sides
+        "drift": log_ratio.abs() / (b.lens - b.prompt_lens),        # nats per token; 0 at the start
     }
 
 

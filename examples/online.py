@@ -216,7 +216,7 @@ for step in bar:
 
     row = meter.means()
     bar.set_postfix(reward=f"{row['reward']:.3g}", kl=f"{row['kl']:.3g}",
-                    objective=f"{row['objective']:.4g}/{best:.4g}")
+                    objective=f"{row['objective']:.4g}/{best:.4g}", refresh=False)
     if rank == 0:
         rows.append(metrics_file, {"step": step + 1} | row | {
             "grad_norm": grad_norm, "learning_rate": group["lr"], "seconds": time.time() - started})

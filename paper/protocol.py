@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -120,7 +119,7 @@ def load(folders, tokenizer=None):
     (its folder), `setting` (the same for all seeds) and `evaluation`. Reference models have the loss "base".
     """
     models, bases, read, skipped = [], {}, set(), []
-    for run in tqdm(run_folders(folders), desc="runs", unit="run"):
+    for run in rows.progress(run_folders(folders), desc="runs", unit="run"):
         record = rows.load_json(run / "run.json")
         if not record["finished"]:
             skipped.append(f"{run}: not finished")

@@ -10,7 +10,7 @@ checkpoint, the other half is reported. Prints what it finds, and writes to --ou
     figure4    log-ratio against normalised completion length, over all test prompts
     figure5    density of the reward under pi_ref and under pi*; needs no runs
     ties       what `paper` and `exact` converge to where rewards tie, on a toy; needs no runs
-    figure6    held-out log-ratio of chosen and rejected completions over the steps
+    figure6    held-out log-ratio of better and worse completions over the steps
     alpaca     each method's completions as AlpacaEval's JSON
 
 A figure is a PNG with its numbers in a CSV; the paper's own results (published.json) are shown beside them.
@@ -486,7 +486,8 @@ def train_toy(beta, ref_logps, rewards, quantile, steps=500):
         y = torch.multinomial(ref_logps.exp(), 64, replacement=True, generator=generator)
         refs = torch.multinomial(ref_logps.exp(), 64 * 16, replacement=True, generator=generator).view(64, 16)
         logps = torch.log_softmax(logits, 0)
-        loss = qrpo.qrpo_loss(beta, logps[y], ref_logps[y], rewards[y], rewards[refs], quantile=quantile).mean()
+        loss = qrpo.qrpo_loss(
+            beta, logps[y], ref_logps[y], rewards[y], rewards[refs], quantile=quantile).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -501,7 +502,7 @@ def figure6(args):
     for axis, method in zip(axes, methods):
         logs = [pd.DataFrame(rows.complete_lines(run / "metrics.jsonl")) for run in method.models.run]
         log = pd.concat(logs)
-        for side, color in {"chosen": "C0", "rejected": "C3"}.items():
+        for side, color in {"better": "C0", "worse": "C3"}.items():
             column = f"eval_log_ratio_{side}"
             if column not in log:
                 rows.fail(f"{method.name}: its metrics.jsonl has no {column}; train with --eval_data")

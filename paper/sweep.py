@@ -30,8 +30,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 THIS_FILE = shlex.quote(str(Path(__file__).resolve()))
 sys.path.insert(0, str(ROOT))
@@ -210,7 +208,7 @@ def run_here(args, runs):
             signal.signal(signum, stop)
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     failed = False
-    bar = tqdm(total=len(runs), unit="run", smoothing=0)
+    bar = rows.progress(total=len(runs), desc="runs", unit="run", smoothing=0)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool, bar:
         futures = {pool.submit(execute, run["folder"], run["command"], {}, threads): run for run in runs}
         for future in concurrent.futures.as_completed(futures):

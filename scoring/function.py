@@ -70,10 +70,12 @@ def no_exit(reward):
 def describe(error, reward):
     """What code of FILE.py:NAME raised, in one line, with the line in FILE.py that it comes from."""
     file = Path(reward.rpartition(":")[0]).resolve()
+    text = f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(file)]
-    place = f" ({file.name}, line {lines[-1]})" if lines else ""
-    return " ".join(f"{type(error).__name__}: {error}{place}".split())
+    if lines:
+        text += f" ({file.name}, line {lines[-1]})"
+    return " ".join(text.split())
 
 
 def modules_in(folder):
@@ -86,26 +88,35 @@ def modules_in(folder):
     return found
 
 
-def load_function(reward):
-    """The function of FILE.py:NAME, and the code that it depends on: its file and the modules beside it.
+def look_first_in(folder):
+    """What is imported from now on is looked for in a folder and among installed packages, and last among
+    this project's modules, also if they are loaded already.
+    """
+    root = Path(__file__).resolve().parent.parent
+    for name in modules_in(root):
+        del sys.modules[name]
+    others = [entry for entry in sys.path if Path(entry).resolve() not in (root, folder)]
+    sys.path[:] = [str(folder), *others, str(root)]
+    if folder == root:
+        del sys.path[0]
 
-    The file is a module of its own name, which processes that it starts can import, too. What it imports is
-    looked for beside it and among installed packages, and last among this project's modules.
+
+def load_function(reward):
+    """The function of FILE.py:NAME, and the code that it depends on: its file and the modules beside it. The
+    file is a module of its own name, which processes that it starts can import, too.
     """
     path, _, name = reward.rpartition(":")
     if not Path(path).is_file():
         rows.fail(f"--reward={reward}: no file {path!r}")
     path = Path(path).resolve()
-    root = Path(__file__).resolve().parent.parent
-    for ours in modules_in(root):
-        del sys.modules[ours]
-    installed = [entry for entry in sys.path if Path(entry).resolve() != root]
-    sys.path[:] = [*([str(path.parent)] if path.parent != root else []), *installed, str(root)]
+    look_first_in(path.parent)
     vars(sys.modules["__main__"]).pop("__file__", None)  # new processes would run this script again
-    if path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) != str(path):
+    loaded = sys.modules.get(path.stem)
+    if loaded and getattr(loaded, "__file__", None) != str(path):
         rows.fail(f"{path}: another module named {path.stem} is in use; give the file another name")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
     with in_one_line(reward):
         spec.loader.exec_module(module)
     function = getattr(module, name, None)

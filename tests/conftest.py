@@ -182,12 +182,9 @@ def start_until_finished(script, *flags):
         kills += 1
 
 
-def run(script, *flags, ranks=0, check=True, env=None):
-    """Run a script as a user does, with one process or under torchrun; returns the finished process."""
-    command = [sys.executable]
-    if ranks:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [str(ROOT / script), *map(str, flags)]
+def run(script, *flags, check=True, env=None):
+    """Run a script as a user does; returns the finished process."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
     env = os.environ | (env or {})
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, env=env)
     assert not check or done.returncode == 0, done.stderr[-3000:]

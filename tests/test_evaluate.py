@@ -42,7 +42,7 @@ def test_the_objective_of_the_reference_model_itself_and_its_bound(tiny, rewarde
         row["samples"], row["sample_rewards"] = row["ref_completions"][:3], [*row["ref_rewards"][:2], None]
     results = evaluate(tiny, tmp_path, table, "--beta=0.2")
     assert results["KL to reference, nats"]["policy"] == [0.0, 0.0]
-    assert results["unknown_rewards"] == {"reference": 0, "policy": 30}
+    assert "30 of the policy's rewards are unknown and left out" in results["odd"]
     assert results["mean reward"]["policy"][0] == pytest.approx(
         np.mean([row["sample_rewards"][:2] for row in table]))
     best = 0.2 * math.log(0.2 * math.expm1(5))
@@ -87,6 +87,20 @@ def test_the_optimum_is_the_reference_pool_tilted_exactly(tiny, rewarded, tmp_pa
     assert results["length, tokens"]["optimum"][0] == pytest.approx(np.mean(lengths), rel=1e-4)
 
 
+def test_it_prints_the_prompts_with_the_largest_and_the_smallest_gain(tiny, rewarded, tmp_path, capsys):
+    table = as_policy(read_rows(rewarded)[:5])
+    for i, gain in enumerate([0.125, 0.5, None, -0.25, 0]):
+        table[i]["ref_rewards"] = [0.5] * 4
+        table[i]["sample_rewards"] = [None if gain is None else 0.5 + gain] * 4
+    evaluate(tiny, tmp_path, table)
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index(f"row {table[1]['id']}: mean reward 0.5 -> 1")
+    assert lines[start + 1] == f"prompt     {table[1]['prompt']!r}"
+    assert lines[start + 3] == f"policy     {table[1]['samples'][0]['text']!r}"
+    assert lines[start + 5] == f"row {table[3]['id']}: mean reward 0.5 -> 0.25"
+    assert lines[start + 7] == f"reference  {table[3]['ref_completions'][0]['text']!r}"
+
+
 def test_where_all_rewards_tie_it_says_that_there_is_nothing_to_gain(tiny, rewarded, tmp_path, capsys):
     table = as_policy(read_rows(rewarded))
     for row in table:
@@ -112,7 +126,6 @@ def test_the_last_line_says_what_was_made_and_what_is_odd(tiny, rewarded, tmp_pa
     table[1]["ref_rewards"][0] = None
     results = evaluate(tiny, tmp_path, table, "--beta=0.1")
     assert results["ran out of tokens"]["policy"][0] == 1
-    assert results["unknown_rewards"] == {"reference": 1, "policy": 2}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"{tmp_path}: report.html") and last.split("; ")[1:] == results["odd"]
     for odd in ("sampled with another dtype: reference bfloat16, policy float32",
@@ -132,20 +145,27 @@ def test_a_prompt_without_a_known_reference_reward_has_no_quantile(tiny, rewarde
     assert results["mean reward"]["policy"] != whole["mean reward"]["policy"]
 
 
-@pytest.mark.parametrize("train_on, names", [("refs", "better worse"), ("best_worst", "chosen rejected")])
-def test_curves_name_pairs_only_where_there_are_pairs(tmp_path, monkeypatch, train_on, names):
+def test_curves_have_a_panel_for_what_belongs_together(tmp_path, monkeypatch):
     import evaluate
     figures = []
     monkeypatch.setattr(evaluate, "save", lambda figure, path: figures.append(figure))
-    metrics = ["loss", "log_ratio", "log_ratio_chosen", "log_ratio_rejected", "grad_norm"]
+    metrics = ["loss", "log_ratio", "log_ratio_better", "log_ratio_worse", "grad_norm"]
     log = [{"step": step} | {name: step / 7 for name in metrics} for step in (1, 2)]
     log += [{"step": step} | {f"eval_{name}": step / 5 for name in metrics[:-1]} for step in (0, 2)]
     write_rows(tmp_path / "metrics.jsonl", log)
-    evaluate.draw_curves(tmp_path, {"train_on": train_on})
+    evaluate.draw_curves(tmp_path)
     panels = [[line.get_label() for line in axis.lines] for axis in figures[0].axes]
-    better, worse = (f"log_ratio_{name}" for name in names.split())
     assert panels == [["loss", "eval_loss"], ["log_ratio", "eval_log_ratio"],
-                      [better, f"eval_{better}", worse, f"eval_{worse}"], ["grad_norm"]]
+                      ["log_ratio_better", "eval_log_ratio_better",
+                       "log_ratio_worse", "eval_log_ratio_worse"],
+                      ["grad_norm"]]
+    for row in log:  # a run in which no completion is better than the mean of its prompt
+        for name in ("log_ratio_better", "eval_log_ratio_better"):
+            row.pop(name, None)
+    write_rows(tmp_path / "metrics.jsonl", log)
+    evaluate.draw_curves(tmp_path)
+    labels = [line.get_label() for line in figures[1].axes[2].lines]
+    assert labels == ["log_ratio_worse", "eval_log_ratio_worse"]
 
 
 @pytest.mark.parametrize("field, made_by", [
@@ -276,7 +296,7 @@ def test_a_second_opinion_is_shown_beside_the_reward(tiny, trained, rewarded, tm
     refused(capsys, ["gap.jsonl:4", "sample_rewards_judge"], "evaluate.py", *evaluation, f"--data={data}")
     call("evaluate.py", *evaluation, f"--data={write_rows(data, [table[0], *table[4:]])}")
     rest = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert rest["unknown_rewards"] == {"reference": 0, "policy": 0}  # the judge's are not those trained on
+    assert not [odd for odd in rest["odd"] if "unknown" in odd]  # the judge's are not those trained on
     known = [table[0]["ref_rewards_judge"][1:], *(row["ref_rewards_judge"] for row in table[4:])]
     assert rest["mean reward by judge"]["reference"][0] == pytest.approx(np.mean(list(map(np.mean, known))))
 
@@ -300,7 +320,9 @@ def test_without_a_terminal_progress_is_a_line_a_minute(capsys):
         bar.set_postfix_str(f"at {second}", refresh=False)
         bar.update()
     bar.close()
-    rows.progress(range(3)).close()  # too short to say anything
+    for _ in rows.progress(range(3)):  # too short to say anything, also beside an error
+        with pytest.raises(SystemExit):
+            rows.fail("wrong")
     lines = capsys.readouterr().err.replace("\r", "").split("\n")
-    done = [*range(60, 601, 60), 630]
-    assert [line.split(",")[0] for line in lines if line] == [f"work: {n} of 630" for n in done]
+    work = [f"work: {n} of 630" for n in range(60, 601, 60)]
+    assert [line.split(",")[0] for line in lines] == [*work, *["error: wrong"] * 3, ""]

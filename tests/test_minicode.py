@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,8 @@ import tiktoken
 import torch
 from tiktoken.load import load_tiktoken_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import Process, refused
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "data" / "minicode" / "prepare.py")
 TINY = ["--num_train=24", "--num_test=12", "--corpus_size=400", "--vocab_size=320", "--width=32",
@@ -77,8 +78,8 @@ def test_same_seed_same_bytes_and_a_rerun_reuses(folder, tmp_path, prepare, caps
     for name in names:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
     assert "reused" not in capsys.readouterr().out
-    command = [sys.executable, SCRIPT, f"--out={tmp_path}", *TINY]
-    assert "reused" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    prepare(tmp_path)
+    assert "reused" in capsys.readouterr().out
     prepare(tmp_path, "--seed=1")  # other settings are made anew, the vocabulary included
     for name in names:
         assert (tmp_path / name).read_bytes() != (folder / name).read_bytes(), name
@@ -87,13 +88,11 @@ def test_same_seed_same_bytes_and_a_rerun_reuses(folder, tmp_path, prepare, caps
 
 def test_a_killed_run_leaves_the_old_files_and_the_next_one_completes(folder, tmp_path, prepare):
     prepare(tmp_path)
-    command = [sys.executable, SCRIPT, f"--out={tmp_path}", *TINY, "--seed=1"]
-    process = subprocess.Popen([*command, "--steps=100000"], stderr=subprocess.DEVNULL)
+    process = Process(SCRIPT, f"--out={tmp_path}", *TINY, "--seed=1", "--steps=100000")
     while not (tmp_path / ".model.new" / "tokenizer.json").exists():
-        assert process.poll() is None
+        assert process.running()
         time.sleep(0.05)
     process.kill()
-    process.wait()
     for name in "train.jsonl", "test.jsonl", "model/model.safetensors":
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
     prepare(tmp_path, "--seed=1")
@@ -108,12 +107,10 @@ def test_seed_0_gives_the_rows_that_published_figures_were_made_with(module):
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "532a59e18a3e9b5c"
 
 
-def test_bad_flags_are_named(tmp_path):
+def test_bad_flags_are_named(tmp_path, capsys):
     cases = {"--width=40": "multiple of 32", "--vocab_size=700": "259 to 600", "--step=3": "--step=3"}
     for flag, said in cases.items():
-        command = [sys.executable, SCRIPT, f"--out={tmp_path}", flag]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 2 and said in run.stderr and "Traceback" not in run.stderr
+        refused(capsys, [said], SCRIPT, f"--out={tmp_path}", flag)
 
 
 def test_rows_are_complete_and_disjoint(folder):

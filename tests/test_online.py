@@ -76,8 +76,9 @@ def test_evaluation_finds_the_objective_that_the_run_maximises(tiny, rewarded, u
 
 
 def test_training_raises_the_objective(tiny, rewarded, tmp_path):
-    call("examples/online.py", *flags(tiny, rewarded, tmp_path / "run", "--steps=100", "--prompts=30",
-                                      "--samples=8", "--beta=0.3", "--learning_rate=5e-4"))
+    """By 0.09 here."""
+    call("examples/online.py", *flags(tiny, rewarded, tmp_path / "run", "--steps=60", "--prompts=15",
+                                      "--samples=8", "--max_new_tokens=4", "--beta=0.3", "--save_every=60"))
     objective = logged(tmp_path / "run", "objective")
     assert np.mean(objective[-10:]) > np.mean(objective[:2]) + 0.04
 

@@ -223,9 +223,9 @@ def sweep(tmp_path_factory):
     selection, report = protocol.halves(["easy", "hard"] * 4)
     for seed in (0, 1):
         def one(name, good, value, **config):
-            metrics = [{"step": 0, "eval_log_ratio_chosen": 0.0, "eval_log_ratio_rejected": 0.0},
+            metrics = [{"step": 0, "eval_log_ratio_better": 0.0, "eval_log_ratio_worse": 0.0},
                        {"step": 5, "loss": 1},
-                       {"step": 9, "eval_log_ratio_chosen": 1.0 + seed, "eval_log_ratio_rejected": -2.0}]
+                       {"step": 9, "eval_log_ratio_better": 1.0 + seed, "eval_log_ratio_worse": -2.0}]
             write_run(tmp_path / f"runs/seed{seed}/{name}-seed{seed}", seed,
                       lambda i, k: float(value if i in good else 0), metrics=metrics, **config)
         one("qrpo-a", report, 0.9)
@@ -281,7 +281,7 @@ def test_figures_and_the_numbers_behind_them(sweep):
         assert float(fit["spearman"]) == pytest.approx(1)
     last = [p for p in read_csv(sweep / "out/figure6.csv") if p["method"] == "dpo" and p["step"] == "9"]
     assert [(p["side"], float(p["log_ratio"]), float(p["se_seeds"])) for p in last] == [
-        ("chosen", 1.5, 0.5), ("rejected", -2.0, 0.0)]
+        ("better", 1.5, 0.5), ("worse", -2.0, 0.0)]
 
 
 def test_where_rewards_tie_only_exact_converges_to_the_optimum(sweep):

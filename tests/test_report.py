@@ -101,9 +101,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def page(tiny, rewarded, tmp_path_factory):
-    """(a browser with the report of 12 rows, the rows in the order of their ids). They stand in a folder, in
-    the order in which they were done.
-    """
+    """(a browser with the report of 12 rows, these rows)."""
     folder = tmp_path_factory.mktemp("report")
     table = read_rows(rewarded)[:12]
     for i, row in enumerate(table):
@@ -117,15 +115,14 @@ def page(tiny, rewarded, tmp_path_factory):
     table[4]["samples"][1]["text"] = HOSTILE
     table[5]["sample_rewards"] = [None, None]
     table[6]["prompt"] = LONG
-    (folder / "rows").mkdir()
-    write_rows(folder / "rows" / "part-00000.jsonl", table[7:] + table[:7])
+    data = write_rows(folder / "rows.jsonl", table)
     config = {"beta": 0.1, "transform": "identity", "learning_rate": 0.00012345, "template_args": {}}
     with open(folder / "run.json", "w") as file:
         json.dump({"config": config | {"has_targets": True}, "command": "train.py --hostile=</td><i>"}, file)
     checkpoint = folder / "checkpoints" / "step_000040"
     checkpoint.parent.mkdir()
     checkpoint.symlink_to(tiny)
-    call("evaluate.py", f"--model={checkpoint}", f"--ref_model={tiny}", f"--data={folder / 'rows'}",
+    call("evaluate.py", f"--model={checkpoint}", f"--ref_model={tiny}", f"--data={data}",
          f"--out={folder / 'out'}")
     browser = Browser(folder / "profile")
     try:
@@ -135,33 +132,44 @@ def page(tiny, rewarded, tmp_path_factory):
         browser.close()
 
 
+def article(i):
+    """JavaScript for the i-th row of the data."""
+    return f"document.querySelector('article[data-place=\"{-i}\"]')"
+
+
 def shown(browser, name):
     """The numbers of the prompts from top to bottom, by which the buttons sort; None: NaN."""
     return browser.get(f"[...document.querySelectorAll('article')].map("
                        f"article => parseFloat(article.dataset.{name}))")
 
 
-def test_prompts_are_in_the_order_of_the_data_and_a_click_sorts_them(page):
+IDS = "[...document.querySelectorAll('article summary small:first-child')].map(id => id.textContent)"
+
+
+def test_the_largest_gain_is_open_and_a_click_sorts_the_prompts(page):
     browser, table = page
-    order = "[...document.querySelectorAll('article summary small:first-child')].map(id => id.textContent)"
-    assert browser.get(order) == [row["id"] for row in table]  # "task/10" after "task/9"
+    gains = [gain for gain in shown(browser, "gain") if gain is not None]
+    assert len(gains) == 11 and gains == sorted(gains, reverse=True)
+    assert browser.get("[...document.querySelectorAll('details')].map(d => d.open)") == [True] + [False] * 11
+    browser.click("#orders button[data-by=gain]")  # turns it round
+    assert [gain for gain in shown(browser, "gain") if gain is not None] == gains[::-1]
     known = [(7 * i % 12 / 4 + 1) / 2 for i in range(12) if i != 5]
     button = "#orders button[data-by=policy]"
     browser.click(button)
     assert shown(browser, "policy")[:-1] == sorted(known, reverse=True)
-    assert browser.get(order)[-1] == "task/5"  # unknown, so at the end
+    assert browser.get(IDS)[-1] == "task/5"  # unknown, so at the end
     browser.click(button)
-    assert shown(browser, "policy")[:-1] == sorted(known) and browser.get(order)[-1] == "task/5"
+    assert shown(browser, "policy")[:-1] == sorted(known) and browser.get(IDS)[-1] == "task/5"
     assert browser.get(f"document.querySelector('{button}').ariaPressed") == "true"
     assert browser.get("document.querySelectorAll('#orders [aria-pressed=true]').length") == 1
     browser.click("#orders button[data-by=place]")
-    assert browser.get(order) == [row["id"] for row in table]
+    assert browser.get(IDS) == [row["id"] for row in table]
 
 
 def test_a_prompt_is_whole_and_above_its_numbers_and_completions_before_pictures(page):
     browser, table = page
-    assert browser.get("document.querySelectorAll('.prompt')[6].textContent").strip() == LONG
-    text = browser.get("document.querySelectorAll('article')[2].textContent")
+    assert browser.get(f"{article(6)}.querySelector('.prompt').textContent").strip() == LONG
+    text = browser.get(f"{article(2)}.textContent")
     prompt, completion = text.index(table[2]["prompt"]), text.index(table[2]["samples"][0]["text"])
     assert prompt < text.index("mean reward") < completion
     parts = browser.get("[...document.querySelectorAll('h2')].map(heading => heading.id)")
@@ -170,24 +178,23 @@ def test_a_prompt_is_whole_and_above_its_numbers_and_completions_before_pictures
 
 def test_a_closed_prompt_that_is_cut_ends_in_a_sign_and_opens_whole(page):
     browser, _ = page
-    height = "document.querySelectorAll('.prompt')[6].clientHeight"
-    closed = browser.get(height)
-    assert browser.get("getComputedStyle(document.querySelectorAll('.prompt')[6]).webkitLineClamp") == "3"
-    browser.click("article:nth-of-type(7) summary")
-    assert browser.get(height) > 5 * closed
+    prompt = f"{article(6)}.querySelector('.prompt')"
+    closed = browser.get(f"{prompt}.clientHeight")
+    assert browser.get(f"getComputedStyle({prompt}).webkitLineClamp") == "3"
+    browser.click('article[data-place="-6"] summary')
+    assert browser.get(f"{prompt}.clientHeight") > 5 * closed
 
 
 def test_completions_are_text_with_rewards_log_ratios_and_a_mark_where_they_were_cut(page):
     browser, table = page
-    article = "document.querySelectorAll('article')[2]"
-    browser.get(f"{article}.querySelector('details').open = true")
-    text = browser.get(f"{article}.querySelector('.models').innerText")
+    browser.get(f"{article(2)}.querySelector('details').open = true")
+    text = browser.get(f"{article(2)}.querySelector('.models').innerText")
     first = f"{len(table[2]['samples'][0]['token_ids'])} tokens"
     assert f"reward {table[2]['sample_rewards'][0]:g}, log-ratio 0, {first}" in " ".join(text.split())
-    marks = [browser.get(f"{article}.querySelectorAll('section')[{i}].querySelectorAll('mark').length")
+    marks = [browser.get(f"{article(2)}.querySelectorAll('section')[{i}].querySelectorAll('mark').length")
              for i in range(2)]
     assert marks == [sum(c["finish_reason"] == "length" for c in table[2]["ref_completions"]), 1]
-    texts = browser.get("[...document.querySelectorAll('article')[4].querySelectorAll('pre')]"
+    texts = browser.get(f"[...{article(4)}.querySelectorAll('pre')]"
                         ".map(pre => pre.textContent)")
     assert texts[-1] == HOSTILE.replace("\ud83d", "\\ud83d") and len(texts) == 6
 

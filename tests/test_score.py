@@ -547,8 +547,9 @@ def test_the_last_line_says_what_was_made_and_what_is_odd_about_it(tmp_path, cap
     table[1]["samples"] = [{"text": "aa", "finish_reason": "stop"}]
     score(tmp_path, table, f"{file}:reward")
     assert capsys.readouterr().out.strip().endswith(
-        "3 rows, 7 rewards, mean 1.7143; 3 null; 7 completions ran out of tokens; 33% of the rewards tie "
-        "with all of their references'")
+        "3 rows; 6 ref_rewards, mean 1.6667, and 1 null; 1 sample_rewards, mean 2.0000, and 2 null; "
+        "70% of the completions ran out of tokens; 20% of the rewards tie with all (other) references of "
+        "their prompt")
 
 
 # ---- processes and kills ----

@@ -48,7 +48,8 @@ HELD = {
     "trained model": (3, 1)}
 
 
-def test_what_a_rank_holds_shrinks_as_one_over_the_ranks(tmp_path):
+@pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.slow)))
+def test_what_a_rank_holds_shrinks_as_one_over_the_ranks(tmp_path, world):
     """In every phase at most its part, and a constant: the layers in flight with their gradients, and
     the activations.
 
@@ -56,27 +57,19 @@ def test_what_a_rank_holds_shrinks_as_one_over_the_ranks(tmp_path):
     in CPU memory.
     """
     model = make_model(tmp_path / "model", hidden_size=128, intermediate_size=256, num_hidden_layers=LAYERS)
-    data = make_rows(tmp_path / "rows.jsonl", n=4)
+    data = make_rows(tmp_path / "rows.jsonl", n=2)
     copy = 4 * sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(model).parameters())
     layer = copy / LAYERS
-    table = {}
-    for world in (1, 2, 4):
-        peaks = str(tmp_path / f"{world}_{{rank}}.json")
 
-        def before():
-            os.environ["MEMORY"] = peaks
-        ranks = start_ranks(world, "tests/memory.py", f"--model={model}", f"--data={data}", "--shard",
-                            "--batch_size=12",
-                            f"--out={tmp_path / str(world)}", "--micro_batch_tokens=36", before=before)
-        assert [rank.wait() for rank in ranks] == [0] * world
-        table[world] = json.loads((tmp_path / f"{world}_{world - 1}.json").read_text())
-    print()
+    def before():
+        os.environ["MEMORY"] = str(tmp_path / "{rank}.json")
+    ranks = start_ranks(world, "tests/memory.py", f"--model={model}", f"--data={data}", "--shard",
+                        f"--out={tmp_path / 'run'}", "--micro_batch_tokens=36", before=before)
+    assert [rank.wait() for rank in ranks] == [0] * world
+    held = json.loads((tmp_path / f"{world - 1}.json").read_text())
     for phase, (copies, layers) in HELD.items():
-        print(f"{phase:15}" + "".join(f"{table[world][phase] / copy:8.2f}" for world in table),
-              "copies of the model")
-        for world in (2, 4):
-            assert table[world][phase] < copies * copy / world + layers * layer, (phase, world,
-                                                                                  table[world][phase] / copy)
+        print(f"{phase:15} {held[phase] / copy:.2f} copies of the model")
+        assert held[phase] < copies * copy / world + layers * layer, phase
 
 
 def test_sharded_training_is_that_of_one_process_and_saves_tied_weights_once(tmp_path):
@@ -145,15 +138,17 @@ SLOW_SAVE = """
 import time, torch.distributed.checkpoint as dcp
 save = dcp.save
 def slow(*args, **kwargs):
-    time.sleep(4)
+    time.sleep(3)
     save(*args, **kwargs)
 dcp.save = slow
 """
 
-@pytest.mark.parametrize("seconds", (2, 60))
+
+
+@pytest.mark.parametrize("seconds", (pytest.param(2, marks=pytest.mark.slow), 60))
 def test_torchrun_waits_for_a_slow_save_as_long_as_run_sh_tells_it(tmp_path, seconds):
     """run.sh sets TORCH_ELASTIC_SHUTDOWN_TIMEOUT: else torchrun kills the ranks 30 s after SIGTERM; here, 2.
-"""
+    """
     assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=" in (ROOT / "run.sh").read_text()
     model, data, out = make_model(tmp_path / "model"), make_rows(tmp_path / "rows.jsonl"), tmp_path / "run"
     (tmp_path / "sitecustomize.py").write_text(SLOW_SAVE)

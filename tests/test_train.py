@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 
 import rows
-from conftest import (Process, call, ends_well, read_rows, refused, run, start_ranks, start_until_finished,
+from conftest import (Process, call, ends_well, read_rows, refused, start_ranks, start_until_finished,
                       write_rows)
 
 FLAGS = ("--beta=0.1", "--learning_rate=1e-3", "--batch_size=16", "--micro_batch_tokens=160",
@@ -79,7 +79,7 @@ def test_checkpoints_are_whole_models_and_the_resume_state_goes_when_the_run_end
 def test_the_log_has_every_step_and_evaluations_before_and_after(undisturbed):
     log = read_rows(undisturbed / "metrics.jsonl")
     assert [row["step"] for row in log] == [0, *range(1, STEPS + 1), STEPS]
-    assert {"loss", "log_ratio", "log_ratio_chosen", "log_ratio_rejected", "drift", "grad_norm",
+    assert {"loss", "log_ratio", "log_ratio_better", "log_ratio_worse", "drift", "grad_norm",
             "learning_rate", "epoch", "seconds", "tokens_per_second"} == set(log[1]) - {"step"}
     assert {"eval_loss", "eval_log_ratio"} < set(log[0]) and {"eval_loss", "eval_log_ratio"} < set(log[-1])
 
@@ -231,8 +231,8 @@ def test_a_step_is_the_gradient_of_the_mean_loss_however_it_is_split(
         assert logged(out) == [pytest.approx(expected, rel=1e-4)]
         assert logged(out, "grad_norm") == [pytest.approx(gradient.norm().item(), rel=1e-3)]
         torch.testing.assert_close(gradients[i], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
-        assert logged(out, "log_ratio_chosen") == [pytest.approx(better, rel=1e-3, abs=1e-4)]
-        assert logged(out, "log_ratio_rejected") == [pytest.approx(worse, rel=1e-3, abs=1e-4)]
+        assert logged(out, "log_ratio_better") == [pytest.approx(better, rel=1e-3, abs=1e-4)]
+        assert logged(out, "log_ratio_worse") == [pytest.approx(worse, rel=1e-3, abs=1e-4)]
 
 
 def test_length_normalize_divides_beta_by_the_tokens_of_the_completion(tiny, rewarded, tmp_path, loaded):
@@ -292,9 +292,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny, reward
 
 # ---- several processes ----
 
-def test_two_processes_under_torchrun_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_path):
+def test_two_processes_have_the_losses_of_one(tiny, rewarded, undisturbed, tmp_path):
     out = tmp_path / "two"
-    run("train.py", *flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2"), ranks=2)
+    command = flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2")
+    assert [rank.wait() for rank in start_ranks(2, "train.py", *command)] == [0, 0]
     for name, tolerance in (("loss", 2e-6), ("eval_loss", 2e-6), ("grad_norm", 2e-6), ("log_ratio", 2e-5)):
         np.testing.assert_allclose(logged(out, name), logged(undisturbed, name), rtol=1e-5, atol=tolerance)
     assert names(out) == names(undisturbed)
