@@ -74,6 +74,9 @@ def plain(value):
         return {str(key): plain(item) for key, item in value.items()}
     return value
 """
+# What a contest supplies, and how it compares what is printed or returned
+APPS = SUPPLIED, "same_words(candidate({}), {})", "plain(candidate(*{})) in {}"
+LIVE_CODE_BENCH = SUPPLIED + LIMITS, "same_lines(candidate({}), {})", "listed(candidate(*{})) == {}"
 DEFINED = ast.FunctionDef, ast.ClassDef
 UNITTEST = """
 import unittest
@@ -171,18 +174,15 @@ def from_columns(row):
     if not lists or len(inputs) != len(outputs) or not inputs:
         raise ValueError("inputs and outputs must be lists of equal length, not empty")
     if not row.get("fn_name"):
-        return source(SUPPLIED, [f"same_words(candidate({lines(given)!r}), {lines(wanted)!r})"
-                                 for given, wanted in zip(inputs, outputs)])
-    calls = [f"candidate(*{[int_keys(value) for value in given]!r})" for given in inputs]
-    # most results are written as a list of one item
+        return contest(APPS, zip(map(lines, inputs), map(lines, outputs)))
+    # JSON has no integers as keys; and most results are written as a list of one item
+    inputs = [[int_keys(value) for value in given] for given in inputs]
     right = [[wanted, *wanted] if isinstance(wanted, list) and len(wanted) == 1 else [wanted]
              for wanted in outputs]
-    return source(SUPPLIED, [f"plain({call}) in {values!r}" for call, values in zip(calls, right)],
-                  row["fn_name"])
+    return contest(APPS, zip(inputs, right), row["fn_name"])
 
 
 def int_keys(value):
-    """A dict whose keys were integers before it was JSON."""
     try:
         return {int(key): item for key, item in value.items()}
     except (AttributeError, ValueError):
@@ -199,15 +199,13 @@ def from_live_code_bench(row):
     cases = unpacked(row["public_test_cases"]) + unpacked(row.get("private_test_cases") or "[]")
     pairs = [(case["input"], case["output"]) for case in cases]
     if all(case["testtype"] == "stdin" for case in cases):
-        return source(SUPPLIED + LIMITS, [f"same_lines(candidate({given!r}), {wanted!r})"
-                                          for given, wanted in pairs])
+        return contest(LIVE_CODE_BENCH, pairs)
     name = unpacked(row.get("metadata") or "{}").get("func_name")
     if not name:
         raise ValueError("functional tests need a func_name in metadata")
     pairs = [([json.loads(line) for line in given.split("\n") if line.strip()], json.loads(wanted))
              for given, wanted in pairs]
-    return source(SUPPLIED + LIMITS, [f"listed(candidate(*{given!r})) == {wanted!r}"
-                                      for given, wanted in pairs], name)
+    return contest(LIVE_CODE_BENCH, pairs, name)
 
 
 class TextOnly(pickle.Unpickler):
@@ -226,9 +224,12 @@ def unpacked(value):
     return json.loads(value)
 
 
-def source(preamble, asserts, name=None):
-    """A test of a function, or of a method of `Solution`; without a name of a whole program."""
-    test = COMPARE + "\ndef check(candidate):\n" + "".join(f"    assert {text}\n" for text in asserts)
+def contest(rules, pairs, name=None):
+    """The test of a whole program by pairs (stdin, stdout), or of a function by (arguments, value)."""
+    preamble, script, call = rules
+    test = COMPARE + "\ndef check(candidate):\n"
+    for given, wanted in pairs:
+        test += f"    assert {(call if name else script).format(repr(given), repr(wanted))}\n"
     entry = f"(Solution().{name} if hasattr(globals().get('Solution'), {name!r}) else {name})"
     return {"preamble": preamble, "test": test, "entry_point": entry if name else "__main__"}
 
