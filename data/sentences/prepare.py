@@ -27,7 +27,8 @@ REQUESTS = (
 TRAIN = (
     "rain", "a broken bicycle", "the sea", "an old teacher", "bread", "a job interview", "the night bus",
     "a lost dog", "winter", "a new neighbour", "tax forms", "a birthday cake", "the dentist",
-    "a mountain hike", "traffic", "a rusty key", "summer holidays", "an empty fridge", "the library", "a noisy school", "tea",
+    "a mountain hike", "traffic", "a rusty key", "summer holidays", "an empty fridge", "the library",
+    "a noisy school", "tea",
     "a long queue", "the moon", "a wedding", "a power cut", "the market", "a cold", "an exam", "a garden",
     "the hospital", "a flat tyre", "music",
 )
