@@ -9,8 +9,8 @@ dataset's own text is tokenised.
 """
 import collections
 import concurrent.futures
-import contextlib
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -143,26 +143,28 @@ class Reader:
         if self.choices.num_candidates:
             completions = completions[:self.choices.num_candidates]
         pool = []
+        num_refs = 0  # that quantiles are taken among
+        if field == "ref_completions":
+            num_refs = self.choices.num_ref_rewards or len(rewards)
         for k, (completion, reward) in enumerate(zip(completions, rewards)):
+            if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
+                rows.fail(f"{at}: {field} {k} must be an object with a `text` and token_ids, as "
+                          "generate_refs.py writes them")
             if made_by.get("from_text") or field == "other_completions":  # without this model's token ids
-                if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
-                    rows.fail(f"{at}: {field} {k} must be an object with a `text`; fix the row")
                 ids = self.text_ids(row, f"{field} {k}", completion["text"])
             else:
                 ids = self.checked_ids(f"{at}: {field} {k}", completion)
-                if k == 0 and not self.is_text_of(ids, completion.get("text"), row["prompt_ids"]):
+                if k == 0 and not self.is_text_of(ids, completion["text"], row["prompt_ids"]):
                     rows.fail(f"{at}: its {field} have token_ids that are not their text in this model's "
                               "tokenizer; train the model that sampled them, or sample again")
-            among_refs = field == "ref_completions" and k < (self.choices.num_ref_rewards or len(rewards))
             truncated = completion.get("finish_reason") == "length"
-            pool.append(Completion(ids, number(reward, at, rewards_field), among_refs, truncated))
+            reward = number(reward, at, rewards_field)
+            pool.append(Completion(ids, reward, k < num_refs, truncated))
         return pool
 
     def checked_ids(self, at, completion):
         """The token ids of a sampled completion; refuses those of another tokenizer."""
-        if not isinstance(completion, dict) or not isinstance(completion.get("token_ids"), list):
-            rows.fail(f"{at} has no list of token_ids; sample with generate_refs.py")
-        ids = np.array(completion["token_ids"])
+        ids = np.array(completion.get("token_ids", []))
         # read as unsigned, a negative id is beyond every vocabulary
         if ids.dtype != np.int64 or ids.ndim != 1 or ids.view(np.uint64).max() >= self.vocab:
             rows.fail(f"{at}: its token_ids are empty, or not all in the model's vocabulary of {self.vocab}; "
@@ -232,8 +234,8 @@ class Reader:
         return None
 
     def read(self, chunk):
-        """(position of the first line, [(at, line)]) -> the arrays of these rows, as in `build`, but
-        `tokens` as bytes, and a digest of each row's; and what was dropped.
+        """(position of the first line, [(at, line)]) -> the arrays of these rows, as in `build`, and what
+        was dropped.
         """
         first, chunk_lines = chunk
         table = collections.defaultdict(list)
@@ -245,7 +247,7 @@ class Reader:
             known = ref_rewards[~np.isnan(ref_rewards)]
             how = other_distribution(row, "ref_completions")
             if how:
-                table["sampling"] = how
+                table["sampling"].append(how)
             table["ids"].append(row.get("id", position))
             table["at"].append(at)
             table["ref_rewards"].append(ref_rewards)
@@ -257,11 +259,10 @@ class Reader:
                 else:
                     kept.append(group)
             if kept:
-                table["row"].append(np.full(sum(map(len, kept)), position))
-                for name, values in columns(row["prompt_ids"], kept, known).items():
+                found = columns(row["prompt_ids"], kept, known)
+                found["row"] = np.full(len(found["lens"]), position)
+                for name, values in found.items():
                     table[name].append(values)
-        table["digests"] = b"".join(hashlib.sha256(tokens).digest() for tokens in table["tokens"])
-        table["tokens"] = b"".join(table["tokens"])
         for name, kind in KINDS.items():
             table[name] = np.concatenate([np.empty(0, kind), *table[name]], dtype=kind)
         return table
@@ -270,8 +271,10 @@ class Reader:
 def other_distribution(row, field):
     """How the completions in a field were sampled, if not from the model's own distribution; or None."""
     made_by = row.get("made_by", {}).get(field, {})
-    how = f"temperature {made_by.get('temperature', 1)} and top_p {made_by.get('top_p', 1)}"
-    if made_by.get("temperature", 1) != 1 or made_by.get("top_p", 1) != 1:
+    temperature = made_by.get("temperature", 1)
+    top_p = made_by.get("top_p", 1)
+    how = f"temperature {temperature} and top_p {top_p}"
+    if temperature != 1 or top_p != 1:
         return how
     return None if made_by.get("own_distribution", True) else f"{how}, by another rule (token_probs)"
 
@@ -280,21 +283,24 @@ def columns(prompt, groups, known_refs):
     """The arrays of `build` for the groups of one row, except `row`. prompt: its token ids; known_refs:
     its known reference rewards.
     """
-    every = [completion for group in groups for completion in group]
-    n = len(every)
     prompt = np.array(prompt)
-    rewards = np.array([c.reward for c in every], np.float32)
-    among_refs = np.array([c.among_refs for c in every])
+    every = [completion for group in groups for completion in group]
+    tokens = []
+    for completion in every:
+        tokens += [prompt, completion.ids]
+    lens = [len(prompt) + len(completion.ids) for completion in every]
+    rewards = np.array([completion.reward for completion in every], np.float32)
+    among_refs = np.array([completion.among_refs for completion in every])
+    others = len(known_refs) - among_refs  # of its references, without itself
     same = np.count_nonzero(rewards[:, None] == known_refs, 1) - among_refs
-    others = len(known_refs) - among_refs
     return {
-        "tokens": np.concatenate([ids for c in every for ids in (prompt, c.ids)], dtype=np.int32),
-        "prompt_lens": np.full(n, len(prompt)),
-        "lens": np.array([len(prompt) + len(c.ids) for c in every]),
+        "tokens": np.concatenate(tokens, dtype=np.int32),
+        "prompt_lens": np.full(len(every), len(prompt)),
+        "lens": np.array(lens),
         "rewards": rewards,
         "side": sides(rewards, len(groups[0]), known_refs),
         "among_refs": among_refs,
-        "truncated": np.array([c.truncated for c in every]),
+        "truncated": np.array([completion.truncated for completion in every]),
         "tied": np.where(others > 0, same / np.maximum(others, 1), 1),
     }
 
@@ -324,8 +330,8 @@ def number(value, at, field):
 
 # ---- from rows to arrays on disk ----
 
-KINDS = {"prompt_lens": np.int64, "lens": np.int64, "rewards": np.float32, "row": np.int64, "side": np.int8,
-         "among_refs": np.bool_, "truncated": np.bool_, "tied": np.float32}
+KINDS = {"tokens": np.int32, "prompt_lens": np.int64, "lens": np.int64, "rewards": np.float32,
+         "row": np.int64, "side": np.int8, "among_refs": np.bool_, "truncated": np.bool_, "tied": np.float32}
 
 
 def build(folder, path, tokenizer, model, choices):
@@ -339,52 +345,55 @@ def build(folder, path, tokenizer, model, choices):
     about.json: a fingerprint of them all, and one line that describes them.
     """
     reader = Reader(tokenizer, model, choices)
-    seen, ids, ref_rewards, dropped, sampling = {}, [], [], collections.Counter(), None
     digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:  # the columns grow on disk
-        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", *KINDS)}
+    read = collections.defaultdict(list)  # of every chunk, but tokens, which may be more than memory holds
+    dropped = collections.Counter()
+    with open(folder / "tokens.bin", "wb") as tokens_file:
         for table in rows.progress(in_processes(reader, chunks(path)), desc="read", unit="chunk", delay=5):
-            for name, at in zip(table.pop("ids"), table.pop("at")):
-                if str(name) in seen:
-                    rows.fail(f"{at}: id {name!r} already appears at {seen[str(name)]}; ids must be unique")
-                seen[str(name)] = at
-                ids.append(name)
-            ref_rewards += table.pop("ref_rewards")
+            tokens = table.pop("tokens")
+            tokens_file.write(tokens)
+            digest.update(tokens)
             dropped.update(table.pop("dropped"))
-            sampling = table.pop("sampling", sampling)
-            digest.update(table["digests"])
-            for name, file in files.items():
-                file.write(table[name])
+            for name, values in table.items():
+                read[name].append(values)
     for reason, count in dropped.items():
         print(f"{path}: {count} completions dropped, {reason}", flush=True)
-    if not (folder / "tokens.bin").stat().st_size:
+    arrays = {name: np.concatenate(read[name]) for name in KINDS if name != "tokens"}
+    if len(arrays["lens"]) == 0:
         rows.fail(f"{path}: nothing is left of its completions")
+    ids, places, ref_rewards = (list(itertools.chain(*read[name])) for name in ("ids", "at", "ref_rewards"))
+    refuse_equal_ids(ids, places)
 
-    def column(name):
-        return np.fromfile(folder / f"{name}.bin", KINDS[name])
-
-    def save(name, values):
+    # rows, and with them completions, as if one process had written the folder
+    order = rows.order(path, ids)
+    place = np.argsort(order)
+    arrays["starts"] = np.cumsum(arrays["lens"]) - arrays["lens"]
+    arrays["row"] = place[arrays["row"]]
+    by_row = np.argsort(arrays["row"], kind="stable")
+    arrays = {name: values[by_row] for name, values in arrays.items()}
+    arrays["ids"] = np.array([str(ids[i]) for i in order])
+    most = max(map(len, ref_rewards))
+    arrays["ref_rewards"] = np.full((len(ids), most), np.nan, np.float32)
+    for r, i in enumerate(order):
+        arrays["ref_rewards"][r, :len(ref_rewards[i])] = ref_rewards[i]
+    for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
         digest.update(values)
-
-    order = rows.order(path, ids)  # rows, and with them completions, as if one process had written the folder
-    place = np.argsort(order)
-    by_row = np.argsort(place[column("row")], kind="stable")
-    save("starts", (np.cumsum(column("lens")) - column("lens"))[by_row])
-    for name in KINDS:
-        values = column(name)[by_row]
-        save(name, place[values] if name == "row" else values)
-        (folder / f"{name}.bin").unlink()
-    save("ids", np.array([str(ids[i]) for i in order]))
-    table = np.full((len(ids), max(map(len, ref_rewards))), np.nan, np.float32)
-    for r, i in enumerate(order):
-        table[r, :len(ref_rewards[i])] = ref_rewards[i]
-    save("ref_rewards", table)
-    about = summary(arrays(folder))
+    about = summary(SimpleNamespace(**arrays))
+    sampling = set(itertools.chain(*read["sampling"]))
     if sampling and choices.needs_refs:
-        about += (f"; WARNING: reference completions were sampled at {sampling}, so quantiles are not "
-                  "those among the model's own completions: sample them at 1 and 1")
+        about += (f"; WARNING: reference completions were sampled at {', '.join(sorted(sampling))}, so "
+                  "quantiles are not those among the model's own completions: sample them at 1 and 1")
     rows.write_json(folder / "about.json", {"fingerprint": digest.hexdigest()[:16], "summary": about})
+
+
+def refuse_equal_ids(ids, places):
+    """places: where each id is."""
+    seen = {}
+    for name, at in zip(ids, places):
+        if str(name) in seen:
+            rows.fail(f"{at}: id {name!r} already appears at {seen[str(name)]}; ids must be unique")
+        seen[str(name)] = at
 
 
 CHUNK_BYTES = 1 << 22  # of rows that a process takes at a time: a few rows of many long completions
@@ -409,15 +418,15 @@ def in_processes(reader, chunks):
     """reader.read(chunk) of all chunks in order, on all cores; few chunks are in memory at a time."""
     global worker_reader
     worker_reader = reader  # the processes are forks, so they have it without being sent it
+    cores = len(os.sched_getaffinity(0))
     first = next(chunks)
     second = next(chunks, None)
     if second is None:
         yield reader.read(first)
         return
-    cores = len(os.sched_getaffinity(0))
+    waiting = collections.deque()
     with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
-        waiting = collections.deque([pool.submit(read_in_worker, first), pool.submit(read_in_worker, second)])
-        for chunk in chunks:
+        for chunk in itertools.chain([first, second], chunks):
             waiting.append(pool.submit(read_in_worker, chunk))
             if len(waiting) > 2 * cores:
                 yield result_of(waiting.popleft(), pool)
