@@ -249,7 +249,6 @@ class Reader:
             if how:
                 table["sampling"].append(how)
             table["ids"].append(row.get("id", position))
-            table["at"].append(at)
             table["ref_rewards"].append(ref_rewards)
             kept = []
             for group in REGIMES[self.choices.train_on].groups(row, self):
@@ -361,8 +360,9 @@ def build(folder, path, tokenizer, model, choices):
     arrays = {name: np.concatenate(read[name]) for name in KINDS if name != "tokens"}
     if len(arrays["lens"]) == 0:
         rows.fail(f"{path}: nothing is left of its completions")
-    ids, places, ref_rewards = (list(itertools.chain(*read[name])) for name in ("ids", "at", "ref_rewards"))
-    refuse_equal_ids(ids, places)
+    ids, ref_rewards = (list(itertools.chain(*read[name])) for name in ("ids", "ref_rewards"))
+    if len(set(map(str, ids))) < len(ids):
+        collections.deque(rows.stream(path), maxlen=0)  # which refuses the second of two equal ids
 
     # rows, and with them completions, as if one process had written the folder
     order = rows.order(path, ids)
@@ -385,15 +385,6 @@ def build(folder, path, tokenizer, model, choices):
         about += (f"; WARNING: reference completions were sampled at {', '.join(sorted(sampling))}, so "
                   "quantiles are not those among the model's own completions: sample them at 1 and 1")
     rows.write_json(folder / "about.json", {"fingerprint": digest.hexdigest()[:16], "summary": about})
-
-
-def refuse_equal_ids(ids, places):
-    """places: where each id is."""
-    seen = {}
-    for name, at in zip(ids, places):
-        if str(name) in seen:
-            rows.fail(f"{at}: id {name!r} already appears at {seen[str(name)]}; ids must be unique")
-        seen[str(name)] = at
 
 
 CHUNK_BYTES = 1 << 22  # of rows that a process takes at a time: a few rows of many long completions

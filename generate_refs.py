@@ -12,7 +12,6 @@ samples with vLLM, if it is installed.
 """
 import argparse
 import collections
-import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -119,7 +118,8 @@ def sample_tokens(logits, u, args):
     cdf = token_probs(logits, args).cumsum(-1)
     total = cdf[:, -1]
     point = (u * total).minimum(total * (1 - 2 ** -23))  # below the total, so never an impossible token
-    return torch.searchsorted(cdf, point[:, None], right=True).clamp(max=logits.shape[-1] - 1)[:, 0]
+    tokens = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 # ---- the sampler ----
@@ -143,11 +143,14 @@ def prefill(model, cache, requests, args):
     # padded on the right without a mask: the padding comes after everything that a causal model can look at
     tokens = pad([request["prompt"] for request in requests], model.device)
     output = backbone(model)(input_ids=tokens, past_key_values=read, use_cache=True)
-    tensors = [tensor for layer in read.layers for tensor in (layer.keys, layer.values)]
+    tensors = []
+    for layer in read.layers:
+        tensors += [layer.keys, layer.values]
     lengths = [len(request["prompt"]) for request in requests]
     first = cache.add_prompts(tensors, lengths)
     ends = [length - 1 for length in lengths]
-    logits = logits_of(model, output, output.last_hidden_state[range(len(ends)), ends])  # (prompts, vocab)
+    hidden = output.last_hidden_state[range(len(ends)), ends]  # (prompts, dim)
+    logits = logits_of(model, output, hidden)  # (prompts, vocab)
     for i, request in enumerate(requests):
         request["completions"] = [Completion(request, k, args) for k in range(args.num_refs)]
         request["missing"] = args.num_refs
@@ -221,16 +224,13 @@ def check_sampler(model):
     """Set model.shares_prompts: whether it can read a prompt once for all its completions (`attend` in
     kv_cache.py). Refuse a model whose cache `sample` does not carry at all, such as a recurrent state.
     """
-    for shares in (True, False):
-        if shares and model.device.type != "cpu":
-            continue
+    for shares in ((True, False) if model.device.type == "cpu" else (False,)):
         try:
             try_cache(model, Cache(2, shares))
-        except Exception as failure:  # whatever the code of a family raises
-            error = failure
-        else:
             model.shares_prompts = shares
             return
+        except Exception as failure:  # whatever the code of a family raises
+            error = failure
     rows.fail(f"{model.name_or_path}: a {model.config.model_type} model has a cache or recurrent state that "
               f"this sampler does not carry ({error}); give --engine=vllm")
 
@@ -296,10 +296,6 @@ def sample_vllm(model, requests, args, ends):
 def start_vllm(args, longest):
     """A vllm.LLM for sequences of up to `longest` tokens."""
     import vllm
-    known = [field.name for field in dataclasses.fields(vllm.EngineArgs)]
-    for name in args.engine_options:
-        if name not in known:
-            rows.fail(f"--engine_options: vLLM {vllm.__version__} has no option {name!r}")
     options = {"model": args.model, "seed": args.seed, "trust_remote_code": args.trust_remote_code,
                "dtype": "bfloat16" if args.dtype == "auto" else args.dtype,
                "max_num_seqs": args.batch_size, "max_model_len": longest}
@@ -308,7 +304,7 @@ def start_vllm(args, longest):
         options["enable_chunked_prefill"] = False
     try:
         return vllm.LLM(**options | args.engine_options)
-    except (ValueError, RuntimeError) as error:  # options that do not fit, or too little memory
+    except (TypeError, ValueError, RuntimeError) as error:  # options that do not fit; too little memory
         rows.fail(f"--engine=vllm does not start: {' '.join(str(error).split())[:300]}; see --engine_options")
 
 
@@ -359,9 +355,8 @@ def main():
     settings = vars(args).copy()
     for name in ("data", "out", "batch_size"):  # the completions do not depend on these
         del settings[name]
-    settings["engine_options"] = {name: value for name, value in args.engine_options.items()
-                                  if name not in HOW_VLLM_RUNS}
-    settings["files"] = model_fingerprint(args.model)
+    options = {name: value for name, value in args.engine_options.items() if name not in HOW_VLLM_RUNS}
+    settings |= {"engine_options": options, "files": model_fingerprint(args.model)}
 
     def request(row):
         """What `sample` needs of a row, which then says what it was sampled after."""
@@ -402,7 +397,8 @@ def main():
         counts["tokens"] += sum(map(len, completions))
         counts["truncated"] += sum(ids[-1] not in ends for ids in completions)
         counts["hidden"] += sum(not special.isdisjoint(ids) for ids in completions)
-        bar.set_postfix_str(f"{counts['tokens'] / (time.time() - start):,.0f} tokens/s", refresh=False)
+        speed = counts["tokens"] / (time.time() - start)
+        bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
         bar.update()
     bar.close()
     if counts and main_process:
@@ -412,8 +408,12 @@ def main():
 def as_field(row, completions, tokenizer, ends, args):
     """The completions of a row, lists of token ids, as its field holds them."""
     prompt = row["made_by"]["prompt"]["token_ids"]
-    return [{"text": decode(tokenizer, prompt, ids, ends, args.keep_special_tokens), "token_ids": ids,
-             "finish_reason": "stop" if ids[-1] in ends else "length"} for ids in completions]
+    found = []
+    for ids in completions:
+        text = decode(tokenizer, prompt, ids, ends, args.keep_special_tokens)
+        reason = "stop" if ids[-1] in ends else "length"
+        found.append({"text": text, "token_ids": ids, "finish_reason": reason})
+    return found
 
 
 def summary(args, counts):

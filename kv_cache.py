@@ -52,9 +52,10 @@ class Cache(transformers.Cache):
         return self.get_seq_length() + query_length, 0
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        n, first = len(self.starts), min(self.starts)
+        n = len(self.starts)
+        first = min(self.starts)
         found = []
-        for buffer, new in zip(self.buffers[2 * layer_idx:2 * layer_idx + 2], (keys, values)):
+        for new, buffer in zip((keys, values), self.buffers[2 * layer_idx:]):
             buffer[:n, :, self.end] = new[:, :, 0]
             found.append(buffer[:n, :, first:self.end + 1])
         found[0].cache = self  # how `attend` finds the prompts
@@ -67,8 +68,10 @@ class Cache(transformers.Cache):
         that no active completion follows. Returns the number of the first.
         """
         if not self.buffers:
-            self.buffers = [t.new_zeros(self.max_rows, t.shape[1], 0, t.shape[3]) for t in tensors]
-            self.prompts = [tensor[:0] for tensor in tensors]
+            for tensor in tensors:
+                _, heads, _, dim = tensor.shape
+                self.buffers.append(tensor.new_zeros(self.max_rows, heads, 0, dim))
+                self.prompts.append(tensor[:0])
         used = sorted(set(self.prompt_of))
         self.prompt_of = [used.index(number) for number in self.prompt_of]
         self.lengths = [self.lengths[number] for number in used] + lengths
@@ -76,43 +79,51 @@ class Cache(transformers.Cache):
         kept = torch.tensor(used, dtype=torch.long, device=tensors[0].device)
         for i, new in enumerate(tensors):
             old = self.prompts[i][kept]
-            same_length = [pad(t, (0, 0, 0, longest - t.shape[2])) for t in (old, new)]  # or cut
-            self.prompts[i] = torch.cat(same_length)
+            old = pad(old, (0, 0, 0, longest - old.shape[2]))  # or cut
+            new = pad(new, (0, 0, 0, longest - new.shape[2]))
+            self.prompts[i] = torch.cat([old, new])
         return len(used)
 
     def join(self, number):
         """A new last completion, of that prompt."""
+        row = len(self.starts)
         copied = 0 if self.share else self.lengths[number]
         if self.end < copied:
             self.make_room(copied)
-        if copied:
-            for buffer, prompt in zip(self.buffers, self.prompts):
-                buffer[len(self.starts), :, self.end - copied:self.end] = prompt[number, :, :copied]
-        self.starts.append(self.end - copied)
+        start = self.end - copied
+        for buffer, prompt in zip(self.buffers, self.prompts):
+            buffer[row, :, start:self.end] = prompt[number, :, :copied]
+        self.starts.append(start)
         self.prompt_of.append(number)
 
     def leave(self, i):
         """Completion i has ended: the last one takes its row."""
         start = self.starts.pop()
         number = self.prompt_of.pop()
-        if i < len(self.starts):
-            self.starts[i] = start
-            self.prompt_of[i] = number
-            for buffer in self.buffers:
-                buffer[i, :, start:self.end] = buffer[len(self.starts), :, start:self.end]
+        last = len(self.starts)
+        if i == last:
+            return
+        self.starts[i] = start
+        self.prompt_of[i] = number
+        for buffer in self.buffers:
+            buffer[i, :, start:self.end] = buffer[last, :, start:self.end]
 
     def make_room(self, before=0):
         """New buffers with free columns, the completions at their left end but at least `before`
         columns from it.
         """
-        n, first = len(self.starts), min(self.starts, default=self.end)
+        n = len(self.starts)
+        first = min(self.starts, default=self.end)
         end = max(before, self.end - first)
         shift = end - self.end
-        for i, old in enumerate(self.buffers):  # zeros: what is masked must still be finite
+        for i, old in enumerate(self.buffers):
             _, heads, _, dim = old.shape
-            self.buffers[i] = old.new_zeros(self.max_rows, heads, end + self.FREE_COLUMNS, dim)
-            self.buffers[i][:n, :, first + shift:end] = old[:n, :, first:self.end]
-        self.starts, self.end = [start + shift for start in self.starts], end
+            # zeros: what is masked must still be finite
+            new = old.new_zeros(self.max_rows, heads, end + self.FREE_COLUMNS, dim)
+            new[:n, :, first + shift:end] = old[:n, :, first:self.end]
+            self.buffers[i] = new
+        self.starts = [start + shift for start in self.starts]
+        self.end = end
 
     # ---- a step ----
 
@@ -152,13 +163,16 @@ class Cache(transformers.Cache):
         """group (prompts, most): the completions of each prompt, filled up with completion 0. place: two
         tensors (n,), where each completion is in it.
         """
-        members = [[] for _ in self.lengths]
+        groups = [[] for _ in self.lengths]
         places = []
         for i, number in enumerate(self.prompt_of):
-            places.append((number, len(members[number])))
-            members[number].append(i)
-        most = max(map(len, members))
-        self.group = torch.tensor([m + [0] * (most - len(m)) for m in members])
+            group = groups[number]
+            places.append((number, len(group)))
+            group.append(i)
+        most = max(map(len, groups))
+        for group in groups:
+            group += [0] * (most - len(group))
+        self.group = torch.tensor(groups)
         self.place = torch.tensor(places).unbind(1)
 
 
@@ -179,7 +193,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     cache = key.cache
     prompt_key, prompt_value = cache.prompts[2 * module.layer_idx:2 * module.layer_idx + 2]
     n, kv_heads, _, dim = key.shape
-    query = query.reshape(n, kv_heads, -1, dim)  # every key head has this many query heads
+    query = query.reshape(n, kv_heads, -1, dim)  # of each key head
     own, log_own = flash(query, key, value, attn_mask=cache.bias, scale=scaling)
 
     # all completions of a prompt are one sequence of queries: (prompts, kv_heads, most * query heads, dim)
@@ -192,8 +206,10 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
         return tensor.unflatten(2, together.shape[2:4]).transpose(1, 2)[cache.place]
 
     weight = torch.sigmoid(of_each(log_prompt) - log_own)[..., None]  # at least float32
-    mean = own.to(weight.dtype).lerp(of_each(prompt).to(weight.dtype), weight)
-    return mean.to(value.dtype).reshape(n, 1, -1, value.shape[-1]), None
+    prompt = of_each(prompt).to(weight.dtype)
+    mean = own.to(weight.dtype).lerp(prompt, weight)
+    mean = mean.to(value.dtype)
+    return mean.reshape(n, 1, -1, value.shape[-1]), None
 
 
 def only_causal(mask_function, **kwargs):

@@ -141,7 +141,8 @@ def render(tokenizer, messages, args=None, **position):
         chat.append(message)
     args = getattr(tokenizer, "template_args", {}) | (args or {})
     text = tokenizer.apply_chat_template(chat, tokenize=False, **args, **position)
-    if "None" in text and "None" not in json.dumps(chat) and None in [m.get("content", "") for m in chat]:
+    has_null = None in [message.get("content", "") for message in chat]
+    if has_null and "None" in text and "None" not in json.dumps(chat):
         raise ValueError("the chat template writes None for a content of null; make it an empty text")
     return text
 
@@ -210,8 +211,10 @@ def text_ids(tokenizer, text):
     """Ids of a text that is not a chat: after those that the tokenizer puts before every text, such as a BOS,
     never twice; and without what it puts after every text, such as an EOS.
     """
-    ids, whole = chat_ids(tokenizer, text), tokenizer(text).input_ids
-    before = next(whole[:n] for n in range(len(whole) + 1) if whole[n:n + len(ids)] == ids)
+    ids = chat_ids(tokenizer, text)
+    whole = tokenizer(text).input_ids
+    places = range(len(whole) + 1)
+    before = next(whole[:n] for n in places if whole[n:n + len(ids)] == ids)
     return ids if ids[:len(before)] == before else before + ids
 
 
@@ -271,7 +274,7 @@ def end_ids(model, tokenizer):
     """
     ids = (model.generation_config or model.config).eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    ends = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    ends = {*ids, tokenizer.eos_token_id} - {None}
     after = turn_end(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else []
     added = [i for i in after if i in tokenizer.added_tokens_decoder and tokenizer.decode([i]).strip()]
     if added and ends.isdisjoint(added):
@@ -299,8 +302,10 @@ def decode(tokenizer, prompt, ids, ends=(), keep_special=False):
     if len(ids) and ids[-1] in ends:
         ids = ids[:-1]
     # as arrays: of a list, transformers looks at every id first, in Python
-    prompt, ids = np.array(prompt, np.int64), np.array(ids, np.int64)
-    before, whole = tokenizer.decode(prompt, **flags), tokenizer.decode(np.append(prompt, ids), **flags)
+    prompt = np.array(prompt, np.int64)
+    ids = np.array(ids, np.int64)
+    before = tokenizer.decode(prompt, **flags)
+    whole = tokenizer.decode(np.append(prompt, ids), **flags)
     return whole[len(before):] if whole.startswith(before) else tokenizer.decode(ids, **flags)
 
 

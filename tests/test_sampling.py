@@ -382,7 +382,7 @@ def test_vllm_that_is_not_installed(tiny, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("options, says", (
-    ({"gpu_memory_utilisation": 0.5}, "no option 'gpu_memory_utilisation'"),
+    ({"gpu_memory_utilisation": 0.5}, "unexpected keyword argument 'gpu_memory_utilisation'"),
     ({"gpu_memory_utilization": 1}, "does not start: more than there is")))
 def test_vllm_options_that_it_does_not_take(vllm, tmp_path, capsys, options, says):
     refused(capsys, [says], "generate_refs.py", *vllm, f"--out={tmp_path / 'out'}",

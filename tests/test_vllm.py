@@ -93,7 +93,7 @@ def test_vllm_samples_as_this_sampler_does(python, tmp_path):
                        *flags], tmp_path / "log", RUN, until)
 
     # what cannot start says so in one line
-    for options, says in (('{"gpu_memory_utilisation": 0.1}', "no option 'gpu_memory_utilisation'"),
+    for options, says in (('{"gpu_memory_utilisation": 0.1}', "argument 'gpu_memory_utilisation'"),
                           ('{"max_model_len": 1}', "does not start")):
         code, printed = vllm(*flags(data, "refused"), options=options)
         errors = [line for line in printed.splitlines() if line.strip().startswith("error: ")]
