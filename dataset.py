@@ -59,7 +59,8 @@ def best_worst(row, reader):
 
 def random_pairs(row, reader):
     pool = reader.sampled(row, "ref_completions", "ref_rewards")
-    return [sorted(pair, key=lambda c: -c.reward) for pair in zip(pool[0::2], pool[1::2])]
+    pairs = zip(pool[0::2], pool[1::2])
+    return [sorted(pair, key=lambda c: -c.reward) for pair in pairs]
 
 
 def mixed(row, reader):
@@ -73,10 +74,17 @@ def mixed(row, reader):
     known = ref_rewards[~np.isnan(ref_rewards)]
     if len(known) == 0:
         return []
-    pool = [((known <= np.float32(c.reward)).mean(), c) for c in pool if not math.isnan(c.reward)]
-    best = [c for q, c in pool if q == 1]
-    worst = [(q, c) for q, c in pool if q <= max(0.2, 1 / len(known)) and q < 1]
-    return [[best[0], max(worst, key=lambda pair: pair[0])[1]]] if best and worst else []
+    limit = max(0.2, 1 / len(known))
+    best, worst, worst_quantile = None, None, -1
+    for completion in pool:
+        if math.isnan(completion.reward):
+            continue
+        quantile = (known <= np.float32(completion.reward)).mean()
+        if quantile == 1:
+            best = best or completion
+        elif worst_quantile < quantile <= limit:
+            worst, worst_quantile = completion, quantile
+    return [[best, worst]] if best and worst else []
 
 
 def chosen_rejected(row, reader):
@@ -175,9 +183,12 @@ class Reader:
         """Whether a text is that of sampled ids, with special tokens or without. Other samplers may leave
         out the space that it begins with.
         """
-        found = (decode(self.tokenizer, prompt, ids, ends, keep_special)
-                 for keep_special in (False, True) for ends in (self.ends, ()))
-        return isinstance(text, str) and any(other.strip() == text.strip() for other in found)
+        for keep_special in (False, True):
+            for ends in (self.ends, ()):
+                found = decode(self.tokenizer, prompt, ids, ends, keep_special)
+                if found.strip() == text.strip():
+                    return True
+        return False
 
     def text(self, row, field, reward_field):
         """A completion of the dataset's own, tokenised after its prompt."""
@@ -312,7 +323,9 @@ def sides(rewards, size, known_refs):
         return np.tile([1, -1], len(rewards) // 2)
     if len(known_refs) == 0:
         return np.zeros(len(rewards), int)
-    return np.nan_to_num(np.sign(rewards - known_refs.mean(dtype=float).astype(np.float32))).astype(int)
+    mean = known_refs.mean(dtype=float).astype(np.float32)
+    side = np.sign(rewards - mean)
+    return np.nan_to_num(side).astype(int)
 
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -489,9 +502,12 @@ def show(data, tokenizer, index, targets):
     for i, target in zip(index, targets):
         start, n, end = data.starts[i], data.prompt_lens[i], data.lens[i]
         tokens = data.tokens[start:start + end]
-        prompt, completion = tokenizer.decode(tokens[:n]), tokenizer.decode(tokens[n:])
-        print(f"---- row {data.ids[data.row[i]]}: {n} tokens of prompt, {end - n} trained, between >>> and "
-              f"<<<; reward {data.rewards[i]:.4g}, target log-ratio {target:.3f}\n{prompt}>>>{completion}<<<")
+        prompt = tokenizer.decode(tokens[:n])
+        completion = tokenizer.decode(tokens[n:])
+        name = data.ids[data.row[i]]
+        print(f"---- row {name}: {n} tokens of prompt, {end - n} trained, between >>> and <<<; "
+              f"reward {data.rewards[i]:.4g}, target log-ratio {target:.3f}")
+        print(f"{prompt}>>>{completion}<<<")
 
 
 # ---- batches ----
@@ -505,8 +521,10 @@ def get_batch(data, index, device):
     b.tokens = pad([data.tokens[start:start + n] for start, n in spans], device)
     for name in ("prompt_lens", "lens", "rewards", "side", "among_refs", "ref_logps"):
         if hasattr(data, name):
-            setattr(b, name, torch.as_tensor(getattr(data, name)[index], device=device))
-    b.ref_rewards = torch.as_tensor(data.ref_rewards[data.row[index]], device=device)
+            values = getattr(data, name)[index]
+            setattr(b, name, torch.as_tensor(values, device=device))
+    ref_rewards = data.ref_rewards[data.row[index]]
+    b.ref_rewards = torch.as_tensor(ref_rewards, device=device)
     return b
 
 
@@ -521,11 +539,14 @@ def micro_batches(lens, examples, budget, rank=0, world=1):
     longest = lens[examples].max(1)
     order = np.argsort(-longest, kind="stable")
     while len(order):
-        size = max(1, int(budget // (examples.shape[1] * longest[order[0]]))) * world
+        tokens = examples.shape[1] * longest[order[0]]  # of the longest example that is left
+        size = max(1, int(budget // tokens)) * world
         block, order = order[:size], order[size:]
         mine = block[rank::world]
         weight = int(len(mine) > 0)
-        yield examples[mine if weight else block[:1]].reshape(-1), weight
+        if not weight:
+            mine = block[:1]
+        yield examples[mine].reshape(-1), weight
 
 
 @torch.no_grad()
@@ -575,8 +596,9 @@ class Meter:
     def add(self, metrics, weight=1):
         """metrics: name -> values of any shape; NaN: does not apply. weight: 0 for a filler, else 1."""
         for name, values in metrics.items():
+            total = values.nansum()
             known = values.isnan().logical_not().sum()
-            sum_and_count = torch.stack([values.nansum().double(), known.double()])
+            sum_and_count = torch.stack([total.double(), known.double()])
             self.totals[name] = self.totals.get(name, 0) + sum_and_count * weight
 
     def means(self):
