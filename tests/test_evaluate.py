@@ -197,6 +197,16 @@ def test_generate_refs_says_whether_it_sampled_from_the_model_itself(tiny, tmp_p
     assert made_by["own_distribution"] == own and made_by["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32", None))
+def test_a_policy_is_sampled_in_the_dtype_of_its_references(tiny, rewarded, tmp_path, dtype):
+    row = read_rows(rewarded)[0]
+    row["made_by"]["ref_completions"]["dtype"] = dtype
+    data = write_rows(tmp_path / "data.jsonl", [row])
+    call("generate_refs.py", f"--model={tiny}", f"--data={data}", f"--out={tmp_path / 'out'}", "--num_refs=1",
+         "--max_new_tokens=2", "--field=samples")
+    assert read_rows(tmp_path / "out")[0]["made_by"]["samples"]["dtype"] == (dtype or "float32")
+
+
 def test_a_sampling_rule_that_somebody_adds_is_seen():
     import generate_refs
     code = inspect.getsource(generate_refs)
