@@ -40,7 +40,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 MODELS = {"reference": ("ref_completions", "ref_rewards"), "policy": ("samples", "sample_rewards")}
 FIELDS = [field for pair in MODELS.values() for field in pair]  # that every row must have
 FORWARD_TOKENS = 8192  # padded tokens in a forward pass
-PROMPTS, COMPLETIONS = 500, 4  # the most that the page shows: prompts, and completions of a model for each
+PROMPTS, COMPLETIONS = 500, 4  # the most on the page: prompts, and completions of a model for each
 
 
 # ---- settings ----
@@ -119,10 +119,22 @@ def mean_reward(row, field, column):
 
 
 def for_page(row):
-    """What the page shows of a row."""
+    """What the page shows of a row: of each model the best completions and the worst, best first."""
     short = {"id": str(row["id"]), "prompt": row["prompt"]}
-    for name in FIELDS:
-        short[name] = row[name][:COMPLETIONS]
+    for model, (field, column) in MODELS.items():
+        completions = []
+        known = 0
+        for completion, reward in zip(row[field], row[column]):
+            completions.append({
+                "text": completion["text"],
+                "reward": reward,
+                "place": known,  # among those of known reward
+                "tokens": len(completion.get("token_ids", [])),
+                "cut_off": completion.get("finish_reason") == "length"})
+            known += reward is not None
+        completions.sort(key=lambda c: -math.inf if c["reward"] is None else c["reward"], reverse=True)
+        del completions[COMPLETIONS // 2:-(COMPLETIONS // 2)]
+        short[model] = completions
     return short
 
 
@@ -298,8 +310,8 @@ def oddities(held_out, data):
             found.append(f"{cut:.0%} of the {model}'s completions ran out of tokens")
     tied = (data["reference"].tied == 1).mean()
     if tied > 0.2:
-        found.append(f"{tied:.0%} of the reference's rewards equal all others of their prompt: there is "
-                     "nothing to gain")
+        found.append(f"{tied:.0%} of the reference's rewards equal all others of their prompt, where "
+                     "there is nothing to gain")
     return found
 
 
@@ -311,13 +323,14 @@ def show(content):
     for name, *numbers in lines:
         numbers = map(str.rjust, numbers, widths[1:])
         print(name.ljust(widths[0]), *numbers, sep="  ")
-    print("\nThe largest and the smallest gain, with the first completions:")
+    print("\nThe largest and the smallest gain, with each model's best completion:")
     for row in (content["prompts"][0], content["prompts"][-1]):
         means = row["means"]
         print(f"\nrow {row['id']}: mean reward {means['reference']:.4g} -> {means['policy']:.4g}")
         print("prompt    ", shortened(text_of(row["prompt"])))
-        for model, (field, _) in MODELS.items():
-            print(f"{model:10}", shortened(row[field][0]["text"]))
+        for model in MODELS:
+            best = row[model][0]
+            print(f"{model:10} reward {best['reward']}: {shortened(best['text'])}")
     if content["verdict"]:
         print(f"\n{content['verdict']}")
 
@@ -345,9 +358,8 @@ def write(args, results, samples):
 
 
 def add_numbers(page, data, rewards):
-    """Adds to every row of the page its place in the data; means, of its rewards and log-ratios; and
-    log_ratios {model: of every completion, NaN if its reward is unknown}. rewards: see `measure`. Returns
-    them with the largest gain first.
+    """Adds to every row of the page its place in the data, the means of its rewards and log-ratios, and the
+    log-ratio of each completion. rewards: see `measure`. Returns them with the largest gain first.
     """
     place = {name: i for i, name in enumerate(data["policy"].ids.tolist())}
     log_ratio = by_prompt(data["policy"], data["policy"].log_ratio)
@@ -356,12 +368,11 @@ def add_numbers(page, data, rewards):
         row["place"] = at
         row["means"] = {column: values[at] for column, values in rewards.items()}
         row["means"]["log_ratio"] = log_ratio[at]
-        row["log_ratios"] = {}
-        for model, (_, column) in MODELS.items():
-            known = iter(data[model].log_ratio[data[model].row == at])
-            row["log_ratios"][model] = [
-                math.nan if reward is None else next(known)
-                for reward in row[column]]
+        for model in MODELS:
+            known = data[model].log_ratio[data[model].row == at]
+            for completion in row[model]:
+                if completion["reward"] is not None:
+                    completion["log_ratio"] = known[completion["place"]]
     return sorted(page, key=lambda row: np.nan_to_num(row["means"]["difference"]), reverse=True)
 
 
@@ -369,9 +380,7 @@ def write_page(args, pictures, content):
     """OUT/report.html. Completions are untrusted: jinja2 escapes all text, and the Content-Security-Policy
     lets no script run but the page's own.
     """
-    images = {}
-    for path in pictures:
-        images[path.name] = base64.b64encode(path.read_bytes()).decode()
+    images = {path.name: base64.b64encode(path.read_bytes()).decode() for path in pictures}
     template = Path(__file__).with_name("evaluate.html").read_text()
     environment = jinja2.Environment(
         autoescape=True,
@@ -381,7 +390,6 @@ def write_page(args, pictures, content):
     page = environment.from_string(template).render(
         args=args,
         images=images,
-        models=MODELS,
         most=COMPLETIONS,
         nonce=secrets.token_hex(),
         date=time.strftime("%d %B %Y, %H:%M"),

@@ -52,7 +52,8 @@ def arguments():
     add("--engine_options", type=rows.json_object, default={}, metavar="JSON",
         help="""vllm: more arguments of vllm.LLM, such as '{"gpu_memory_utilization": 0.5}'""")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16 on a GPU, by vLLM, and for models stored in it on CPUs that multiply it")
+        help="auto: bfloat16 on a GPU, by vLLM, and for models stored in it on CPUs that multiply it; of "
+             "samples that of the references beside them")
     add("--template_args", type=rows.json_object, default={}, metavar="JSON",
         help="""what the chat template gets besides the messages, such as '{"enable_thinking": false}'""")
     add("--keep_special_tokens", action="store_true",
@@ -64,7 +65,15 @@ def arguments():
         rows.fail("--engine=vllm: vLLM is not installed here; pip install vllm, or omit --engine")
     if args.engine_options and args.engine != "vllm":
         rows.fail("--engine_options are for --engine=vllm; add it")
+    if args.dtype == "auto" and args.field == "samples":
+        args.dtype = dtype_of_references(args.data)
     return args
+
+
+def dtype_of_references(data):
+    """The --dtype with which the references in rows were sampled, or auto: what is compared has one dtype."""
+    made_by = next(rows.stream(data)).get("made_by", {}).get("ref_completions", {})
+    return made_by.get("dtype") if made_by.get("dtype") in ("float32", "bfloat16") else "auto"
 
 
 # ---- which token comes next ----

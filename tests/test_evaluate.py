@@ -92,13 +92,14 @@ def test_it_prints_the_prompts_with_the_largest_and_the_smallest_gain(tiny, rewa
     for i, gain in enumerate([0.125, 0.5, None, -0.25, 0]):
         table[i]["ref_rewards"] = [0.5] * 4
         table[i]["sample_rewards"] = [None if gain is None else 0.5 + gain] * 4
+    table[1]["sample_rewards"] = [None, 0.75, 1.25, 1]
     evaluate(tiny, tmp_path, table)
     lines = capsys.readouterr().out.splitlines()
     start = lines.index(f"row {table[1]['id']}: mean reward 0.5 -> 1")
     assert lines[start + 1] == f"prompt     {table[1]['prompt']!r}"
-    assert lines[start + 3] == f"policy     {table[1]['samples'][0]['text']!r}"
+    assert lines[start + 3] == f"policy     reward 1.25: {table[1]['samples'][2]['text']!r}"
     assert lines[start + 5] == f"row {table[3]['id']}: mean reward 0.5 -> 0.25"
-    assert lines[start + 7] == f"reference  {table[3]['ref_completions'][0]['text']!r}"
+    assert lines[start + 7] == f"reference  reward 0.5: {table[3]['ref_completions'][0]['text']!r}"
 
 
 def test_where_all_rewards_tie_it_says_that_there_is_nothing_to_gain(tiny, rewarded, tmp_path, capsys):
@@ -194,6 +195,16 @@ def test_generate_refs_says_whether_it_sampled_from_the_model_itself(tiny, tmp_p
          "--max_new_tokens=4", *flags)
     made_by = read_rows(tmp_path / "out")[0]["made_by"]["ref_completions"]
     assert made_by["own_distribution"] == own and made_by["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32", None))
+def test_a_policy_is_sampled_in_the_dtype_of_its_references(tiny, rewarded, tmp_path, dtype):
+    row = read_rows(rewarded)[0]
+    row["made_by"]["ref_completions"]["dtype"] = dtype
+    data = write_rows(tmp_path / "data.jsonl", [row])
+    call("generate_refs.py", f"--model={tiny}", f"--data={data}", f"--out={tmp_path / 'out'}", "--num_refs=1",
+         "--max_new_tokens=2", "--field=samples")
+    assert read_rows(tmp_path / "out")[0]["made_by"]["samples"]["dtype"] == (dtype or "float32")
 
 
 def test_a_sampling_rule_that_somebody_adds_is_seen():

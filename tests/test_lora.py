@@ -1,6 +1,7 @@
 """train.py --lora: what is trained and saved, the gate, kills, and processes. Needs peft."""
 import math
 import shutil
+import signal
 import sys
 
 import pytest
@@ -10,8 +11,9 @@ import transformers
 from safetensors.torch import load_file
 
 import model as model_py
-from conftest import call, read_rows, refused, start_ranks, start_until_finished
+from conftest import Process, call, read_rows, refused, start_ranks
 from test_real_use import log_ratio
+from test_train import die_after_saving
 
 FLAGS = "--lora=4", "--learning_rate=1e-2", "--batch_size=16", "--micro_batch_tokens=160", "--beta=0.1"
 
@@ -80,12 +82,14 @@ def test_a_run_in_bfloat16_passes_the_gate(tiny, rewarded, tmp_path):
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
 
 
-def test_kills_and_ranks_change_nothing(tiny, rewarded, run, tmp_path, monkeypatch):
+def test_a_kill_and_ranks_change_nothing(tiny, rewarded, run, tmp_path):
     out, _ = run
     expected = load_file(out / "model.safetensors")
-    kills = start_until_finished("train.py", *flags(
-        tiny, rewarded, tmp_path / "killed", f"--eval_data={rewarded}", "--save_every=3", "--resume"))
-    assert kills > 5
+    command = flags(
+        tiny, rewarded, tmp_path / "killed", f"--eval_data={rewarded}", "--save_every=3", "--resume")
+    killed = Process("train.py", *command, before=lambda: die_after_saving(3))
+    assert killed.wait() == -signal.SIGKILL
+    call("train.py", *command)
     same = load_file(tmp_path / "killed/model.safetensors")
     assert same.keys() == expected.keys()
     assert all(torch.equal(same[name], expected[name]) for name in expected)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from conftest import MATERIAL, ROOT, call, make_tokenizer, read_rows, run, write_rows
+from conftest import MATERIAL, ROOT, call, make_tokenizer, python, read_rows, run, write_rows
 
 
 def chat(question, answer):
@@ -191,10 +191,10 @@ def test_a_reference_dataset_that_is_nowhere(tmp_path):
 
 
 def test_stories_differ_and_their_reward_counts_words(tmp_path):
-    run("data/stories/prepare.py", f"--out={tmp_path}")
+    python("data/stories/prepare.py", f"--out={tmp_path}")
     train, test = (read_rows(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
     assert len({row["prompt"] for row in train + test}) == len(train) + len(test) == 448
-    run("score.py", "--data=" + str(write_rows(tmp_path / "told.jsonl", [
+    python("score.py", "--data=" + str(write_rows(tmp_path / "told.jsonl", [
         {"prompt": "Tim", "completion": "was SAD. He smiled and was happy, happily!"},
         {"prompt": "Tim", "completion": "was unhappy and glade"}])), f"--out={tmp_path / 'scored'}",
         f"--reward={ROOT / 'data/stories/reward.py'}:happy")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, run as run_script
+from conftest import ROOT, python
 
 STUB = """#!/bin/sh
 # an interpreter that prints its arguments, one a line, and ends train.py with $CODE
@@ -117,8 +117,7 @@ def test_minicode_from_nothing_to_a_better_model(tmp_path):
     """Guards the README's first command, with a smaller minicode in a folder of the caller's: the pass rate
     rises, and the objective ends between the reference model's and its bound.
     """
-
-    run_script("data/minicode/prepare.py", f"--out={tmp_path}/mine", "--steps=400")
+    python("data/minicode/prepare.py", f"--out={tmp_path}/mine", "--steps=400")
     code, printed = run_sh("--learning_rate=3e-4", "--batch_size=64", at=ROOT, cwd=tmp_path,
                            MODEL="mine/model", DATA="mine", PYTHON=sys.executable,
                            GENERATE="--num_refs=8 --max_new_tokens=48")
