@@ -290,12 +290,12 @@ def program_in(answer, rule="answer", which="first"):
 
 @pytest.mark.parametrize("text", ["```python\nx{}y", "```{}", "``` {}", "{}", "```python\n{}\n```", "```python {}\n",
                                   "```py\n\"\"\"{}\\"])
-@pytest.mark.parametrize("again", [" ", "`", "a", "~", "```python\n", "```\n", "\t \n", "``` ", "\\\"\"\"", "```\n'''\n```\n"])
+@pytest.mark.parametrize("again", [" ", "`", "a", "~", "```python\n", "```\n", "\t \n", "``` ", "\\\"\"\"", "```\n\\'''\n```\n"])
 def test_no_answer_takes_long_to_read(text, again):
     begun = time.process_time()
     for rule in sandbox.BLOCKS:
-        program_in(text.format(again * 60_000), rule)
-    assert time.process_time() - begun < 5
+        program_in(text.format((again * 60_000)[:60_000]), rule)
+    assert time.process_time() - begun < 1
 
 
 def test_numpy_values():
