@@ -2,6 +2,7 @@
 
     python -c 'from sandbox import runtimes; print(runtimes.command("namespaces", "", "numpy", {}))'
 """
+import glob
 import importlib.util
 import json
 import os
@@ -35,9 +36,9 @@ def extras(packages):
             raise RuntimeError(f"--packages={packages}: {name!r} is not installed here")
         if spec and spec.origin:
             path = os.path.dirname(spec.origin) if spec.submodule_search_locations else spec.origin
-            found = [path, f"{os.path.dirname(path)}/{name}.libs"]  # a wheel's shared libraries
+            found = [path, *glob.glob(f"{os.path.dirname(path)}/*.libs")]  # wheels' shared libraries
             pairs += [(path, "/box/" + os.path.basename(path)) for path in found if os.path.exists(path)]
-    return pairs
+    return list(dict.fromkeys(pairs))
 
 
 def command(runtime, image, packages, limits, way="apart"):

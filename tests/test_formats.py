@@ -13,7 +13,7 @@ import pytest
 from test_sandbox import NAMED, RUNTIME, dataset, verdicts, works
 
 import sandbox
-from sandbox import formats
+from sandbox import formats, runtimes
 
 pytestmark = pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")
 
@@ -290,12 +290,12 @@ def program_in(answer, rule="answer", which="first"):
 
 @pytest.mark.parametrize("text", ["```python\nx{}y", "```{}", "``` {}", "{}", "```python\n{}\n```", "```python {}\n",
                                   "```py\n\"\"\"{}\\"])
-@pytest.mark.parametrize("again", [" ", "`", "a", "~", "```python\n", "```\n", "\t \n", "``` ", "\\\"\"\"", "```\n'''\n```\n"])
+@pytest.mark.parametrize("again", [" ", "`", "a", "~", "```python\n", "```\n", "\t \n", "``` ", "\\\"\"\"", "```\n\\'''\n```\n"])
 def test_no_answer_takes_long_to_read(text, again):
     begun = time.process_time()
     for rule in sandbox.BLOCKS:
-        program_in(text.format(again * 60_000), rule)
-    assert time.process_time() - begun < 5
+        program_in(text.format((again * 60_000)[:60_000]), rule)
+    assert time.process_time() - begun < 1
 
 
 def test_numpy_values():
@@ -456,3 +456,12 @@ def test_what_is_not_installed_is_the_rows_fault(way):
     assert all(got[n]["reward"] is None and "nosuchmodule" in got[n]["detail"] for n in (1, 2)), got
     program = verdicts([{"id": 1, "test_list": ["assert f(1) == 1"], "fenced": False, "completion": "import nosuchmodule"}], way=way)[1]
     assert program["reward"] == 0
+
+
+def test_a_package_comes_with_the_shared_libraries_of_its_wheel(tmp_path, monkeypatch):
+    """Whatever the wheel's name is: PIL's are in pillow.libs."""
+    (tmp_path / "lens").mkdir()
+    (tmp_path / "lens/__init__.py").touch()
+    (tmp_path / "optics.libs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {inside for _, inside in runtimes.extras("lens")} == {"/box/inside", "/box/lens", "/box/optics.libs"}
