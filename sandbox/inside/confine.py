@@ -234,9 +234,12 @@ def silence():
         os.close(null)
 
 
-def take(size):
-    """Exactly `size` bytes of the host's pipe; exits where it has closed."""
+def take(size, source=0):
+    """Exactly `size` bytes of a pipe, the host's if no other is named; EOFError where it has closed."""
     data = bytearray()
     while len(data) < size:
-        data += os.read(0, size - len(data)) or sys.exit()
+        more = os.read(source, size - len(data))
+        if not more:
+            raise EOFError
+        data += more
     return bytes(data)

@@ -62,7 +62,7 @@ def rehearse(limits):
         judge = Judge((None, replies, None), {}, Tests(test, "f"), limits)
         judge.begin()
         function = judge.remotes[0] = CandidateObject(judge, {"here": 0})
-        message = judge.dump("call", [function, [1, [2.0]], [], [], {}])
+        message = judge.dump("call", [function, [1, [2.0]], [], []])
         candidate.answer(*candidate.load(message.encode()))
         judge.load(judge.receive())
         exec(judge.tests.code, module_space())
@@ -111,6 +111,8 @@ def supervise(options):
             os.write(1, json.dumps(one_program(box, *sizes, patience)).encode() + b"\n")
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(box["candidate"], 0)  # not before: the host need not wait for its end
+    except EOFError:  # the host has no more, or has gone
+        pass
     finally:
         if os.getpid() == own_pid:  # not a clone
             walls.remove()
