@@ -6,10 +6,8 @@ In: the program's part of a job, calls on a pipe. Out: values, or exceptions, on
 """
 import ast
 import atexit
-import builtins
 import contextlib
 import importlib
-import io
 import json
 import marshal
 import operator

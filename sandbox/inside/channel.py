@@ -20,7 +20,8 @@ import sys
 import threading
 
 from .confine import take
-from .values import BASES, CONSTANTS, KINDS, SCALARS, TAGS, decode, encode, exception_of, fields_of, set_fields
+from .values import (BASES, CONSTANTS, KINDS, SCALARS, TAGS, decode, encode, exception_of, fields_of,
+                     set_fields)
 
 ENCODER = json.JSONEncoder(ensure_ascii=False)
 
@@ -75,7 +76,8 @@ class Channel:
     def pack_instance(self, value, kind):
         """An instance of a class of the preamble: in the table, unless it is a kind of constant."""
         if isinstance(value, CONSTANTS):
-            return {"made": [kind.__name__, self.pack([value.value] if isinstance(value, enum.Enum) else [*value])]}
+            args = [value.value] if isinstance(value, enum.Enum) else [*value]
+            return {"made": [kind.__name__, self.pack(args)]}
         if isinstance(value, (*BASES, BaseException, type)):
             return self.pack_rare(value, kind)
         number = self.positions.get(id(value))
@@ -230,7 +232,7 @@ class Channel:
                 thing = object.__new__(self.classes[name])
                 self.positions[id(thing)] = number
                 self.objects.append(thing)
-        for number, _, names, fields in reversed(table):  # what is inside others first: a set may ask its hash
+        for number, _, names, fields in reversed(table):  # the inner ones first: a set may ask for a hash
             if not all(type(name) is str for name in names):
                 raise ValueError("names that are none")
             fields = [self.unpack(field, self.depth) for field in fields]

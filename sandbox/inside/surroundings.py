@@ -1,10 +1,10 @@
-"""What a test sets up around the program, by its own source: apart, it does not reach the program. A test that
-fails after that has no verdict. The program's text plays no part: nothing in it can make its verdict null.
+"""What a test sets up around the program, by its own source: apart, it does not reach the program. A test
+that fails after that has no verdict. The program's text plays no part, so it cannot ask for that.
 
 In: the source of a test module, and the names by which it calls the program. Out: (line, what) of the first
 such thing, or None.
 
-    python -c 'from sandbox.inside.surroundings import first; print(first("import random\nrandom.seed(1)\nf(3)", "f"))'
+    python -c 'from sandbox.inside import surroundings; print(surroundings.first("open(f())", "f"))'
 """
 import ast
 import builtins
@@ -12,8 +12,8 @@ import functools
 
 CALLED = {name: what for what, names in {  # functions and methods that a test calls: what they say of it
     "a mock": "patch Mock MagicMock AsyncMock mock_open create_autospec monkeypatch",
-    "files": "open mkdtemp mkstemp NamedTemporaryFile TemporaryFile TemporaryDirectory write_text write_bytes "
-             "mkdir makedirs chdir",
+    "files": "open mkdtemp mkstemp NamedTemporaryFile TemporaryFile TemporaryDirectory write_text "
+             "write_bytes mkdir makedirs chdir",
     "the environment": "environ putenv setenv",
     "the standard streams": "redirect_stdout redirect_stderr readouterr",
     "warnings or logs": "catch_warnings simplefilter filterwarnings assertWarns assertWarnsRegex warns "
@@ -23,7 +23,8 @@ CALLED = {name: what for what, names in {  # functions and methods that a test c
     "a generator's methods": "send throw close",
     "a function's cache": "cache_info cache_clear cache_parameters",
     "coroutines": "asyncio run_until_complete",
-    "a function's source": "signature getsource getdoc get_type_hints iscoroutinefunction isgeneratorfunction",
+    "a function's source": "signature getsource getdoc get_type_hints iscoroutinefunction "
+                           "isgeneratorfunction",
 }.items() for name in names.split()}
 OF_FUNCTIONS = {"__doc__", "__annotations__", "__code__", "__defaults__", "__wrapped__", "__closure__"}
 
@@ -67,8 +68,8 @@ def words(node):
 
 def seeds(tree):
     """Seeds after which the test draws nothing itself: they are meant for the program."""
-    draws = {"random"} | {alias.asname or alias.name for node in ast.walk(tree)
-                          if isinstance(node, ast.ImportFrom) and node.module == "random" for alias in node.names}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "random"]
+    draws = {"random"} | {alias.asname or alias.name for node in imports for alias in node.names}
     draws |= {node.name for node in ast.walk(tree)
               if isinstance(node, ast.FunctionDef) and node.name != "check" and words(node) & draws}
     draws.discard("seed")
