@@ -68,8 +68,10 @@ def words(node):
 
 def seeds(tree):
     """Seeds after which the test draws nothing itself: they are meant for the program."""
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "random"]
-    draws = {"random"} | {alias.asname or alias.name for node in imports for alias in node.names}
+    draws = {"random"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "random":
+            draws |= {alias.asname or alias.name for alias in node.names}
     draws |= {node.name for node in ast.walk(tree)
               if isinstance(node, ast.FunctionDef) and node.name != "check" and words(node) & draws}
     draws.discard("seed")
