@@ -9,6 +9,7 @@ such thing, or None.
 import ast
 import builtins
 import functools
+import re
 
 CALLED = {name: what for what, names in {  # functions and methods that a test calls: what they say of it
     "a mock": "patch Mock MagicMock AsyncMock mock_open create_autospec monkeypatch",
@@ -27,11 +28,14 @@ CALLED = {name: what for what, names in {  # functions and methods that a test c
                            "isgeneratorfunction",
 }.items() for name in names.split()}
 OF_FUNCTIONS = {"__doc__", "__annotations__", "__code__", "__defaults__", "__wrapped__", "__closure__"}
+SIGNS = {*CALLED, *OF_FUNCTIONS, "seed", "isinstance", "issubclass", "import", "with", "await"}
 
 
 @functools.lru_cache(maxsize=1)
 def first(source, names):
     """`names`: separated by spaces."""
+    if not SIGNS & set(re.findall(r"\w+", source)):  # most tests: there is nothing to look for
+        return None
     tree, names = ast.parse(source), set(names.split())
     imported = {(alias.asname or alias.name).partition(".")[0] for node in ast.walk(tree)
                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
