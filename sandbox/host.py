@@ -98,9 +98,11 @@ class Worker:
             if line in (b"running", b"waiting"):
                 self.pace = line.decode()
                 continue
-            verdict = json.loads(line)
-            self.tests = self.job.judge if verdict.pop("kept") else None
-            return verdict
+            word, passed, total, seconds, kept, detail = line.decode().split(" ", 5)
+            passed, total = int(passed), int(total)
+            self.tests = self.job.judge if kept == "1" else None
+            return {"reward": passed / total if total else None, "passed": passed, "total": total,
+                    "verdict": word, "detail": detail, "seconds": float(seconds)}
         if time.monotonic() > min(self.due, self.end):
             raise OSError("it hangs")
 
@@ -233,14 +235,14 @@ def run(jobs, worker_command, workers, limits):
                 except OSError as error:
                     worker.kill()
                     job.tries -= 1
-                    verdict = {"again": True}
-                    if not job.tries:
-                        verdict = NO_VERDICT | {"detail": f"the sandbox failed: {error}"}
+                    verdict = NO_VERDICT | {"detail": f"the sandbox failed: {error}"}
+                    if job.tries:
+                        verdict["verdict"] = "again"
                 busy.remove(worker)
-                if "reward" in verdict:
-                    jobs.finish(job, verdict)
+                if verdict["verdict"] in ("again", "later"):
+                    (jobs.later if verdict["verdict"] == "later" else jobs.first).append(job)
                 else:
-                    (jobs.first if "again" in verdict else jobs.later).append(job)
+                    jobs.finish(job, verdict)
     finally:
         stop(busy + idle)
 

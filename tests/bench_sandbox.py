@@ -1,4 +1,4 @@
-"""How fast the sandbox is, at full isolation: programs/s and tests/s, and CPU time against a plain run in one process.
+"""How fast the sandbox is, at full isolation: programs/s and tests/s, and CPU time against bare forks and a plain run.
 
 (a) trivial programs with 10 tests each; (b) the same with endless loops or sleepers among them (--bad); (c) the canonical
 solutions of LeetCodeDataset's test split, where that file is beside the repository. Run it on a quiet machine:
@@ -66,6 +66,16 @@ def sandboxed(rows, args):
             sum(v["verdict"] == "pass" for v in verdicts))
 
 
+def fork_cpu(count=500):
+    """CPU seconds of a fork of this small process that ends at once: no sandbox can cost less."""
+    before = cpu()
+    for _ in range(count):
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+    return (cpu() - before) / count
+
+
 def plain(rows):
     """CPU seconds of the same programs and tests in one unprotected process."""
     before = cpu()
@@ -99,6 +109,9 @@ def main():
         wall, used, tests, passed = sandboxed(rows, args)
         line = (f"{name}: {len(rows) / wall:.1f} programs/s, {tests / wall:.0f} tests/s, {passed}/{len(rows)} pass, "
                 f"{used:.1f} s CPU")
+        if name == "trivial":
+            each, fork = used / len(rows), fork_cpu()
+            line += f", {1000 * each:.2f} ms a program, {each / fork:.1f} times the {1000 * fork:.2f} ms of a fork"
         if name == "leetcode":
             floor = plain(rows)
             line += f", {used / floor:.2f} times the {floor:.1f} s of a plain run"

@@ -1,6 +1,6 @@
 """The sandbox against real solutions, hostile programs and honest ones. Nothing here needs root or a network.
 
-    pytest tests/test_sandbox.py                # SLOW=1: with the two solutions that need a minute of CPU
+    pytest tests/test_sandbox.py                # SLOW=1: with the sets whole, of which it else runs a part
     RUNTIME=podman IMAGE=/path/to/a/root/file/system pytest tests/test_sandbox.py
 """
 # ruff: noqa: E501
@@ -63,6 +63,11 @@ NAMED = works() != "landlock"
 pytestmark = pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")
 
 
+def some(rows, step):
+    """Every so manieth of a large set; all of it with SLOW=1."""
+    return list(rows) if os.environ.get("SLOW") == "1" else list(rows)[::step]
+
+
 def row(name, program, test=ASKED, preamble="", entry_point="f"):
     return {"id": name, "completion": f"```python\n{program}\n```", "test": test, "preamble": preamble,
             "entry_point": entry_point}
@@ -82,24 +87,25 @@ def dataset(path, column):
 # ---- real solutions ----
 
 LEETCODE = "leetcode/LeetCodeDataset-v0.3.1-test.jsonl.gz"
-SLOW = {  # these two need a minute of CPU
+MINUTES = {  # these two need a minute of CPU
     "find-the-number-of-subsequences-with-equal-gcd", "maximum-number-of-moves-to-kill-all-pawns"}
 
 
 @pytest.mark.parametrize("path, column, count", [
-    (LEETCODE, "completion", 228 - len(SLOW)), ("humaneval/HumanEval.jsonl.gz", "canonical_solution", 164)])
+    (LEETCODE, "completion", 228), ("humaneval/HumanEval.jsonl.gz", "canonical_solution", 164)])
 def test_canonical_solutions(path, column, count):
-    rows = [r for r in dataset(path, column) if r["id"] not in SLOW or os.environ.get("SLOW")]
-    got = verdicts(rows)
+    rows = dataset(path, column)
+    assert len(rows) == count
+    got = verdicts(some(sorted(rows, key=lambda r: r["id"] not in MINUTES)[::-1], 5))
     assert [v for v in got.values() if v["reward"] != 1] == []
-    assert len(got) >= count
+    assert len(got) >= count // 5
 
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 runs it")
 @pytest.mark.parametrize("column", ["completion", "response"])
 def test_verdicts_do_not_depend_on_load(column):
     """The same verdicts on an idle machine and with two busy processes a core beside."""
-    rows = [row for row in dataset(LEETCODE, column) if row["id"] not in SLOW][::3]
+    rows = [row for row in dataset(LEETCODE, column) if row["id"] not in MINUTES][::3]
     idle, others = verdicts(rows), []
     try:
         others += [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * sandbox.cores())]

@@ -116,7 +116,6 @@ CASES = {  # name: (program, body of check)
     "bytes": ("def f(n): return bytes(range(256)) * n", " assert candidate(1 << 15) == bytes(range(256)) * (1 << 15)"),
     "text": ("def f(n): return '\u6f22' * n", " assert candidate(3_000_000) == '\u6f22' * 3_000_000"),
     "odd text": ("def f(x): return x + '\\ud800\\x00\\u2028'", " assert candidate('\U0001F600') == '\U0001F600\\ud800\\x00\\u2028'"),
-    "types": ("def f(x): return type(x)", " assert candidate(1) is int and candidate('') == str and candidate(None) is type(None)"),
     "exceptions of math": ("def f(x): return 10.0 ** x", " try:\n  candidate(999)\n  assert False\n except OverflowError: pass"),
     "infinity and nan": ("def f(x): return [float('inf'), -float('inf'), float('nan')]", " a, b, c = candidate(0)\n assert a > 1e308 and b < -1e308 and c != c"),
     "memoryview and nested": ("def f(x): return {'a': (b'x', {1.5: [None, {True}]})}", " assert candidate(0) == {'a': (b'x', {1.5: [None, {True}]})}"),
@@ -147,10 +146,6 @@ CASES = {  # name: (program, body of check)
     "function returned": ("def f(n): return lambda x: x + n", " add = candidate(3)\n assert add(4) == 7\n assert candidate(1)(1) == 2"),
     "decorator": ("import functools\ndef f(g):\n @functools.wraps(g)\n def h(*a): return 2 * g(*a)\n return h", " double = candidate(lambda x: x + 1)\n assert double(4) == 10\n @candidate\n def k(x): return x\n assert k(5) == 10"),
     "object returned": ("class Box:\n def __init__(self): self.n = 0\n def add(self, k=1): self.n += k; return self\ndef f(): return Box()", " b = candidate()\n assert b.add().add(k=2).n == 3\n b.n = 9\n assert b.n == 9\n assert not hasattr(b, 'zzz')"),
-    # input and output
-    "patched input": ("def f(): return int(input('a')) + int(input())", " from unittest.mock import patch\n with patch('builtins.input', side_effect=['1', '2']): assert candidate() == 3"),
-    "replaced stdin": ("import sys\ndef f(): return [input(), sys.stdin.read()]", " import io, sys\n sys.stdin = io.StringIO('a\\nb\\n')\n assert candidate() == ['a', 'b\\n']"),
-    "redirected stdout": ("def f(x): print('hello', x)", " import io, contextlib\n out = io.StringIO()\n with contextlib.redirect_stdout(out): candidate(3)\n assert out.getvalue() == 'hello 3\\n'"),
     "patched print": ("def f(x): return x", " print(candidate(1))\n assert candidate(2) == 2"),
     # resources
     "threads of the test": ("def f(x): return [x, x * x]", " from concurrent.futures import ThreadPoolExecutor\n"

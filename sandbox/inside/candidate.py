@@ -6,10 +6,8 @@ In: the program's part of a job, calls on a pipe. Out: values, or exceptions, on
 """
 import ast
 import atexit
-import builtins
 import contextlib
 import importlib
-import io
 import json
 import marshal
 import operator
@@ -17,8 +15,9 @@ import os
 import sys
 import threading
 
-from .channel import SCALARS, Channel, TooLarge, WithoutIterators, classes_of, describe
+from .channel import Channel, TooLarge
 from .confine import module_space, silence, take
+from .values import SCALARS, classes_of, describe
 
 
 class Candidate(Channel):
@@ -27,7 +26,6 @@ class Candidate(Channel):
     def __init__(self, source, target, limits):
         super().__init__(source, target, {}, limits)
         self.longest["send"] = limits["output"] << 20
-        self.operations = {"call": self.run_call, "get": self.get, "set": self.set, "more": self.more}
         self.before = None  # the arguments of a call as they came, where the call could change them
 
     def start(self, job):
@@ -65,7 +63,7 @@ class Candidate(Channel):
     def answer(self, operation, values):
         self.after = None
         try:
-            reply = self.dump("value", self.operations[operation](*values))
+            reply = self.dump("value", getattr(self, f"do_{operation}")(*values))
         except BaseException as error:  # the program's, or of a value that cannot be sent
             reply = self.failure(error)
         try:
@@ -90,30 +88,21 @@ class Candidate(Channel):
         if head == "call" and not SCALARS.issuperset(map(type, body[1] + body[3])):  # args, keywords' values
             self.before = marshal.dumps([body[1], body[3], table], 2)
 
-    def run_call(self, function, args, names, values, world):
-        """[the value of a call, its arguments if they changed, what it printed if the test asks for
-        that]."""
+    def do_call(self, function, args, names, values):
+        """[the value of a call, its arguments if they changed]."""
         before, keywords = self.before, dict(zip(names, values))
-        if not before and not world:
-            return [function(*args, **keywords), None, ""]
-        saved, printed = (sys.stdin, sys.stdout, builtins.input), io.StringIO()
-        sys.stdin = io.StringIO(world["stdin"]) if "stdin" in world else sys.stdin
-        sys.stdout = printed if "stdout" in world else sys.stdout
-        builtins.input = world.get("input", builtins.input)
         try:
             value = function(*args, **keywords)
         finally:
-            sys.stdin, sys.stdout, builtins.input = saved
             if before:
-                after = WithoutIterators([args, values])
-                _, body, table = self.flatten("", after)
-                self.after = after if marshal.dumps([*body, table], 2) != before else None
-        return [value, self.after, printed.getvalue()]
+                _, body, table = self.flatten("", [args, values])
+                self.after = [args, values] if marshal.dumps([*body, table], 2) != before else None
+        return [value, self.after]
 
-    def get(self, thing, name):
+    def do_get(self, thing, name):
         return [getattr(thing, name)]
 
-    def set(self, thing, name, value):
+    def do_set(self, thing, name, value):
         setattr(thing, name, value)
 
     def unpack_global(self, body, depth):

@@ -1,7 +1,7 @@
 """What every clone is held by, whatever the walls around it: limits, and a filter on system calls. Linux
 on x86_64 and aarch64. The walls are in namespaces.py and landlock.py; those of --unsafe are here.
 
-    python -c 'from sandbox.inside import confine; print(len(confine.call_filter(False)), "bytes")'
+    python -c 'from sandbox.inside import confine; print(len(confine.call_filter(False)[0]), "bytes")'
 """
 import contextlib
 import ctypes
@@ -93,8 +93,9 @@ def rules_for_exposed():
 
 
 def call_filter(exposed):
-    """The seccomp program of a clone, ready for install(). Refused calls fail with EPERM, unknown ones
-    with ENOSYS. exposed: whether no namespace is around the clone."""
+    """The seccomp program of a clone, for install(). Refused calls fail with EPERM, unknown ones with ENOSYS.
+    exposed: whether no namespace is around the clone. A tuple, made once: each page that a clone writes to is
+    copied, which is most of what a clone costs."""
     column, machine, clone = MACHINES[platform.machine()]
     calls = {NEWER - 1: [ALLOW]} | {number: [ALLOW] for number in NEEDED}
     calls |= {int(number): [REFUSE] for number in REFUSED[platform.machine()].split()}
@@ -123,14 +124,17 @@ def call_filter(exposed):
         return [(AT_LEAST, len(code), 0, high[0][0]), *code, *search(high)]
 
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine), KILL, (LOAD, 0, 0, 0), *search(sorted(rules.items()))]
-    return bytearray(b"".join(struct.pack("HBBI", *line) for line in code))
+    lines = b"".join(struct.pack("HBBI", *line) for line in code)
+    buffer = ctypes.create_string_buffer(lines, len(lines))
+    program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
+    return buffer, program, [8 * n + 4 for n, line in enumerate(code) if line[3] == OWN_PID]
 
 
-def install(filter_code):
+def install(call_filter):
     """Hold this process by a filter from now on."""
-    own = filter_code.replace(struct.pack("I", OWN_PID), struct.pack("I", os.getpid()))
-    code = ctypes.create_string_buffer(bytes(own))
-    program = struct.pack("HxxxxxxP", len(filter_code) // 8, ctypes.addressof(code))
+    buffer, program, own_pids = call_filter
+    for position in own_pids:
+        struct.pack_into("I", buffer, position, os.getpid())
     system(LIBC.prctl(22, 2, program, 0, 0), "seccomp")  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
@@ -158,11 +162,9 @@ def wall_off(box, is_judge):
     """Called by a fresh clone before it takes its job: a session of its own, no rights, few system
     calls."""
     os.setsid()
-    if not is_judge:  # a judge serves many programs
-        resource.setrlimit(resource.RLIMIT_CPU, box["seconds"])
     box["walls"].close(is_judge)
     if box["isolated"]:
-        system(LIBC.prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")  # die with the supervisor
+        system(LIBC.prctl(1, 9, 0, 0, 0), "PR_SET_PDEATHSIG")  # SIGKILL when the supervisor ends
         system(LIBC.capset(NO_CAPABILITIES, bytes(24)), "capset")
     if box["filter"]:
         install(box["filter"])
@@ -234,9 +236,12 @@ def silence():
         os.close(null)
 
 
-def take(size):
-    """Exactly `size` bytes of the host's pipe; exits where it has closed."""
+def take(size, source=0):
+    """Exactly `size` bytes of a pipe, the host's if no other is named; EOFError where it has closed."""
     data = bytearray()
     while len(data) < size:
-        data += os.read(0, size - len(data)) or sys.exit()
+        more = os.read(source, size - len(data))
+        if not more:
+            raise EOFError
+        data += more
     return bytes(data)

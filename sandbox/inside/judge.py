@@ -9,6 +9,7 @@ the report.
 import builtins
 import collections.abc
 import contextlib
+import io
 import json
 import operator
 import os
@@ -17,9 +18,11 @@ import socket
 import sys
 import threading
 
-from .channel import BASES, CandidateError, Channel, Remote, classes_of, is_builtin, restore
+from .channel import Channel, Remote
 from .confine import module_space, silence, take
+from .surroundings import first
 from .tests import Tests
+from .values import BASES, CandidateError, classes_of, describe, is_builtin, restore
 
 # Exceptions that say "enough" to a loop: a success, if a program could raise them
 ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit"}
@@ -65,7 +68,6 @@ class Judge(Channel):
         self.fault = self.why = ""  # of the present test: the code and the name of what the candidate raised
         self.detail = ""  # of the first test that failed
         self.level = 0  # calls under way: one inside another where the program calls a function of the test
-        self.usual = sys.stdin, sys.stdout, builtins.input
 
     def begin(self):
         """Wait until the program has run up to its function, which is the first thing there:
@@ -127,33 +129,24 @@ class Judge(Channel):
             raise ValueError("not an object of the test")
         try:
             if operation == "call":
-                args, names, values, _ = rest
+                args, names, values = rest
                 reply = self.dump("value", thing(*args, **dict(zip(names, values))))
             else:
-                reply = self.dump("value", {"more": self.more}[operation](thing, *rest))
+                reply = self.dump("value", {"more": self.do_more}[operation](thing, *rest))
         except Exception as error:
-            reply = self.dump("error", [[[type(error).__module__, type(error).__name__]], [str(error)], {}])
+            reply = self.dump("error", [describe(error)[0], [str(error)], {}])
         self.send(reply)
 
     def call(self, thing, args, keywords):
         """The value of a call. The arguments are changed as the call changed them."""
-        args, names, values, world = list(args), list(keywords), list(keywords.values()), {}
-        stdin, stdout, read = self.usual
-        if sys.stdin is not stdin:
-            world["stdin"] = sys.stdin.read()
-        if sys.stdout is not stdout:
-            world["stdout"] = True
-        if builtins.input is not read:
-            world["input"] = builtins.input
+        args, values = list(args), list(keywords.values())
         self.after = None
         try:
-            reply = self.ask("call", [thing, args, names, values, world])
-            value, self.after, printed = self.trusting_nothing(lambda: [reply[0], reply[1], str(reply[2])])
+            reply = self.ask("call", [thing, args, list(keywords), values])
+            value, self.after = self.trusting_nothing(lambda: [reply[0], reply[1]])
         finally:
             if self.after is not None:
                 self.trusting_nothing(lambda: restore([args, values], self.after))
-        if "stdout" in world:
-            sys.stdout.write(printed)
         return value
 
     def error(self, names, args, fields, after=None):
@@ -170,8 +163,8 @@ class Judge(Channel):
         return error
 
     def pack_rare(self, value, kind):
-        if isinstance(value, BASES) and kind.__module__ == "solution":  # of the test's own class
-            raise TypeError
+        if isinstance(value, BASES) and kind.__module__ == "solution" or isinstance(value, io.IOBase):
+            raise TypeError  # of the test's own class, or a file, which is more than its lines
         return super().pack_rare(value, kind)
 
     def refer(self, value):
@@ -204,7 +197,13 @@ class Judge(Channel):
         if kind in (NameError, ImportError, ModuleNotFoundError) and not self.fault and not self.lost:
             raise RowFault(f"the tests fail by themselves: {kind.__name__} {error.name}; with "
                            "--judge=together they see what the program defines")
-        self.record("." if kind is None else self.fault or "w",
+        code = "." if kind is None else self.lost or self.fault or "w"
+        if code in "we" and (found := first(self.tests.source, " ".join(self.tests.candidates))):
+            line, what = found
+            if trace.tb_lineno >= line:
+                raise RowFault(f"the tests use {what} (line {line}), which does not reach the program: "
+                               "use --judge=together")
+        self.record(code,
                     self.why or ("" if kind in (None, AssertionError) else kind.__name__))
         return True
 
@@ -235,6 +234,7 @@ def run_judge(size, channel, limits):
                 job = json.loads(take(size))
                 silence()
                 preamble, tests = compile_preamble(job["preamble"]), Tests(job["test"], job["entry_point"])
+                tests.source = job["test"]
             space = module_space()
             exec(preamble, space)
             judge = Judge(pipes, classes_of(space), tests, limits)

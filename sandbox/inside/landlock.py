@@ -42,6 +42,7 @@ class Landlock(NoWalls):
             self.give_to(0)
         self.rulesets = [self.ruleset(folder) for folder in self.folders]
         system(LIBC.prctl(4, 0, 0, 0, 0), "PR_SET_DUMPABLE")
+        self.number = MACHINES[platform.machine()][2]
 
     def give_to(self, user):
         for folder in (self.top, *self.folders):
@@ -64,7 +65,7 @@ class Landlock(NoWalls):
 
     def clone(self, is_judge):
         """fork(), without what Python does after one."""
-        return system(LIBC.syscall(MACHINES[platform.machine()][2], signal.SIGCHLD, 0, 0, 0, 0), "clone")
+        return system(LIBC.syscall(self.number, signal.SIGCHLD, 0, 0, 0, 0), "clone")
 
     def renew(self):
         empty(self.folders[0])

@@ -20,7 +20,6 @@ class Namespaces(NoWalls):
     """options: `visible`, pairs (host's path, path inside), or nothing where a container shows no more than
     it should; `limits`."""
 
-
     def __init__(self, options):
         limits = options["limits"]
         self.disk = f"size={limits['disk']}m,nr_inodes={limits['files'] * 16},mode=777".encode()
@@ -34,12 +33,13 @@ class Namespaces(NoWalls):
         LIBC.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is ours again
         enter_user_namespace(NEWNS, NOBODY)
         lock_down()
+        self.number = MACHINES[platform.machine()][2]
         self.alone = True  # the kernel counts processes by user namespace, unless root is behind it
 
     def clone(self, is_judge):
         """fork(), into a new pid namespace, and a mount namespace for a judge."""
         flags = NEWPID | NEWNS * is_judge | signal.SIGCHLD
-        return system(LIBC.syscall(MACHINES[platform.machine()][2], flags, 0, 0, 0, 0), "clone")
+        return system(LIBC.syscall(self.number, flags, 0, 0, 0, 0), "clone")
 
     def renew(self):
         if not self.tmp or state_of_tmp() != self.tmp:

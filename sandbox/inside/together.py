@@ -10,10 +10,10 @@ import os
 import random
 
 from .candidate import Candidate
-from .channel import is_builtin
 from .confine import module_space, silence, take
 from .judge import compile_preamble
 from .tests import Tests
+from .values import is_builtin
 
 KEY = 32  # characters of a key
 

@@ -2,9 +2,8 @@
 one after another.
 
 In: jobs on stdin, each as three numbers (sizes of the candidate's and of the judge's part,
-patience) and the two parts, in JSON. Out: lines on stdout: a verdict as JSON; while a program runs,
-a sign of life four times a second ("running" or "waiting"). host.py starts it (by __main__.py), and says
-what a verdict is.
+patience) and the two parts, in JSON. Out: lines on stdout: a verdict (see Run.verdict); while a program
+runs, a sign of life four times a second ("running" or "waiting"). host.py starts it, by __main__.py.
 
     supervisor (this process) --clone--> judge: runs the tests, compares, counts; stays for the same tests
               |                            |  ^   channel.py: arguments out, values back
@@ -62,7 +61,7 @@ def rehearse(limits):
         judge = Judge((None, replies, None), {}, Tests(test, "f"), limits)
         judge.begin()
         function = judge.remotes[0] = CandidateObject(judge, {"here": 0})
-        message = judge.dump("call", [function, [1, [2.0]], [], [], {}])
+        message = judge.dump("call", [function, [1, [2.0]], [], []])
         candidate.answer(*candidate.load(message.encode()))
         judge.load(judge.receive())
         exec(judge.tests.code, module_space())
@@ -71,7 +70,7 @@ def rehearse(limits):
 
 
 def supervise(options):
-    """The life of a worker: for each job on stdin two clones, and one line of JSON on stdout."""
+    """The life of a worker: for each job on stdin two clones, and one line on stdout."""
     limits, isolated = options["limits"], options["walls"] != "none"
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, a program goes, not what started this
@@ -96,11 +95,7 @@ def supervise(options):
     os.environ.clear()
     os.environ.update(HOME="/tmp", LANG="C.UTF-8")
     set_limits(limits, isolated, walls.alone)
-    seconds = int(limits["cpu"]) + 2  # where the supervisor's own look at the clock would fail
-    box |= {
-        "filter": call_filter(options["walls"] == "landlock") if platform.machine() in MACHINES else None,
-        "seconds": (seconds, seconds),
-    }
+    box["filter"] = call_filter(options["walls"] == "landlock") if platform.machine() in MACHINES else None
     own_pid = os.getpid()
     gc.collect()
     gc.freeze()
@@ -108,9 +103,10 @@ def supervise(options):
     try:
         while True:
             *sizes, patience = struct.unpack("IIf", take(12))
-            os.write(1, json.dumps(one_program(box, *sizes, patience)).encode() + b"\n")
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(box["candidate"], 0)  # not before: the host need not wait for its end
+            os.write(1, one_program(box, *sizes, patience).encode() + b"\n")
+            os.waitpid(box["candidate"], 0)  # not before: the host need not wait for its end
+    except EOFError:  # the host has no more, or has gone
+        pass
     finally:
         if os.getpid() == own_pid:  # not a clone
             walls.remove()
@@ -137,15 +133,16 @@ def one_program(box, candidate_size, judge_size, patience):
     results, report = os.pipe()
     candidate = box["candidate"] = clone_side(
         box, [requests, answer], lambda: run_candidate(candidate_size, requests, answer, box["limits"]))
-    socket.send_fds(box["channel"], [b"+"], [ask, replies, report])
+    pipes = struct.pack("3i", ask, replies, report)
+    box["channel"].sendmsg([b"+"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, pipes)])
     for pipe in (requests, ask, replies, answer, report):
         os.close(pipe)
     run = Run(box, results, patience)
     run.watch()
     os.close(results)
-    verdict = run.verdict()
+    verdict, kept = run.verdict()
     os.kill(candidate, signal.SIGKILL)
-    if not verdict["kept"]:
+    if not kept:
         end_judge(box)
     return verdict
 
@@ -160,7 +157,7 @@ def together(box, size, patience):
     run.watch()
     os.close(results)
     run.data = opened(run.data).encode()
-    verdict = run.verdict()
+    verdict, _ = run.verdict()
     os.kill(pid, signal.SIGKILL)
     return verdict
 
@@ -182,7 +179,6 @@ def clone_side(box, keep, live, is_judge=False):
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:
         os._exit(0)
-
 
 
 def end_judge(box):
@@ -295,11 +291,12 @@ class Run:
             os.kill(pid, signal.SIGKILL)
 
     def verdict(self):
-        """What host.py says of a verdict; `kept`: the judge may stay."""
+        """A line of a word, tests passed, all tests, seconds, whether the judge stays, and a detail; and
+        whether it stays. For the host, which knows what to make of it: JSON would touch more memory."""
         used = self.clocks()
-        seconds = round(sum(used[1:]) - sum(self.begun[1:]) + self.waited, 3)
+        seconds = sum(used[1:]) - sum(self.begun[1:]) + self.waited
         if self.stopped == "later":
-            return {"later": True, "kept": False}
+            return "later 0 0 0 0 ", False
         report, _, fault = self.data.decode("ascii", "replace").partition("?")
         codes, whole, detail = report[8:].partition("\n")
         leaves, detail = detail.startswith("!"), detail.removeprefix("!")
@@ -310,21 +307,19 @@ class Run:
         codes = codes[:total].ljust(total, "k")
         word = WORDS.get(codes.replace(".", "")[:1], "pass") if total else "infra"
         if word == "infra":
-            detail = fault or "the judge crashed"
+            detail = fault.replace("\n", " ") or "the judge crashed"
         if word == "killed":
-            word, how = self.death(used[1] - self.begun[1])
+            word, how = self.death()
             detail = f"test {codes.index('k') + 1}: {how}"
-        passed = codes.count(".")
-        return {"reward": passed / total if total else None, "passed": passed, "total": total,
-                "verdict": word, "detail": detail, "seconds": seconds,
-                "kept": not (self.stopped or self.slow or leaves) and word in ("pass", "wrong", "exception")}
+        kept = not (self.stopped or self.slow or leaves) and word in ("pass", "wrong", "exception")
+        return f"{word} {codes.count('.')} {total} {seconds:.3f} {kept:d} {detail}", kept
 
-    def death(self, seconds):
+    def death(self):
         """(verdict, detail) of a candidate that has ended, or closed its pipes."""
         status = None if self.stopped else exit_status(self.candidate)
         if self.stopped == "threads":
             return "killed", "too many threads"
-        if self.stopped or seconds > self.limits["cpu"]:
+        if self.stopped:
             return "timeout", "stopped"
         if status == signal.SIGKILL:  # nothing inside can do this
             sys.exit("the program was killed from outside; is there too little memory?")

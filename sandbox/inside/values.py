@@ -1,0 +1,175 @@
+"""What values are made of, as plain data, and how they are made again: a table of kinds, instances of the
+preamble's classes, exceptions.
+
+    python -c 'from sandbox.inside import values; print(values.KINDS.keys())'
+"""
+import array
+import binascii
+import builtins
+import collections
+import datetime
+import decimal
+import enum
+import fractions
+import pathlib
+import re
+import sys
+import types
+import uuid
+import zoneinfo
+
+SCALARS = {type(None), bool, int, float, str}
+
+
+class CandidateError(Exception):
+    """The other side raised something that has no counterpart here."""
+
+
+def encode(data):
+    return [binascii.b2a_base64(data, newline=False).decode()]
+
+
+def decode(parts):
+    return binascii.a2b_base64(parts[0])
+
+
+def mapping(value):
+    return [list(value), list(value.values())]
+
+
+def unzip(parts):
+    keys, values = parts
+    return dict(zip(keys, values, strict=True))
+
+
+def by_arguments(kind):
+    """The entry of a class whose __reduce__ gives the arguments that make an equal value."""
+    return kind, lambda value: list(value.__reduce_ex__(2)[1]), lambda parts: kind(*parts)
+
+
+KINDS = {  # tag: (type, its parts as a list, the value of such a list)
+    "tuple": (tuple, list, tuple),
+    "set": (set, list, set),
+    "frozenset": (frozenset, list, frozenset),
+    "Counter": (collections.Counter, mapping, lambda parts: collections.Counter(unzip(parts))),
+    "OrderedDict": (collections.OrderedDict, mapping, lambda parts: collections.OrderedDict(unzip(parts))),
+    "defaultdict": (collections.defaultdict, lambda value: [value.default_factory, *mapping(value)],
+                    lambda parts: collections.defaultdict(parts[0], unzip(parts[1:]))),
+    "dict": (dict, mapping, unzip),
+    "list": (list, list, list),
+    "deque": (collections.deque, lambda value: [list(value), value.maxlen],
+              lambda parts: collections.deque(*parts)),
+    "bytes": (bytes, encode, decode),
+    "bytearray": (bytearray, encode, lambda parts: bytearray(decode(parts))),
+    "keys": (type({}.keys()), list, lambda parts: dict.fromkeys(parts).keys()),
+    "values": (type({}.values()), list, lambda parts: dict(enumerate(parts)).values()),
+    "items": (type({}.items()), list, lambda parts: dict(parts).items()),
+    "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    "array": (array.array, lambda value: [value.typecode, list(value)], lambda parts: array.array(*parts)),
+    "ZoneInfo": (zoneinfo.ZoneInfo, lambda value: [value.key], lambda parts: zoneinfo.ZoneInfo(*parts)),
+    "UUID": (uuid.UUID, lambda value: [str(value)], lambda parts: uuid.UUID(*parts)),
+    "ChainMap": (collections.ChainMap, lambda value: value.maps, lambda parts: collections.ChainMap(*parts)),
+    "SimpleNamespace": (types.SimpleNamespace, lambda value: mapping(vars(value)),
+                        lambda parts: types.SimpleNamespace(**unzip(parts))),
+    "pattern": (re.Pattern, lambda value: [value.pattern, value.flags], lambda parts: re.compile(*parts)),
+    **{kind.__name__: by_arguments(kind) for kind in (
+        range, slice, fractions.Fraction, decimal.Decimal, pathlib.PurePosixPath,
+        datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)},
+}
+TAGS = {kind: tag for tag, (kind, _, _) in KINDS.items() if tag != "list"}
+CONSTANTS = enum.Enum, tuple  # of the preamble's classes: made from their value, or their items
+BASES = tuple(kind for kind, _, _ in KINDS.values()) + (int, float, str)
+SLOT = types.MemberDescriptorType
+
+
+def fields_of(thing):
+    """The attributes of an instance, from its dict and its slots."""
+    fields = dict(getattr(thing, "__dict__", ()))
+    for cls in type(thing).__mro__:
+        for name, member in vars(cls).items():
+            if type(member) is SLOT and cls.__module__ == "solution" and hasattr(thing, name):
+                fields[name] = getattr(thing, name)
+    return fields
+
+
+def set_fields(thing, fields):
+    """Replace the attributes of an instance without calling its class. None of them hides a method."""
+    if hasattr(thing, "__dict__"):
+        vars(thing).clear()
+    for name, value in fields.items():
+        member = getattr(type(thing), name, None)
+        if type(member) is SLOT:
+            member.__set__(thing, value)
+        elif not hides_method(type(thing), name):
+            vars(thing)[name] = value
+
+
+def describe(error):
+    """[names of the classes of an exception as [module, name], nearest first; its arguments; its
+    attributes]."""
+    names = [[kind.__module__, kind.__qualname__] for kind in type(error).__mro__[:-2]]
+    return [names, list(error.args), dict(vars(error))]
+
+
+def exception_of(names, args, fields, classes):
+    """The exception that describe() described: of its nearest class that this side has, without
+    running new code."""
+    for module, name in names:
+        space = classes if module == "solution" else {}
+        if module.partition(".")[0] in sys.stdlib_module_names and module in sys.modules:
+            space = vars(sys.modules[module])
+        kind = space.get(name)
+        if isinstance(kind, type) and issubclass(kind, BaseException):
+            break
+    else:
+        kind = CandidateError
+    try:
+        error = kind(*args)
+    except Exception:  # one that takes other arguments
+        error = kind.__new__(kind, *args)
+    vars(error).update((name, value) for name, value in fields.items() if not hides_method(kind, name))
+    return error
+
+
+def hides_method(kind, name):
+    """Whether an instance's attribute would take the place of a method, or of what a property remembers."""
+    found = getattr(kind, name, None)
+    is_code = callable(found) and not isinstance(found, type) or hasattr(found, "__get__")
+    return is_code and name not in getattr(kind, "__dataclass_fields__", ())
+
+
+def restore(old, new):
+    """Give one's own argument the contents that a call left in the other side's copy of it: the
+    argument to keep."""
+    kind = type(old)
+    if old is new:
+        return old
+    if kind is not type(new):
+        return new
+    if kind is list:
+        old[:] = [restore(*pair) for pair in zip(old, new)] + new[len(old):]
+    elif isinstance(old, dict):
+        fresh = {key: restore(old[key], item) if key in old else item for key, item in new.items()}
+        old.clear()
+        old.update(fresh)
+    elif kind in (set, collections.deque):
+        old.clear()
+        (old.update if kind is set else old.extend)(new)
+    elif kind in (bytearray, array.array) or kind.__name__ == "ndarray":
+        old[:] = new
+    elif isinstance(old, tuple) and len(old) == len(new):
+        for pair in zip(old, new):
+            restore(*pair)
+    else:
+        return new
+    return old
+
+
+def classes_of(space):
+    """The classes that a preamble defines, by name."""
+    found = [kind for kind in space.values() if isinstance(kind, type) and kind.__module__ == "solution"]
+    return {kind.__name__: kind for kind in found}
+
+
+def is_builtin(name):
+    return isinstance(getattr(builtins, name, None), type)
