@@ -1,7 +1,7 @@
 """Run a sweep on this machine or as a SLURM job array, report the state of its runs, and repeat what failed.
 
-A grid is a name in paper/grids.py (chat, scaling, code, sft, refs; mini, mini_refs; frontier, frontier_refs;
-stories, stories_refs), or FILE.py:NAME, a function of your own that yields runs in the same way. Input: the
+A grid is a name in paper/grids.py (chat, scaling, code, sft, refs; mini, frontier, hard, stories and real, with
+NAME_refs for each), or FILE.py:NAME, a function of your own that yields runs in the same way. Input: the
 grid. Output, in the folder of each run: log.txt, what it printed; and job.json, its record: where it runs or
 ran, and its exit code. `status` needs only these and squeue. A run that reaches SLURM's time limit saves, is
 queued again, and continues.
