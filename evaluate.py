@@ -15,6 +15,7 @@ the reference completions, each with its exact weight pi*/pi_ref.
 """
 import base64
 import collections
+import itertools
 import json
 import math
 import secrets
@@ -87,10 +88,9 @@ def load_run(args):
 def read(path):
     """What the rows say of themselves, as a namespace: made_by {model: the settings it was sampled with};
     biased {model: how it was sampled, if not from its own distribution}; count {model: its completions};
-    opinions {NAME: {model: means of the prompts}}, of the rewards of `score.py --name=NAME`; page, the rows
-    that report.html shows.
+    opinions {NAME: {model: means of the prompts}}, of the rewards of `score.py --name=NAME`.
     """
-    found = SimpleNamespace(made_by={}, biased={}, count={"reference": 0, "policy": 0}, opinions={}, page=[])
+    found = SimpleNamespace(made_by={}, biased={}, count={"reference": 0, "policy": 0}, opinions={})
     for row in rows.stream(path, require=FIELDS):
         if not found.made_by:  # the first row
             columns = [column for column in row if column.startswith("sample_rewards_")]
@@ -104,8 +104,6 @@ def read(path):
             found.count[model] += len(row[field])
             for name, means in found.opinions.items():
                 means[model].append(mean_reward(row, field, f"{column}_{name}"))
-        if len(found.page) < PROMPTS:
-            found.page.append(for_page(row))
     return found
 
 
@@ -114,28 +112,8 @@ def mean_reward(row, field, column):
     rewards = row.get(column)
     if not isinstance(rewards, list) or len(rewards) != len(row[field]):
         rows.fail(f"{row['__at__']}: needs as many {column} as {field}; run score.py")
-    known = np.array(rewards, float)  # null becomes NaN
-    return mean_and_se(known)[0]
-
-
-def for_page(row):
-    """What the page shows of a row: of each model the best completions and the worst, best first."""
-    short = {"id": str(row["id"]), "prompt": row["prompt"]}
-    for model, (field, column) in MODELS.items():
-        completions = []
-        known = 0
-        for completion, reward in zip(row[field], row[column]):
-            completions.append({
-                "text": completion["text"],
-                "reward": reward,
-                "place": known,  # among those of known reward
-                "tokens": len(completion.get("token_ids", [])),
-                "cut_off": completion.get("finish_reason") == "length"})
-            known += reward is not None
-        completions.sort(key=lambda c: -math.inf if c["reward"] is None else c["reward"], reverse=True)
-        del completions[COMPLETIONS // 2:-(COMPLETIONS // 2)]
-        short[model] = completions
-    return short
+    numbers = [dataset.number(reward, row["__at__"], column) for reward in rewards]  # null becomes NaN
+    return mean_and_se(np.array(numbers))[0]
 
 
 def load_completions(args, device):
@@ -357,12 +335,33 @@ def write(args, results, samples):
     rows.write_json(args.out / "results.json", without_nan)
 
 
-def add_numbers(page, data, rewards):
-    """Adds to every row of the page its place in the data, the means of its rewards and log-ratios, and the
-    log-ratio of each completion. rewards: see `measure`. Returns them with the largest gain first.
+def for_page(row):
+    """What the page shows of a row: of each model the best completions and the worst, best first."""
+    short = {"id": str(row["id"]), "prompt": row["prompt"]}
+    for model, (field, column) in MODELS.items():
+        completions = []
+        known = 0
+        for completion, reward in zip(row[field], row[column]):
+            completions.append({
+                "text": completion["text"],
+                "reward": reward,
+                "place": known,  # among those of known reward
+                "tokens": len(completion.get("token_ids", [])),
+                "cut_off": completion.get("finish_reason") == "length"})
+            known += reward is not None
+        completions.sort(key=lambda c: -math.inf if c["reward"] is None else c["reward"], reverse=True)
+        del completions[COMPLETIONS // 2:-(COMPLETIONS // 2)]
+        short[model] = completions
+    return short
+
+
+def page_rows(args, data, rewards):
+    """The rows that the page shows, with the largest gain first. Each has its place in the data, the means of
+    its rewards and log-ratios, and completions with their log-ratios. rewards: see `measure`.
     """
     place = {name: i for i, name in enumerate(data["policy"].ids.tolist())}
     log_ratio = by_prompt(data["policy"], data["policy"].log_ratio)
+    page = [for_page(row) for row in itertools.islice(rows.stream(args.data), PROMPTS)]
     for row in page:
         at = place[row["id"]]
         row["place"] = at
@@ -535,7 +534,7 @@ def main():
         "lines": as_text(table),
         "verdict": "" if args.beta is None else verdict(args, table),
         "total": len(data["policy"].ids),
-        "prompts": add_numbers(held_out.page, data, values["mean reward"]),
+        "prompts": page_rows(args, data, values["mean reward"]),
     }
     show(content)
     results = {

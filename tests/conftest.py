@@ -73,6 +73,7 @@ def call(script, *flags):
     argv, path, modules = sys.argv, sys.path.copy(), sys.modules.copy()
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = [str(script), *map(str, flags)]
+    sys.path.insert(0, str((ROOT / script).parent))
     try:
         return runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:

@@ -305,6 +305,10 @@ def test_a_second_opinion_is_shown_beside_the_reward(tiny, trained, rewarded, tm
     del table[3]["sample_rewards_judge"]
     data = write_rows(tmp_path / "gap.jsonl", table)
     refused(capsys, ["gap.jsonl:4", "sample_rewards_judge"], "evaluate.py", *evaluation, f"--data={data}")
+    for change in ({"sample_rewards_judge": ["high"] * 4}, {"sample_rewards": ["high"] * 4},
+                   {"samples": ["text"] * 4}, {"ref_completions": [{"text": "a"}] * 16}):
+        write_rows(data, [table[0] | change])
+        refused(capsys, ["gap.jsonl:1: "], "evaluate.py", *evaluation, f"--data={data}")
     call("evaluate.py", *evaluation, f"--data={write_rows(data, [table[0], *table[4:]])}")
     rest = json.loads((tmp_path / "out" / "results.json").read_text())
     assert not [odd for odd in rest["odd"] if "unknown" in odd]  # the judge's are not those trained on

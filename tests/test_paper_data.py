@@ -194,7 +194,7 @@ def test_stories_differ_and_their_reward_counts_words(tmp_path):
     python("data/stories/prepare.py", f"--out={tmp_path}")
     train, test = (read_rows(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
     assert len({row["prompt"] for row in train + test}) == len(train) + len(test) == 448
-    python("score.py", "--data=" + str(write_rows(tmp_path / "told.jsonl", [
+    run("score.py", "--data=" + str(write_rows(tmp_path / "told.jsonl", [
         {"prompt": "Tim", "completion": "was SAD. He smiled and was happy, happily!"},
         {"prompt": "Tim", "completion": "was unhappy and glade"}])), f"--out={tmp_path / 'scored'}",
         f"--reward={ROOT / 'data/stories/reward.py'}:happy")
@@ -296,23 +296,31 @@ def chat_model(tiny, tmp_path):
     return folder
 
 
-def test_alpaca_eval_from_its_prompts_to_what_its_judge_takes(chat_model, tmp_path):
+@pytest.fixture
+def alpaca_flags(chat_model, tmp_path):
     table = [{"instruction": f"Say {i}", "output": "x", "generator": "gpt", "dataset": "koala"}
              for i in range(5)]
     file = tmp_path / "alpaca_eval.json"
     file.write_text(json.dumps(table))
-    flags = [f"--model={chat_model}", f"--source={file}", f"--out={tmp_path / 'out'}",
-             "--generate=--max_new_tokens=9 --temperature=0.6"]
-    done = run("paper/alpaca_eval.py", *flags)
+    return [f"--model={chat_model}", f"--source={file}", f"--out={tmp_path / 'out'}",
+            "--generate=--max_new_tokens=9 --temperature=0.6"]
+
+
+def test_alpaca_eval_from_its_prompts_to_what_its_judge_takes(chat_model, alpaca_flags, tmp_path):
+    done = run("paper/alpaca_eval.py", *alpaca_flags)
     answers = json.loads((tmp_path / "out" / "alpaca_eval.json").read_text())
     texts = {row["prompt"][0]["content"]: row["samples"][0]["text"]
              for row in read_rows(tmp_path / "out" / "sampled")}
     assert answers == [{"instruction": f"Say {i}", "output": texts[f"Say {i}"], "dataset": "koala",
                         "generator": str(chat_model)} for i in range(5)]
     assert "5 answers" in done.stdout
-    made = (tmp_path / "out" / "alpaca_eval.json").stat().st_mtime_ns
-    again = run("paper/alpaca_eval.py", *flags)  # nothing is sampled again
-    assert "5 of 5 rows" in again.stdout and (tmp_path / "out" / "alpaca_eval.json").stat().st_mtime_ns > made
+
+
+@pytest.mark.slow
+def test_alpaca_eval_once_more_samples_nothing(alpaca_flags):
+    """Guards hours of sampling; it starts Python twice, and generate_refs.py has its own tests of this."""
+    run("paper/alpaca_eval.py", *alpaca_flags)
+    assert "5 of 5 rows" in run("paper/alpaca_eval.py", *alpaca_flags).stdout
 
 
 def test_prompts_of_another_schema_are_refused(tmp_path):
