@@ -1,10 +1,10 @@
 """Run a sweep on this machine or as a SLURM job array, report the state of its runs, and repeat what failed.
 
-A grid is a name in paper/grids.py (chat, scaling, code, sft, refs; mini, frontier, hard, stories and real, with
-NAME_refs for each), or FILE.py:NAME, a function of your own that yields runs in the same way. Input: the
-grid. Output, in the folder of each run: log.txt, what it printed; and job.json, its record: where it runs or
-ran, and its exit code. `status` needs only these and squeue. A run that reaches SLURM's time limit saves, is
-queued again, and continues.
+A grid is a name in paper/grids.py (chat, scaling, code, sft, refs; mini, frontier, hard, stories, real, and
+NAME_refs for each of these), or FILE.py:NAME, a function of your own that yields runs in the same way. Input:
+the grid. Output, in the folder of each run: log.txt, what it printed; and job.json, its record: where it runs
+or ran, and its exit code. `status` needs only these and squeue. A run that reaches SLURM's time limit saves,
+is queued again, and continues.
 
     python paper/sweep.py list mini --only='qrpo*seed0'
     python paper/sweep.py run mini --jobs=2
