@@ -161,7 +161,8 @@ def run_folders(folders):
 
 def setting_of(config):
     """The flags that tell settings apart. Every seed may have folders of its own: out/seed1 is out/seed*."""
-    config = {"loss": "online"} | config  # online.py has one loss
+    if "reward" in config:  # of examples/online.py: QRPO, but on fresh samples
+        config = config | {"loss": "online"}
     ignored = [*NOT_A_SETTING, *UNUSED.get(config["loss"], [])]
     flags = {name: value for name, value in config.items() if name not in ignored}
     for name in "model", "ref_model":

@@ -284,6 +284,12 @@ def test_figures_and_the_numbers_behind_them(sweep):
         ("better", 1.5, 0.5), ("worse", -2.0, 0.0)]
 
 
+def test_training_on_fresh_samples_is_a_method_of_its_own():
+    config = {"loss": "qrpo", "seed": 1, "model": "out/seed1/qrpo", "beta": 0.1}
+    assert protocol.setting_of(config)["loss"] == "qrpo"
+    assert protocol.setting_of(config | {"reward": "tests", "samples": 4})["loss"] == "online"
+
+
 def test_where_rewards_tie_only_exact_converges_to_the_optimum(sweep):
     printed = command(sweep, "ties").splitlines()
     paper, exact = [float(line.split()[2]) for line in printed[:2]]
