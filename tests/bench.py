@@ -458,7 +458,7 @@ def everything(args):
         args.n = SMALL[name]
         show(unit, compare(args, name))
     print(flush=True)
-    command = [sys.executable, REPO / "tests/bench_sandbox.py", "--trivial=2000"]
+    command = [sys.executable, REPO / "tests/bench_sandbox.py", "--trivial=2000", "--bad=4"]
     subprocess.run(command, check=True)
 
 

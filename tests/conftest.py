@@ -240,7 +240,7 @@ def write_rows(path, rows):
 def read_rows(path):
     """The rows of a JSONL file, or of a folder of them."""
     files = sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
 
 
 # ---- a model, and data for it ----
