@@ -87,7 +87,7 @@ def supervise(options):
     os.close(proc)
     system(LIBC.prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     for name in WARM + options["warm"]:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):  # such as matplotlib's, if no folder is writable yet
             __import__(name)
     builtins.exit = builtins.quit = sys.exit  # as in an interactive Python, which contest programs rely on
     rehearse(limits)
