@@ -301,14 +301,14 @@ def show(content):
     for name, *numbers in lines:
         numbers = map(str.rjust, numbers, widths[1:])
         print(name.ljust(widths[0]), *numbers, sep="  ")
-    print("\nThe largest and the smallest gain, with each model's best completion:")
+    print("\nThe largest and the smallest gain, with the best and the worst completion of each model:")
     for row in (content["prompts"][0], content["prompts"][-1]):
         means = row["means"]
         print(f"\nrow {row['id']}: mean reward {means['reference']:.4g} -> {means['policy']:.4g}")
         print("prompt    ", shortened(text_of(row["prompt"])))
         for model in MODELS:
-            best = row[model][0]
-            print(f"{model:10} reward {best['reward']}: {shortened(best['text'])}")
+            for completion in (row[model][0], row[model][-1]):
+                print(f"{model:10} reward {completion['reward']}: {shortened(completion['text'])}")
     if content["verdict"]:
         print(f"\n{content['verdict']}")
 
