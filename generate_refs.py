@@ -314,10 +314,11 @@ def sample_vllm(model, requests, args, ends):
 def start_vllm(args, longest):
     """A vllm.LLM for sequences of up to `longest` tokens."""
     import vllm
+    from vllm.platforms import current_platform
     options = {"model": args.model, "seed": args.seed, "trust_remote_code": args.trust_remote_code,
                "dtype": "bfloat16" if args.dtype == "auto" else args.dtype,
                "max_num_seqs": args.batch_size, "max_model_len": longest}
-    if vllm.platforms.current_platform.is_cpu():
+    if current_platform.is_cpu():
         # a prompt that is read in pieces wants its random numbers back, which a CPU's generator cannot give
         options["enable_chunked_prefill"] = False
     try:

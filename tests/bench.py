@@ -128,7 +128,7 @@ def start_engine(engine, folder, args, longest):
     from model import keep_freed_memory
     if engine == "torch":
         keep_freed_memory(torch.device("cpu"))  # as it does itself
-        return load(folder / "model", transformers.AutoModelForCausalLM)[1]
+        return load_ours(folder / "model")
     llm = generate_refs.start_vllm(args, longest)
     generate_refs.start_vllm = lambda *_: llm
     return None
@@ -263,6 +263,14 @@ def load(path, kind):
     return tokenizer, kind.from_pretrained(path, dtype="auto").eval()
 
 
+def load_ours(path):
+    """A causal LM as this project loads it, in the type it is stored in."""
+    from model import prepare
+    model = load(path, transformers.AutoModelForCausalLM)[1]
+    prepare(model)
+    return model
+
+
 SIDES = {  # name: (the unit of work, the default of --n, {side: its function}); the first side is ours
     "sample": ("tokens", 16, {"ours": sample_ours, "generate()": sample_peer, "vLLM": sample_vllm}),
     "score": ("completions", 64, {"ours": score_ours, "prompt by prompt": score_peer}),
@@ -278,7 +286,7 @@ def grow_step(length, words, folder, line):
     """A forward and a backward pass on one completion of `length` tokens."""
     from model import Policy
     make_model(folder, words)
-    _, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    model = load_ours(folder / "model")
     policy, tokens = Policy(model), torch.randint(3, words, (1, length))
 
     def ours():
@@ -316,8 +324,7 @@ def grow_prompts(n, folder, line):
     from model import load_tokenizer
     from tokens import decode
     make_model(folder)
-    tokenizer = load_tokenizer(folder / "model")
-    _, model = load(folder / "model", transformers.AutoModelForCausalLM)
+    tokenizer, model = load_tokenizer(folder / "model"), load_ours(folder / "model")
     ids = np.random.default_rng(0).integers(3, WORDS, 500)
     text = decode(tokenizer, tokenizer("w5 w6").input_ids, ids)
     sampled = {"text": text, "token_ids": ids.tolist(), "finish_reason": "length"}
