@@ -307,7 +307,8 @@ def show(content):
         print(f"\nrow {row['id']}: mean reward {means['reference']:.4g} -> {means['policy']:.4g}")
         print("prompt    ", shortened(text_of(row["prompt"])))
         for model in MODELS:
-            for completion in (row[model][0], row[model][-1]):
+            known = [c for c in row[model] if c["reward"] is not None]
+            for completion in known[:1] + known[1:][-1:]:
                 print(f"{model:10} reward {completion['reward']}: {shortened(completion['text'])}")
     if content["verdict"]:
         print(f"\n{content['verdict']}")

@@ -97,9 +97,10 @@ def test_it_prints_the_prompts_with_the_largest_and_the_smallest_gain(tiny, rewa
     lines = capsys.readouterr().out.splitlines()
     start = lines.index(f"row {table[1]['id']}: mean reward 0.5 -> 1")
     assert lines[start + 1] == f"prompt     {table[1]['prompt']!r}"
-    assert lines[start + 3] == f"policy     reward 1.25: {table[1]['samples'][2]['text']!r}"
-    assert lines[start + 5] == f"row {table[3]['id']}: mean reward 0.5 -> 0.25"
-    assert lines[start + 7] == f"reference  reward 0.5: {table[3]['ref_completions'][0]['text']!r}"
+    assert lines[start + 4] == f"policy     reward 1.25: {table[1]['samples'][2]['text']!r}"
+    assert lines[start + 5] == f"policy     reward 0.75: {table[1]['samples'][1]['text']!r}"
+    assert lines[start + 7] == f"row {table[3]['id']}: mean reward 0.5 -> 0.25"
+    assert lines[start + 9] == f"reference  reward 0.5: {table[3]['ref_completions'][0]['text']!r}"
 
 
 def test_where_all_rewards_tie_it_says_that_there_is_nothing_to_gain(tiny, rewarded, tmp_path, capsys):

@@ -309,9 +309,10 @@ def test_told_to_stop_it_exits_with_75_and_continues(whole, tmp_path, monkeypatc
 # ---- vLLM ----
 
 VLLM = """
-import dataclasses, types, torch, transformers, generate_refs
+import dataclasses, sys, types, torch, transformers, generate_refs
 
-platforms = types.SimpleNamespace(current_platform=types.SimpleNamespace(is_cpu=lambda: False))
+sys.modules["vllm.platforms"] = types.SimpleNamespace(
+    current_platform=types.SimpleNamespace(is_cpu=lambda: False))
 sampling_params = types.SimpleNamespace(RequestOutputKind=types.SimpleNamespace(FINAL_ONLY=2))
 __version__ = "0"
 
