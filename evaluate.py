@@ -308,7 +308,8 @@ def show(content):
         print("prompt    ", shortened(text_of(row["prompt"])))
         for model in MODELS:
             known = [c for c in row[model] if c["reward"] is not None]
-            for completion in known[:1] + known[1:][-1:]:
+            shown = known if len(known) < 2 else [known[0], known[-1]]
+            for completion in shown:
                 print(f"{model:10} reward {completion['reward']}: {shortened(completion['text'])}")
     if content["verdict"]:
         print(f"\n{content['verdict']}")
