@@ -238,7 +238,6 @@ if "ref_rewards" in needs and (train_data.tied == 1).all():  # tied: share of th
               "to learn; look at the reward, or sample more references")
 
 
-
 def targets(b):
     """The log-ratios that the loss asks for, in nats, (B,)."""
     return qrpo.target_log_ratios(betas(b), b.rewards, b.ref_rewards, args.transform, args.quantile,

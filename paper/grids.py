@@ -301,15 +301,15 @@ def stories_run(seed, name, arguments):
 # ---- a real chat model: SmolLM2-135M-Instruct on data/sentences, two rewards ----
 
 SMOLLM2 = os.environ.get("SMOLLM2", "HuggingFaceTB/SmolLM2-135M-Instruct")  # a folder, where there is no hub
-REAL = "--beta=0.1 --batch_size=32 --dtype=bfloat16 --micro_batch_tokens=4096"
+REAL = "--beta=0.1 --batch_size=32 --lora=16 --dtype=bfloat16 --micro_batch_tokens=2048"
 REAL_LOSSES = {  # 32 steps of 32 completions: half of the references, or two passes over the pairs
-    "qrpo": ("--num_candidates=4", ("6e-6", "1.2e-5")),
-    "qrpo-exact": ("--loss=qrpo --quantile=exact --num_candidates=4", ("6e-6", "1.2e-5")),
-    "forward_kl": ("--loss=forward_kl --quantile=exact --num_candidates=4", ("1e-5", "2e-5")),
-    "sft": ("--loss=sft --min_reward=0.7 --epochs=3", ("1e-5", "2e-5")),
-    "dpo": ("--loss=dpo", ("3e-6", "1e-5")),
-    "rebel": ("--loss=rebel", ("3e-6", "1e-5")),
-    "simpo": ("--loss=simpo --beta=5", ("3e-6", "1e-5")),
+    "qrpo": ("--num_candidates=4", ("1e-4", "3e-4")),
+    "qrpo-exact": ("--loss=qrpo --quantile=exact --num_candidates=4", ("1e-4", "3e-4")),
+    "forward_kl": ("--loss=forward_kl --quantile=exact --num_candidates=4", ("1e-4", "3e-4")),
+    "sft": ("--loss=sft --min_reward=0.7 --epochs=3", ("1e-4", "3e-4")),
+    "dpo": ("--loss=dpo", ("3e-5", "1e-4")),
+    "rebel": ("--loss=rebel", ("3e-5", "1e-4")),
+    "simpo": ("--loss=simpo --beta=5", ("3e-5", "1e-4")),
 }
 REAL_PAIRS = " --train_on=best_worst --epochs=2 --batch_size=16"
 
@@ -336,7 +336,7 @@ def real_run(reward, seed, name, arguments):
         "MODEL": SMOLLM2,
         "DATA": "data/sentences",
         "REWARD": f"data/sentences/reward.py:{reward}",
-        "GENERATE": "--num_refs=8 --max_new_tokens=48",
+        "GENERATE": "--num_refs=8 --max_new_tokens=48 --dtype=float32",
         "EVALUATE": "--num_refs=4",
     }
     return seed_run(f"real/{reward}", seed, f"{reward}-{name}", arguments, **env)
