@@ -307,7 +307,7 @@ def logits_of(model, output, hidden):
     inner.forward = lambda *args, **kwargs: type(output)(last_hidden_state=hidden[None])
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return model(input_ids=ids, use_cache=False).logits.squeeze(0)  # not [0], whose gradient would be a copy
+        return model(input_ids=ids, use_cache=False).logits.squeeze(0)  # [0] would copy the gradient
     finally:
         del inner.forward  # the class's own again
 
