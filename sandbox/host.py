@@ -36,7 +36,6 @@ FLAGS = {  # name: (default, what it means); the limits travel to the workers
     "disk": (16, "MiB a program may write, all of it into an empty /tmp of its own"),
     "files": (64, "open files of a program, and a sixteenth of the files it may create"),
     "output": (16, "MiB of one value that a call returns"),
-    "depth": (500, "levels of nesting of one value"),
 }
 WAYS = {  # how tests and program meet: what it means
     "apart": "in two processes that exchange plain data; nothing can be forged",

@@ -20,17 +20,10 @@ Point = collections.namedtuple("Point", "x y")
 class Pair(typing.NamedTuple):
     a: int
     b: list
-class Slotted:
-    __slots__ = ("x", "y")
-    def __init__(self, x, y): self.x, self.y = x, y
-    def __eq__(self, other): return (self.x, self.y) == (other.x, other.y)
 @dataclasses.dataclass(frozen=True)
 class Frozen:
     x: int
     inside: tuple = ()
-@dataclasses.dataclass(frozen=True, slots=True, order=True)
-class Tight:
-    x: int
 class Right(enum.Flag):
     READ, WRITE = 1, 2
 def plainly(x): return x
@@ -82,10 +75,8 @@ CASES = {  # name: (program, body of check)
     "dataclass with a function": ("def f(x): return Task(x)", " assert candidate(3).x == 3"),
     "namedtuple": ("def f(p): return Point(p.y, p.x)", " assert candidate(Point(1, 2)).x == 2\n assert candidate(Point(1, 2)) == (2, 1)"),
     "NamedTuple": ("def f(p): p.b.append(1); return p._replace(a=9)", " p = Pair(1, [])\n assert candidate(p).a == 9\n assert p.b == [1]"),
-    "slots": ("def f(s): s.x += 1; return Slotted(s.y, s.x)", " s = Slotted(1, 2)\n assert candidate(s) == Slotted(2, 2)\n assert s.x == 2"),
     "frozen dataclass": ("def f(p): return {Frozen(p.x + 1, (p,)): 1}",
         " assert candidate(Frozen(1)) == {Frozen(2, (Frozen(1),)): 1}\n assert candidate(Frozen(3))[Frozen(4, (Frozen(3),))] == 1"),
-    "tight dataclass": ("def f(x): return sorted([Tight(3), Tight(x)])", " assert candidate(1) == [Tight(1), Tight(3)]"),
     "dataclass in a set in a dataclass": ("def f(x): return Frozen(1, (frozenset([Frozen(2), Frozen(3)]),))",
         " assert Frozen(3) in candidate(0).inside[0]"),
     "datetime": ("import datetime as d\ndef f(x): return x + d.timedelta(days=1)",
@@ -96,16 +87,14 @@ CASES = {  # name: (program, body of check)
         " import datetime as d\n assert candidate(3) == [d.time(3), d.timezone(d.timedelta(hours=3), 'x')]"),
     "zoneinfo": ("import datetime as d, zoneinfo\ndef f(x): return d.datetime(2024, 7, 1, tzinfo=zoneinfo.ZoneInfo(x))",
         " import datetime as d\n assert candidate('Europe/Paris').utcoffset() == d.timedelta(hours=2)"),
-    "standard library": ("import collections, pathlib, re, types, uuid\ndef f(x): return [uuid.UUID(int=x), collections."
-        "ChainMap({1: x}, {2: 3}), pathlib.Path('a') / 'b', types.SimpleNamespace(x=x), slice(x), re.compile('a+', re.I)]",
-        " import collections, pathlib, re, types, uuid\n assert candidate(5) == [uuid.UUID(int=5), collections.ChainMap({1: 5}, "
-        "{2: 3}), pathlib.Path('a/b'), types.SimpleNamespace(x=5), slice(5), re.compile('a+', re.I)]"),
+    "paths and slices": ("import pathlib\ndef f(x): return [pathlib.Path('a') / 'b', slice(x)]", " import pathlib\n assert candidate(5) == [pathlib.Path('a/b'), slice(5)]"),
+    "mappings": ("import collections, types\ndef f(x): return [collections.ChainMap({1: x}, {1: 3}), types.MappingProxyType({x: 2}), collections.UserDict(a=x)]",
+        " import collections\n assert candidate(5) == [{1: 5}, {5: 2}, {'a': 5}]\n assert candidate(5)[0] == collections.ChainMap({1: 5})"),
+    "text of an object": ("class P:\n def __init__(self, x): self.x = x\n def __str__(self): return f'<{self.x}>'\ndef f(x): return P(x)",
+        " assert str(candidate(3)) == '<3>'\n assert f'{candidate(4)}' == '<4>'"),
+    "a generator is one": ("def f(x): yield x", " import types\n assert isinstance(candidate(3), types.GeneratorType)"),
     "a generator whose later items take for ever": ("def f():\n yield 1\n yield 2\n while True: pass",
         " g = candidate()\n assert next(g) == 1 and next(g) == 2"),
-    "part of an iterator given": ("def f(it, n): return [next(it) for _ in range(n)]",
-        " it = iter(range(9))\n assert candidate(it, 2) == [0, 1]\n assert next(it) == 2\n assert candidate(it, 1) == [3]"),
-    "side effects of a generator": ("def f(seen):\n for n in range(5):\n  seen(n)\n  yield n",
-        " seen = []\n g = candidate(seen.append)\n next(g)\n assert seen == [0]"),
     "array": ("import array\ndef f(x): return array.array('d', x)", " import array\n assert candidate([1.5]) == array.array('d', [1.5])"),
     "dict views": ("def f(d): return d.keys()", " assert candidate({1: 2}) == {1}\n assert len(candidate({1: 2, 3: 4})) == 2\n assert 1 in candidate({1: 2})"),
     "values": ("def f(d): return d.values()", " assert len(candidate({1: 2})) == 1\n assert list(candidate({1: 2})) == [2]\n assert sum(candidate({1: 2, 3: 4})) == 6"),
@@ -136,22 +125,12 @@ CASES = {  # name: (program, body of check)
     "endless generator": ("def f():\n n = 0\n while True:\n  yield n\n  n += 1", " import itertools\n assert list(itertools.islice(candidate(), 20)) == list(range(20))\n g = candidate()\n assert next(g) == 0 and next(g) == 1"),
     "long generator": ("def f(n): yield from range(n)", " assert sum(candidate(50000)) == sum(range(50000))"),
     "generator that fails": ("def f():\n yield 1\n raise ValueError", " g = candidate()\n assert next(g) == 1\n try:\n  next(g)\n  assert False\n except ValueError: pass"),
-    "iterator given": ("def f(it): return [next(it), next(it)]", " assert candidate(iter([1, 2, 3])) == [1, 2]"),
-    "endless iterator given": ("import itertools\ndef f(it): return list(itertools.islice(it, 30))", " import itertools\n assert candidate(itertools.count()) == list(range(30))"),
-    "function given": ("def f(g, x): return g(x) + 1", " assert candidate(lambda v: v * 2, 5) == 11\n assert candidate(len, 'ab') == 3\n assert candidate(str.upper, 'a') if False else True"),
-    "builtins given": ("def f(g, x): return list(map(g, x))", " import operator\n assert candidate(str.upper, ['a']) == ['A']\n assert candidate(operator.neg, [1]) == [-1]\n assert candidate(int, ['7']) == [7]"),
-    "key function that fails": ("def f(g, x): return sorted(x, key=g)", " try:\n  candidate(lambda v: v / 0, [1])\n  assert False\n except ZeroDivisionError: pass"),
-    "function that remembers": ("def f(g):\n for n in range(3): g(n)", " seen = []\n candidate(seen.append)\n assert seen == [0, 1, 2]"),
-    "function of the test that calls the candidate": ("def f(n, g): return g(n - 1) if n else 0", " def again(n): return candidate(n, again) + 1\n assert candidate(3, again) == 3"),
     "function returned": ("def f(n): return lambda x: x + n", " add = candidate(3)\n assert add(4) == 7\n assert candidate(1)(1) == 2"),
-    "decorator": ("import functools\ndef f(g):\n @functools.wraps(g)\n def h(*a): return 2 * g(*a)\n return h", " double = candidate(lambda x: x + 1)\n assert double(4) == 10\n @candidate\n def k(x): return x\n assert k(5) == 10"),
     "object returned": ("class Box:\n def __init__(self): self.n = 0\n def add(self, k=1): self.n += k; return self\ndef f(): return Box()", " b = candidate()\n assert b.add().add(k=2).n == 3\n b.n = 9\n assert b.n == 9\n assert not hasattr(b, 'zzz')"),
     "patched print": ("def f(x): return x", " print(candidate(1))\n assert candidate(2) == 2"),
     # resources
     "threads of the test": ("def f(x): return [x, x * x]", " from concurrent.futures import ThreadPoolExecutor\n"
         " with ThreadPoolExecutor(4) as e: assert list(e.map(candidate, range(200))) == [[x, x * x] for x in range(200)]"),
-    "threads that call the test": ("from concurrent.futures import ThreadPoolExecutor\ndef f(g, xs):\n"
-        " with ThreadPoolExecutor(8) as e: return list(e.map(g, xs))", " assert candidate(lambda x: 2 * x, range(200)) == list(range(0, 400, 2))"),
     "threads": ("from concurrent.futures import ThreadPoolExecutor\nimport threading, time\ndef f(n):\n"
         " with ThreadPoolExecutor(12) as e: list(e.map(lambda x: time.sleep(0.05), range(12)))\n"
         " with ThreadPoolExecutor() as e: return sorted(e.map(abs, range(n)))\n", " assert candidate(50) == list(range(50))"),
@@ -161,6 +140,41 @@ CASES = {  # name: (program, body of check)
     "asyncio": ("import asyncio\nasync def f(x):\n await asyncio.sleep(0.01)\n return x", " import asyncio\n try:\n  assert asyncio.run(candidate(3)) == 3\n except (TypeError, ValueError): pass"),
     "name of the function": ("def f(x): return x", " assert candidate(1) == 1, candidate.__name__\n assert candidate.__name__ == 'f'"),
     "logging, tempfile, uuid": ("import logging, tempfile, uuid\ndef f():\n logging.warning('x')\n with tempfile.TemporaryDirectory() as d: return len(str(uuid.uuid4())), d[:5]", " assert candidate() == (36, '/tmp/')"),
+}
+SLOTTED = """
+class Slotted:
+    __slots__ = ("x", "y")
+    def __init__(self, x, y): self.x, self.y = x, y
+    def __eq__(self, other): return (self.x, self.y) == (other.x, other.y)
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class Tight:
+    x: int
+"""
+NO_DATA = {  # what is no plain data: it has a verdict in one process only (more of the preamble comes last)
+    "slots": ("def f(s): s.x += 1; return Slotted(s.y, s.x)", " s = Slotted(1, 2)\n assert candidate(s) == Slotted(2, 2)\n assert s.x == 2", SLOTTED),
+    "slots returned": ("def f(x): return sorted([Tight(3), Tight(x)])", " assert candidate(1) == [Tight(1), Tight(3)]", SLOTTED),
+    "a preamble's subclass of dict": ("def f(x): return Bag(a=x)", " assert candidate(1).total() == 1", "class Bag(dict):\n    def total(self): return sum(self.values())\n"),
+    "UUID": ("import uuid\ndef f(x): return [uuid.UUID(int=x)]", " import uuid\n assert candidate(5) == [uuid.UUID(int=5)]"),
+    "isinstance": ("import uuid\ndef f(x): return uuid.UUID(int=x)", " import uuid\n assert isinstance(candidate(5), uuid.UUID)"),
+    "SimpleNamespace": ("import types\ndef f(x): return types.SimpleNamespace(x=x)", " import types\n assert types.SimpleNamespace(x=5) == candidate(5)"),
+    "Pattern": ("import re\ndef f(x): return {x: re.compile('a+', re.I)}", " import re\n assert candidate(5) == {5: re.compile('a+', re.I)}"),
+    "a distribution": ("import statistics\ndef f(x): return statistics.NormalDist(x)", " import statistics\n assert candidate(5) == statistics.NormalDist(5)"),
+    "a class of the test's": ("class P:\n def __init__(self, x): self.x = x\n def __eq__(self, o): return self.x == o.x\ndef f(x): return P(x)",
+        " class Q: x = 5\n assert candidate(5) == Q()"),
+    "part of an iterator given": ("def f(it, n): return [next(it) for _ in range(n)]",
+        " it = iter(range(9))\n assert candidate(it, 2) == [0, 1]\n assert next(it) == 2\n assert candidate(it, 1) == [3]"),
+    "side effects of a generator": ("def f(seen):\n for n in range(5):\n  seen(n)\n  yield n",
+        " seen = []\n g = candidate(seen.append)\n next(g)\n assert seen == [0]"),
+    "iterator given": ("def f(it): return [next(it), next(it)]", " assert candidate(iter([1, 2, 3])) == [1, 2]"),
+    "endless iterator given": ("import itertools\ndef f(it): return list(itertools.islice(it, 30))", " import itertools\n assert candidate(itertools.count()) == list(range(30))"),
+    "function given": ("def f(g, x): return g(x) + 1", " assert candidate(lambda v: v * 2, 5) == 11\n assert candidate(len, 'ab') == 3\n assert candidate(str.upper, 'a') if False else True"),
+    "builtins given": ("def f(g, x): return list(map(g, x))", " import operator\n assert candidate(str.upper, ['a']) == ['A']\n assert candidate(operator.neg, [1]) == [-1]\n assert candidate(int, ['7']) == [7]"),
+    "key function that fails": ("def f(g, x): return sorted(x, key=g)", " try:\n  candidate(lambda v: v / 0, [1])\n  assert False\n except ZeroDivisionError: pass"),
+    "function that remembers": ("def f(g):\n for n in range(3): g(n)", " seen = []\n candidate(seen.append)\n assert seen == [0, 1, 2]"),
+    "function of the test that calls the candidate": ("def f(n, g): return g(n - 1) if n else 0", " def again(n): return candidate(n, again) + 1\n assert candidate(3, again) == 3"),
+    "decorator": ("import functools\ndef f(g):\n @functools.wraps(g)\n def h(*a): return 2 * g(*a)\n return h", " double = candidate(lambda x: x + 1)\n assert double(4) == 10\n @candidate\n def k(x): return x\n assert k(5) == 10"),
+    "threads that call the test": ("from concurrent.futures import ThreadPoolExecutor\ndef f(g, xs):\n"
+        " with ThreadPoolExecutor(8) as e: return list(e.map(g, xs))", " assert candidate(lambda x: 2 * x, range(200)) == list(range(0, 400, 2))"),
 }
 
 
@@ -177,3 +191,9 @@ def test_honest_programs_of_unusual_kinds(judged, name):
     exec(PREAMBLE + program + "\ndef check(candidate):\n" + test, space)
     space["check"](space["f"])  # a plain run agrees
     assert judged[name]["reward"] == 1, json.dumps(judged[name])
+
+
+def test_what_is_no_plain_data_is_null_and_says_what_helps():
+    got = verdicts([row(name, program, "def check(candidate):\n" + test, "".join([PREAMBLE, *more]))
+                    for name, (program, test, *more) in NO_DATA.items()])
+    assert {name: v for name, v in got.items() if v["reward"] is not None or "--judge=together" not in v["detail"]} == {}

@@ -5,7 +5,7 @@
 # ruff: noqa: E501
 import pytest
 from test_sandbox import HOSTILE, HONEST, LEETCODE, SHORT, dataset, in_call, row, some, verdicts, works
-from test_sandbox_honest import CASES, PREAMBLE
+from test_sandbox_honest import CASES, NO_DATA, PREAMBLE
 
 import sandbox
 from sandbox.inside.surroundings import first
@@ -45,8 +45,9 @@ SURROUNDINGS = {  # what a test does around the program, and cannot from another
 
 
 def test_what_a_plain_run_passes_passes():
-    cases = CASES | SURROUNDINGS
-    rows = [row(name, program, "def check(candidate):\n" + test, PREAMBLE) for name, (program, test) in cases.items()]
+    cases = CASES | NO_DATA | SURROUNDINGS
+    rows = [row(name, program, "def check(candidate):\n" + test, "".join([PREAMBLE, *more]))
+            for name, (program, test, *more) in cases.items()]
     assert {name: v for name, v in verdicts(rows, way="together").items() if v["reward"] != 1} == {}
 
 
@@ -77,9 +78,9 @@ ORDINARY = {  # tests that set up nothing of the program: a wrong one gets 0
 
 
 def test_ordinary_tests_set_up_nothing():
-    assert {name: found for name, test in ORDINARY.items() if (found := first(test, "f"))} == {}
+    assert {name: found for name, test in ORDINARY.items() if (found := first(test))[1]} == {}
     sets = dataset(LEETCODE, "completion") + dataset("humaneval/HumanEval.jsonl.gz", "canonical_solution")
-    assert [r["id"] for r in sets[::7] if first(r["test"], "candidate " + r["entry_point"])] == []
+    assert [r["id"] for r in sets[::7] if first(r["test"])[1]] == []
 
 
 def test_what_fails_before_the_surroundings_is_0():

@@ -6,33 +6,37 @@ In: the program's part of a job, calls on a pipe. Out: values, or exceptions, on
 """
 import ast
 import atexit
+import collections.abc
 import contextlib
-import importlib
+import itertools
 import json
-import marshal
-import operator
 import os
 import sys
 import threading
 
-from .channel import Channel, TooLarge
+from .channel import Channel
 from .confine import module_space, silence, take
-from .values import SCALARS, classes_of, describe
+from .values import KINDS, SCALARS, classes_of, describe
+
+
+class TooLarge(Exception):
+    """A message beyond the limit."""
 
 
 class Candidate(Channel):
     """The program's end of the channel."""
 
     def __init__(self, source, target, limits):
-        super().__init__(source, target, {}, limits)
-        self.longest["send"] = limits["output"] << 20
-        self.before = None  # the arguments of a call as they came, where the call could change them
+        super().__init__(source, target, {})
+        self.longest = limits["output"] << 20  # bytes of an answer
+        self.kept, self.numbers = [], {}  # what is not sent: the judge knows it by number
+        self.after = None  # the arguments of a call, where it changed them
 
     def start(self, job):
         """Run the program, up to its function."""
         self.space = module_space()
         if job["entry_point"] == "__main__":
-            self.refer(script([compile(job[part], f"<{part}>", "exec", dont_inherit=True)
+            self.keep(script([compile(job[part], f"<{part}>", "exec", dont_inherit=True)
                                for part in ("preamble", "program")]))
             return
         try:
@@ -52,67 +56,78 @@ class Candidate(Channel):
         function = eval(job["entry_point"], self.space)
         if not callable(function):
             raise TypeError("the entry point is not callable")
-        self.refer(function)
+        self.keep(function)
 
     def serve(self):
         """Answer the judge until killed."""
         while True:
-            self.objects, self.positions = [], {}
-            self.answer(*self.load(self.receive()))
+            self.forget()
+            self.after, self.message = None, self.receive()
+            self.answer(*self.load(self.message))
 
     def answer(self, operation, values):
-        self.after = None
         try:
-            reply = self.dump("value", getattr(self, f"do_{operation}")(*values))
+            reply = self.dump("value", [getattr(self, f"do_{operation}")(*values), self.after])
         except BaseException as error:  # the program's, or of a value that cannot be sent
             reply = self.failure(error)
-        try:
-            self.send(reply)
-        except TooLarge as error:
-            self.send(self.failure(error))
+        if len(reply) > self.longest:
+            reply = self.failure(TooLarge())
+        self.send(reply)
 
     def failure(self, error):
-        """The message of an exception, with as much of it as can be sent."""
+        """The message of an exception. Of one whose parts are large, or fail, only its class."""
+        with contextlib.suppress(BaseException):
+            reply = self.dump("error", [*describe(error), self.after])
+            if len(reply) < self.longest // 4:
+                return reply
         names = [[type(error).__module__, type(error).__name__], ["builtins", "Exception"]]
-        ways = (lambda: [*describe(error), self.after],
-                lambda: [names, [str(error)[:200]], {}, None])
-        for way in ways:
-            with contextlib.suppress(BaseException):  # an exception class may break its own parts
-                reply = self.dump("error", way())
-                if len(reply) < self.longest["send"] // 4:
-                    return reply
         return self.dump("error", [names, [], {}, None])
 
-    def received(self, head, body, table):
-        self.before = None
-        if head == "call" and not SCALARS.issuperset(map(type, body[1] + body[3])):  # args, keywords' values
-            self.before = marshal.dumps([body[1], body[3], table], 2)
-
     def do_call(self, function, args, names, values):
-        """[the value of a call, its arguments if they changed]."""
-        before, keywords = self.before, dict(zip(names, values))
         try:
-            value = function(*args, **keywords)
+            return function(*args, **dict(zip(names, values)))
         finally:
-            if before:
-                _, body, table = self.flatten("", [args, values])
-                self.after = [args, values] if marshal.dumps([*body, table], 2) != before else None
-        return [value, self.after]
+            if not SCALARS.issuperset(map(type, args + values)):  # what could change
+                now = self.dump("call", [function, args, names, values])
+                self.after = [args, values] if now != self.message else None
 
     def do_get(self, thing, name):
-        return [getattr(thing, name)]
+        return getattr(thing, name)
 
     def do_set(self, thing, name, value):
         setattr(thing, name, value)
 
-    def unpack_global(self, body, depth):
-        """What the test calls by a name that only the program can have defined."""
-        return self.space[body]
+    def do_next(self, iterator):
+        """[the next item], or nothing where there is none."""
+        return list(itertools.islice(iterator, 1))
 
-    def unpack_name(self, body, depth):
-        """A function or class of the standard library."""
-        module, name = body
-        return operator.attrgetter(name)(importlib.import_module(module))
+    def do_str(self, thing):
+        return str(thing)
+
+    def pack_other(self, value):
+        """As the nearest kind that can be sent, or as a number."""
+        if isinstance(value, collections.abc.Iterator) and not callable(value):
+            return {"iterator": self.keep(value)}
+        for base in (int, float, str):
+            if isinstance(value, base):
+                return self.pack(base(value))
+        for tag, (base, parts, _) in KINDS.items():
+            if isinstance(value, base):
+                return {tag: self.pack(parts(value))}
+        return {"kept": self.keep(value)}
+
+    def keep(self, value):
+        number = self.numbers.setdefault(id(value), len(self.kept))
+        if number == len(self.kept):
+            self.kept.append(value)
+        return number
+
+    def unpack_kept(self, number):
+        return self.kept[number]
+
+    def unpack_global(self, name):
+        """What the test calls by a name that only the program can have defined."""
+        return self.space[name]
 
 
 def script(codes):
@@ -162,5 +177,5 @@ def run_candidate(size, requests, replies, limits):
     except BaseException as error:
         candidate.send(candidate.failure(error))
         return
-    candidate.send('["ready", [], []]')
+    candidate.send(candidate.dump("value", [None, None]))  # ready
     candidate.serve()

@@ -7,22 +7,17 @@ the report.
     python -m pytest tests/test_sandbox_breaches.py
 """
 import builtins
-import collections.abc
-import contextlib
-import io
 import json
-import operator
 import os
 import random
 import socket
-import sys
 import threading
 
-from .channel import Channel, Remote
+from .channel import Channel
 from .confine import module_space, silence, take
 from .surroundings import first
 from .tests import Tests
-from .values import BASES, CandidateError, classes_of, describe, is_builtin, restore
+from .values import CONSTANTS, CandidateError, carried, classes_of, exception_of, is_builtin, restore
 
 # Exceptions that say "enough" to a loop: a success, if a program could raise them
 ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit"}
@@ -37,150 +32,124 @@ class RowFault(BaseException):
     """The row's own fault, or a value that cannot be carried: there is no verdict."""
 
 
-class CandidateObject(Remote):
-    """What stays in the candidate: a test may call it, and get and set its attributes. It compares
-    as itself only."""
+class CandidateObject:
+    """What stays in the candidate: a test may call it, and get and set its attributes."""
+
+    def __init__(self, judge, reference):
+        self.__dict__.update(_judge=judge, _reference=reference)
 
     def __call__(self, *args, **keywords):
-        with self._channel.lock:
-            return self._channel.call(self, args, keywords)
+        return self._judge.ask("call", [self, [*args], [*keywords], [*keywords.values()]])
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._channel.ask("get", [self, name])[0]
+        return self._judge.ask("get", [self, name])
 
     def __setattr__(self, name, value):
-        self._channel.ask("set", [self, name, value])
+        self._judge.ask("set", [self, name, value])
+
+    def __str__(self):
+        return self._judge.ask("str", [self])
+
+    def __eq__(self, other):
+        """As itself only: it has no say in this. But no program could be right where the other one is of a
+        kind that is not sent, and knows nothing of it."""
+        is_other = type(other) is not CandidateObject
+        if is_other and type(other).__eq__(other, self) is NotImplemented:
+            with self._judge.lock:
+                self._judge.dump("", other)
+        return NotImplemented
+
+    __hash__ = object.__hash__
+
+    def __enter__(self):
+        raise RowFault("the tests use the program in a `with`: use --judge=together")
+
+    __exit__ = __enter__
 
 
 class Judge(Channel):
     """The judge's end of the channel: `test` is the context that each test runs in."""
 
-    remote = CandidateObject
-
     def __init__(self, pipes, classes, tests, limits):
         requests, replies, self.report = pipes
-        super().__init__(replies, requests, classes, limits)
-        self.longest["receive"] = limits["output"] << 20
+        super().__init__(replies, requests, classes)
+        self.longest = limits["output"] << 20
         self.tests, self.done = tests, 0
+        self.objects_there = {}  # by number
         self.lost = ""  # the code of why the candidate can answer no more
         self.fault = self.why = ""  # of the present test: the code and the name of what the candidate raised
         self.detail = ""  # of the first test that failed
-        self.level = 0  # calls under way: one inside another where the program calls a function of the test
+        self.lock = threading.RLock()  # one thread of the test asks at a time
 
-    def begin(self):
-        """Wait until the program has run up to its function, which is the first thing there:
-        whether it did."""
-        head, values = self.trusting_nothing(lambda: self.load(self.receive()))
-        if head not in ("ready", "error"):
-            self.leave("o")
-        if head == "error":
-            self.trusting_nothing(lambda: self.error(*values))
-        return head == "ready"
+    def ask(self, operation, values):
+        """What the candidate answers. The arguments of a call are changed as the call changed them."""
+        with self.lock:
+            self.forget()
+            return self.exchange(self.dump(operation, values), values[1::2])
 
-    def leave(self, code):
-        self.lost = code
-        raise CandidateLost from None
-
-    def trusting_nothing(self, step):
-        """The result of a step with the candidate; where that is no proper one, CandidateLost now and ever
-        after."""
+    def exchange(self, message, arguments):
+        """The answer to a message. Where it is no proper one, CandidateLost now and ever after."""
         if self.lost:
             raise CandidateLost
         try:
-            return step()
-        except (CandidateLost, RowFault):
-            raise
+            if message:
+                self.send(message)
+            head, values = self.load(self.receive(self.longest))
+            *parts, after = values
+            if after is not None:
+                restore(arguments, after)
+            result = self.error(*parts) if head == "error" else parts[0]
         except (EOFError, BrokenPipeError):
-            self.leave("k")
+            self.lost = "k"
         except BaseException:
-            self.leave("o")
+            self.lost = "o"
+        if self.lost:
+            raise CandidateLost
+        if head == "error":
+            raise result
+        return result
 
-    def ask(self, operation, values):
-        with self.lock:
-            return self.converse(operation, values)
-
-    def converse(self, operation, values):
-        if self.level == 0:
-            self.objects, self.positions = [], {}
+    def dump(self, head, values):
         try:
-            message = self.dump(operation, values)
-        except (TypeError, RecursionError):
-            raise RowFault("the tests pass what cannot be sent to a program: use --judge=together") from None
-        self.level += 1
-        try:
-            self.trusting_nothing(lambda: self.send(message))
-            while True:
-                head, values = self.trusting_nothing(lambda: self.load(self.receive()))
-                if head == "value":
-                    return values
-                if head == "error":
-                    raise self.trusting_nothing(lambda: self.error(*values))
-                self.trusting_nothing(lambda: self.answer(head, values))
-        finally:
-            self.level -= 1
+            return super().dump(head, values)
+        except (TypeError, RecursionError) as error:
+            raise RowFault(f"the tests have what cannot be sent to a program ({error}): "
+                           "use --judge=together") from None
 
-    def answer(self, operation, values):
-        """The program calls a function that the test gave it, or wants more items of an
-        iterator."""
-        thing, *rest = values
-        if not any(thing is own for own in self.kept):
-            raise ValueError("not an object of the test")
-        try:
-            if operation == "call":
-                args, names, values = rest
-                reply = self.dump("value", thing(*args, **dict(zip(names, values))))
-            else:
-                reply = self.dump("value", {"more": self.do_more}[operation](thing, *rest))
-        except Exception as error:
-            reply = self.dump("error", [describe(error)[0], [str(error)], {}])
-        self.send(reply)
-
-    def call(self, thing, args, keywords):
-        """The value of a call. The arguments are changed as the call changed them."""
-        args, values = list(args), list(keywords.values())
-        self.after = None
-        try:
-            reply = self.ask("call", [thing, args, list(keywords), values])
-            value, self.after = self.trusting_nothing(lambda: [reply[0], reply[1]])
-        finally:
-            if self.after is not None:
-                self.trusting_nothing(lambda: restore([args, values], self.after))
-        return value
-
-    def error(self, names, args, fields, after=None):
+    def error(self, names, args, fields):
         """The exception that the candidate raised, as the nearest of its classes that is built in, the
         preamble's, or spoken of by the tests: those of the library may mean something to what runs a
         test. Never one that ends `all(map(candidate, ...))` early, unless the tests speak of it."""
-        self.after, name = after, names[0][1]
+        name = names[0][1]
         known = [pair for pair in names if pair[0] in ("builtins", "solution") or pair[1] in self.tests.names]
-        error = super().error(known, args, fields)
+        error = exception_of(known, args, fields, self.classes)
         if any(kind.__name__ in ENDS - self.tests.names for kind in type(error).__mro__):
             error = CandidateError()
         self.fault = {"MemoryError": "m", "TooLarge": "o"}.get(name, "e")
         self.why = next((name for _, name in names if is_builtin(name)), "")
         return error
 
-    def pack_rare(self, value, kind):
-        if isinstance(value, BASES) and kind.__module__ == "solution" or isinstance(value, io.IOBase):
-            raise TypeError  # of the test's own class, or a file, which is more than its lines
-        return super().pack_rare(value, kind)
+    def pack_other(self, value):
+        if type(value) is CandidateObject:
+            return value._reference
+        raise TypeError(f"a {type(value).__name__}")
 
-    def refer(self, value):
-        """What can be called is called there by its name, if that is the standard library's, or
-        else here."""
-        if not callable(value):
-            if isinstance(value, collections.abc.Iterator):
-                return super().refer(value)
-            raise TypeError
-        owner = getattr(value, "__objclass__", value)
-        module, name = getattr(owner, "__module__", None), getattr(value, "__qualname__", "")
-        if str(module).partition(".")[0] in sys.stdlib_module_names and "<" not in name:
-            with contextlib.suppress(AttributeError, KeyError):
-                if operator.attrgetter(name)(sys.modules[module]) == value:
-                    return {"name": [module, name]}
-        return super().refer(value)
+    def unpack_kept(self, number):
+        if type(number) is not int:
+            raise ValueError("not a number")
+        if number not in self.objects_there:
+            self.objects_there[number] = CandidateObject(self, {"kept": number})
+        return self.objects_there[number]
+
+    def unpack_iterator(self, number):
+        return self.items(self.unpack_kept(number))
+
+    def items(self, iterator):
+        """Those of an iterator of the program, each when it is asked for."""
+        while found := self.ask("next", [iterator]):
+            yield found[0]
 
     # ---- tests ----
 
@@ -198,14 +167,19 @@ class Judge(Channel):
             raise RowFault(f"the tests fail by themselves: {kind.__name__} {error.name}; with "
                            "--judge=together they see what the program defines")
         code = "." if kind is None else self.lost or self.fault or "w"
-        if code in "we" and (found := first(self.tests.source, " ".join(self.tests.candidates))):
-            line, what = found
-            if trace.tb_lineno >= line:
-                raise RowFault(f"the tests use {what} (line {line}), which does not reach the program: "
-                               "use --judge=together")
+        if code in "we" and (what := self.surroundings(trace.tb_lineno)):
+            raise RowFault(f"the tests use {what}, which does not reach the program: use --judge=together")
         self.record(code,
                     self.why or ("" if kind in (None, AssertionError) else kind.__name__))
         return True
+
+    def surroundings(self, line):
+        """What the row has, up to this line of its tests, that does not reach the program; or nothing."""
+        for name, kind in self.classes.items():
+            if not issubclass(kind, (*CONSTANTS, BaseException)) and not carried(kind):
+                return f"objects of {name}"
+        begins, what = first(self.tests.source)
+        return f"{what} (line {begins})" if line >= begins else ""
 
     def record(self, code, why=""):
         """Report one test: a byte. Of the first that fails also why, as the name of a built-in
@@ -267,7 +241,7 @@ def judge_one(judge, space, entry_point):
     break, the detail."""
     random.seed(0)  # tests that draw numbers draw the same for every program
     os.write(judge.report, b"%08x" % judge.tests.total)
-    judge.remotes[0] = candidate = CandidateObject(judge, {"here": 0})
+    candidate = judge.unpack_kept(0)
     vars(candidate)["__name__"] = entry_point
     space["__judge__"] = judge
     for name in judge.tests.undefined - set(space) - set(vars(builtins)):
@@ -276,11 +250,9 @@ def judge_one(judge, space, entry_point):
         space[entry_point] = candidate  # some tests call the function by its own name
     code, why = "w", ""
     try:
-        if not judge.begin():
-            code, why = judge.fault, judge.why
-        else:
-            space[judge.tests.check](candidate)
-            code = "." if judge.done and not judge.detail else "w"  # a `return` before the last test
+        judge.exchange(b"", [])  # the program has run up to its function
+        space[judge.tests.check](candidate)
+        code = "." if judge.done and not judge.detail else "w"  # a `return` before the last test
     except RowFault:
         raise
     except BaseException as error:  # raised between the tests: those after it have failed

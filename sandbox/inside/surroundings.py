@@ -1,17 +1,20 @@
 """What a test sets up around the program, by its own source: apart, it does not reach the program. A test
 that fails after that has no verdict. The program's text plays no part, so it cannot ask for that.
 
-In: the source of a test module, and the names by which it calls the program. Out: (line, what) of the first
-such thing, or None.
+In: the source of a test module. Out: (line, what) of the first such thing; line inf: there is none.
 
-    python -c 'from sandbox.inside import surroundings; print(surroundings.first("open(f())", "f"))'
+    python -c 'from sandbox.inside import surroundings; print(surroundings.first("open(f())"))'
 """
 import ast
 import builtins
 import functools
+import math
+import random
 import re
 
-CALLED = {name: what for what, names in {  # functions and methods that a test calls: what they say of it
+from .values import BASES
+
+NAMES = {name: what for what, names in {  # names that a test uses: what they say of it
     "a mock": "patch Mock MagicMock AsyncMock mock_open create_autospec monkeypatch",
     "files": "open mkdtemp mkstemp NamedTemporaryFile TemporaryFile TemporaryDirectory write_text "
              "write_bytes mkdir makedirs chdir",
@@ -25,66 +28,52 @@ CALLED = {name: what for what, names in {  # functions and methods that a test c
     "a function's cache": "cache_info cache_clear cache_parameters",
     "coroutines": "asyncio run_until_complete",
     "a function's source": "signature getsource getdoc get_type_hints iscoroutinefunction "
-                           "isgeneratorfunction",
+                           "isgeneratorfunction __doc__ __annotations__ __code__ "
+                           "__defaults__ __wrapped__ __closure__",
 }.items() for name in names.split()}
-OF_FUNCTIONS = {"__doc__", "__annotations__", "__code__", "__defaults__", "__wrapped__", "__closure__"}
-SIGNS = {*CALLED, *OF_FUNCTIONS, "seed", "isinstance", "issubclass", "import", "with", "await"}
+SIGNS = {*NAMES, "seed", "isinstance", "issubclass", "import"}
+PLAIN = {*vars(builtins), *(kind.__name__ for kind in BASES)}
+DRAWS = {*dir(random)} - {"seed"}
 
 
 @functools.lru_cache(maxsize=1)
-def first(source, names):
-    """`names`: separated by spaces."""
+def first(source):
     if not SIGNS & set(re.findall(r"\w+", source)):  # most tests: there is nothing to look for
-        return None
-    tree, names = ast.parse(source), set(names.split())
-    imported = {(alias.asname or alias.name).partition(".")[0] for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    found = [(node.lineno, what) for node in ast.walk(tree) if (what := sets_up(node, names, imported, own))]
-    return min(found + seeds(tree), default=None)
+        return math.inf, ""
+    nodes = [*ast.walk(ast.parse(source))]
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+    own = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.arg))]
+    own += [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    names = set(NAMES) - {name_of(node) for node in own}
+    found = [(node.lineno, NAMES[name_of(node)]) for node in nodes if name_of(node) in names]
+    for node in nodes:
+        if isinstance(node, ast.Call) and name_of(node.func) in ("isinstance", "issubclass"):
+            if not words(node.args[-1]) <= PLAIN | imported:
+                found.append((node.lineno, "isinstance() of what is not plain data"))
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            if words(node.value) & imported:
+                found.append((node.lineno, "what it imports"))
+    return min(found + seeds(nodes), default=(math.inf, ""))
 
 
-def sets_up(node, names, imported, own):
-    """What a node does that cannot reach the program, in words, or None."""
-    if isinstance(node, ast.Call):
-        if getattr(node.func, "id", "") in ("isinstance", "issubclass") and len(node.args) == 2:
-            known = imported | set(vars(builtins))
-            return None if words(node.args[1]) & known else "isinstance() of a class of its own"
-        called = words(node.func)
-        return next((CALLED[word] for word in sorted(called) if word in CALLED and not called & own), None)
-    if isinstance(node, ast.Await):
-        return "coroutines"
-    if isinstance(node, ast.Attribute) and node.attr in OF_FUNCTIONS:
-        return "a function's source"
-    if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
-        return "what it imports" if words(node.value) & imported else None
-    if isinstance(node, ast.With):
-        calls = [inner for item in node.items for inner in ast.walk(item.context_expr)
-                 if isinstance(inner, ast.Call)]
-        return "the program in a `with`" if any(words(call.func) & names for call in calls) else None
-    return None
+def name_of(node):
+    """The name of a variable, an attribute, an argument, a function or class."""
+    return next((getattr(node, name) for name in ("id", "attr", "arg", "name") if hasattr(node, name)), "")
 
 
 def words(node):
     """All names in a node."""
-    return {getattr(inner, "id", getattr(inner, "attr", "")) for inner in ast.walk(node)}
+    return {name_of(inner) for inner in ast.walk(node)} - {""}
 
 
-def seeds(tree):
-    """Seeds after which the test draws nothing itself: they are meant for the program."""
-    draws = {"random"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "random":
-            draws |= {alias.asname or alias.name for alias in node.names}
-    draws |= {node.name for node in ast.walk(tree)
-              if isinstance(node, ast.FunctionDef) and node.name != "check" and words(node) & draws}
-    draws.discard("seed")
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    found, last = [], None
-    for call in sorted(calls, key=lambda node: (node.end_lineno, node.end_col_offset)):
-        if "seed" in words(call.func):
-            last = call.lineno, "a seed"
-            found.append(last)
-        elif last in found and words(call.func) & draws:
-            found.remove(last)
-    return found
+def seeds(nodes):
+    """The last seed, where the test draws nothing itself after it: it is meant for the program."""
+    helpers = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name != "check"]
+    draws = DRAWS | {node.name for node in helpers if words(node) & DRAWS}
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    calls.sort(key=lambda node: (node.end_lineno, node.end_col_offset))
+    seeds = [number for number, call in enumerate(calls) if name_of(call.func) == "seed"]
+    if not seeds or any(words(call.func) & draws for call in calls[seeds[-1] + 1:]):
+        return []
+    return [(calls[seeds[-1]].lineno, "a seed")]

@@ -6,16 +6,15 @@ preamble's classes, exceptions.
 import array
 import binascii
 import builtins
-import collections
+import collections.abc
 import datetime
 import decimal
 import enum
 import fractions
+import functools
 import pathlib
-import re
 import sys
 import types
-import uuid
 import zoneinfo
 
 SCALARS = {type(None), bool, int, float, str}
@@ -56,6 +55,7 @@ KINDS = {  # tag: (type, its parts as a list, the value of such a list)
     "defaultdict": (collections.defaultdict, lambda value: [value.default_factory, *mapping(value)],
                     lambda parts: collections.defaultdict(parts[0], unzip(parts[1:]))),
     "dict": (dict, mapping, unzip),
+    "mapping": (collections.abc.Mapping, mapping, unzip),  # any other
     "list": (list, list, list),
     "deque": (collections.deque, lambda value: [list(value), value.maxlen],
               lambda parts: collections.deque(*parts)),
@@ -67,11 +67,6 @@ KINDS = {  # tag: (type, its parts as a list, the value of such a list)
     "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
     "array": (array.array, lambda value: [value.typecode, list(value)], lambda parts: array.array(*parts)),
     "ZoneInfo": (zoneinfo.ZoneInfo, lambda value: [value.key], lambda parts: zoneinfo.ZoneInfo(*parts)),
-    "UUID": (uuid.UUID, lambda value: [str(value)], lambda parts: uuid.UUID(*parts)),
-    "ChainMap": (collections.ChainMap, lambda value: value.maps, lambda parts: collections.ChainMap(*parts)),
-    "SimpleNamespace": (types.SimpleNamespace, lambda value: mapping(vars(value)),
-                        lambda parts: types.SimpleNamespace(**unzip(parts))),
-    "pattern": (re.Pattern, lambda value: [value.pattern, value.flags], lambda parts: re.compile(*parts)),
     **{kind.__name__: by_arguments(kind) for kind in (
         range, slice, fractions.Fraction, decimal.Decimal, pathlib.PurePosixPath,
         datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)},
@@ -82,25 +77,18 @@ BASES = tuple(kind for kind, _, _ in KINDS.values()) + (int, float, str)
 SLOT = types.MemberDescriptorType
 
 
-def fields_of(thing):
-    """The attributes of an instance, from its dict and its slots."""
-    fields = dict(getattr(thing, "__dict__", ()))
-    for cls in type(thing).__mro__:
-        for name, member in vars(cls).items():
-            if type(member) is SLOT and cls.__module__ == "solution" and hasattr(thing, name):
-                fields[name] = getattr(thing, name)
-    return fields
+@functools.cache
+def carried(kind):
+    """Whether an instance of a class of the preamble is no more than its attributes."""
+    slots = any(type(member) is SLOT for base in kind.__mro__ for member in vars(base).values())
+    return not slots and not issubclass(kind, (*BASES, BaseException, type))
 
 
 def set_fields(thing, fields):
     """Replace the attributes of an instance without calling its class. None of them hides a method."""
-    if hasattr(thing, "__dict__"):
-        vars(thing).clear()
+    vars(thing).clear()
     for name, value in fields.items():
-        member = getattr(type(thing), name, None)
-        if type(member) is SLOT:
-            member.__set__(thing, value)
-        elif not hides_method(type(thing), name):
+        if not hides_method(type(thing), name):
             vars(thing)[name] = value
 
 

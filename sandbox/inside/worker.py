@@ -30,7 +30,7 @@ import time
 from .candidate import Candidate, run_candidate
 from .confine import (LIBC, MACHINES, NoWalls, call_filter, module_space, set_limits, system, take,
                       wall_off)
-from .judge import CandidateObject, Judge, run_judge
+from .judge import Judge, run_judge
 from .landlock import Landlock
 from .namespaces import Namespaces
 from .tests import Tests
@@ -57,13 +57,10 @@ def rehearse(limits):
     for _ in range(20):
         candidate = Candidate(None, answer, limits)
         candidate.start(json.loads(json.dumps(job)))
-        candidate.send('["ready", [], []]')
         judge = Judge((None, replies, None), {}, Tests(test, "f"), limits)
-        judge.begin()
-        function = judge.remotes[0] = CandidateObject(judge, {"here": 0})
-        message = judge.dump("call", [function, [1, [2.0]], [], []])
-        candidate.answer(*candidate.load(message.encode()))
-        judge.load(judge.receive())
+        candidate.message = judge.dump("call", [judge.unpack_kept(0), [1, [2.0]], [], []])
+        candidate.answer(*candidate.load(candidate.message))
+        judge.exchange(b"", [])
         exec(judge.tests.code, module_space())
     os.close(replies)
     os.close(answer)
