@@ -218,6 +218,27 @@ def test_no_forgery_by_the_classes_of_the_test(name):
     assert verdict["reward"] == 0 and verdict["total"] == 5, verdict
 
 
+def test_no_program_makes_a_comparison_null():
+    """Where a right program would pass, one that returns what cannot be sent gets 0."""
+    test = """
+import collections, enum
+class Close:
+    def __init__(self, value): self.value = value
+    def __eq__(self, other): return abs(self.value - other) < 1 if isinstance(other, (int, float)) else NotImplemented
+Point, Number = collections.namedtuple("Point", "x y"), enum.IntEnum("Number", "ONE TWO")
+def check(candidate):
+    assert candidate(1) == Close(1.5)
+    assert Close(1.5) == candidate(1)
+    assert candidate(1) in [Number.ONE]
+    assert candidate((1, 2)) == Point(1, 2)
+    assert {1: candidate({2: 3})} == {1: collections.ChainMap({2: 3})}
+"""
+    codes = {"right": "return x", "f": "return f", "object": "return object()", "in a list": "return [f]",
+             "iterator": "return iter([x])", "UUID": "import uuid\nreturn uuid.UUID(int=3)"}
+    got = verdicts([row(name, in_call(code), test) for name, code in codes.items()])
+    assert {name: v["reward"] for name, v in got.items()} == {name: int(name == "right") for name in codes}
+
+
 NODE = """
 import contextlib, functools
 class Node:

@@ -72,6 +72,7 @@ ORDINARY = {  # tests that set up nothing of the program: a wrong one gets 0
                         " assert isinstance(f(2), collections.Counter)",
     "its own names": "class Box:\n def close(self, a): assert a\ndef patch(x): return x\n"
                      "def check(f):\n Box().close(f(1))\n assert f(patch(1))",
+    "names of its variables": "def check(f):\n for open, close in ['ab', 'cd']:\n  assert f(open, close=close) == 1",
     "raises": "import unittest\ndef check(f):\n with unittest.TestCase().assertRaises(ValueError): f(1)",
     "timing": "import time\ndef check(f):\n begun = time.time()\n assert f(1) == 1 and time.time() - begun < 9",
 }

@@ -16,8 +16,8 @@ import threading
 from .channel import Channel
 from .confine import module_space, silence, take
 from .surroundings import first
-from .tests import Tests
-from .values import CONSTANTS, CandidateError, carried, classes_of, exception_of, is_builtin, restore
+from .tests import Report, RowFault, Tests
+from .values import BASES, CONSTANTS, CandidateError, carried, classes_of, exception_of, is_builtin, restore
 
 # Exceptions that say "enough" to a loop: a success, if a program could raise them
 ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit"}
@@ -26,10 +26,6 @@ ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit"}
 class CandidateLost(BaseException):
     """The candidate can answer no more: what is not yet tested has failed. Not an Exception: no
     test may catch it."""
-
-
-class RowFault(BaseException):
-    """The row's own fault, or a value that cannot be carried: there is no verdict."""
 
 
 class CandidateObject:
@@ -53,10 +49,11 @@ class CandidateObject:
         return self._judge.ask("str", [self])
 
     def __eq__(self, other):
-        """As itself only: it has no say in this. But no program could be right where the other one is of a
-        kind that is not sent, and knows nothing of it."""
-        is_other = type(other) is not CandidateObject
-        if is_other and type(other).__eq__(other, self) is NotImplemented:
+        """As itself only: a program has no say in this. But no program could be right where the other one is
+        of a class of the library that is not sent, and says nothing itself."""
+        kind = type(other)
+        says = getattr(kind.__eq__, "__module__", "") == "solution" or isinstance(other, SAYING)
+        if not says and kind.__eq__(other, self) is NotImplemented:
             with self._judge.lock:
                 self._judge.dump("", other)
         return NotImplemented
@@ -69,18 +66,22 @@ class CandidateObject:
     __exit__ = __enter__
 
 
-class Judge(Channel):
-    """The judge's end of the channel: `test` is the context that each test runs in."""
+# What is equal to values of other kinds, too
+SAYING = CandidateObject, int, float, str, *BASES
+
+
+class Judge(Channel, Report):
+    """The judge's end of the channel."""
 
     def __init__(self, pipes, classes, tests, limits):
-        requests, replies, self.report = pipes
-        super().__init__(replies, requests, classes)
+        requests, replies, report = pipes
+        Channel.__init__(self, replies, requests, classes)
+        Report.__init__(self, tests.total, lambda text: os.write(report, text.encode()))
         self.longest = limits["output"] << 20
-        self.tests, self.done = tests, 0
+        self.tests = tests
         self.objects_there = {}  # by number
         self.lost = ""  # the code of why the candidate can answer no more
         self.fault = self.why = ""  # of the present test: the code and the name of what the candidate raised
-        self.detail = ""  # of the first test that failed
         self.lock = threading.RLock()  # one thread of the test asks at a time
 
     def ask(self, operation, values):
@@ -153,25 +154,22 @@ class Judge(Channel):
 
     # ---- tests ----
 
-    def test(self):
-        self.fault = self.why = ""
-        return self
-
-    def __enter__(self):
-        pass
-
     def __exit__(self, kind, error, trace):
         if kind is RowFault:
             return False
         if kind in (NameError, ImportError, ModuleNotFoundError) and not self.fault and not self.lost:
             raise RowFault(f"the tests fail by themselves: {kind.__name__} {error.name}; with "
                            "--judge=together they see what the program defines")
-        code = "." if kind is None else self.lost or self.fault or "w"
-        if code in "we" and (what := self.surroundings(trace.tb_lineno)):
+        if self.judged(kind)[0] in "we" and (what := self.surroundings(trace.tb_lineno)):
             raise RowFault(f"the tests use {what}, which does not reach the program: use --judge=together")
-        self.record(code,
-                    self.why or ("" if kind in (None, AssertionError) else kind.__name__))
+        self.record(kind)
+        self.fault = self.why = ""
         return True
+
+    def judged(self, kind):
+        if not kind and not self.lost:
+            return ".", ""
+        return self.lost or self.fault or "w", self.why or getattr(kind, "__name__", "")
 
     def surroundings(self, line):
         """What the row has, up to this line of its tests, that does not reach the program; or nothing."""
@@ -180,19 +178,6 @@ class Judge(Channel):
                 return f"objects of {name}"
         begins, what = first(self.tests.source)
         return f"{what} (line {begins})" if line >= begins else ""
-
-    def record(self, code, why=""):
-        """Report one test: a byte. Of the first that fails also why, as the name of a built-in
-        exception: no text of a program or a test may reach the supervisor, whose memory every later
-        program inherits."""
-        code = self.lost or code
-        if self.done < self.tests.total:
-            self.done += 1
-            os.write(self.report, code.encode())
-            if code != "." and not self.detail:
-                self.detail = f"test {self.done}"
-                if is_builtin(why) and code not in "ko":
-                    self.detail += f": {why}"
 
 
 def run_judge(size, channel, limits):
@@ -240,7 +225,7 @@ def judge_one(judge, space, entry_point):
     """Report on one candidate: number of tests (8 hexadecimal digits), a byte for each, a line
     break, the detail."""
     random.seed(0)  # tests that draw numbers draw the same for every program
-    os.write(judge.report, b"%08x" % judge.tests.total)
+    judge.say(f"{judge.total:08x}")
     candidate = judge.unpack_kept(0)
     vars(candidate)["__name__"] = entry_point
     space["__judge__"] = judge
@@ -248,16 +233,10 @@ def judge_one(judge, space, entry_point):
         space[name] = CandidateObject(judge, {"global": name})
     if entry_point.isidentifier():
         space[entry_point] = candidate  # some tests call the function by its own name
-    code, why = "w", ""
-    try:
+
+    def check():
         judge.exchange(b"", [])  # the program has run up to its function
         space[judge.tests.check](candidate)
-        code = "." if judge.done and not judge.detail else "w"  # a `return` before the last test
-    except RowFault:
-        raise
-    except BaseException as error:  # raised between the tests: those after it have failed
-        code, why = judge.fault or "w", judge.why or type(error).__name__
-    while judge.done < judge.tests.total:
-        judge.record(code, why)
+    judge.run(check)
     leaves = "!" * (threading.active_count() > 1)  # something that runs on: this judge will end
-    os.write(judge.report, b"\n" + (leaves + judge.detail).encode())
+    judge.say("\n" + leaves + judge.detail)

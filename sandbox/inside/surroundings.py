@@ -33,7 +33,7 @@ NAMES = {name: what for what, names in {  # names that a test uses: what they sa
 }.items() for name in names.split()}
 SIGNS = {*NAMES, "seed", "isinstance", "issubclass", "import"}
 PLAIN = {*vars(builtins), *(kind.__name__ for kind in BASES)}
-DRAWS = {*dir(random)} - {"seed"}
+DRAWS = {*random.__all__} - {"seed"}
 
 
 @functools.lru_cache(maxsize=1)
@@ -43,9 +43,10 @@ def first(source):
     nodes = [*ast.walk(ast.parse(source))]
     imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
     imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
-    own = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.arg))]
-    own += [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-    names = set(NAMES) - {name_of(node) for node in own}
+    own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names = NAMES.keys() - own
     found = [(node.lineno, NAMES[name_of(node)]) for node in nodes if name_of(node) in names]
     for node in nodes:
         if isinstance(node, ast.Call) and name_of(node.func) in ("isinstance", "issubclass"):
@@ -58,8 +59,8 @@ def first(source):
 
 
 def name_of(node):
-    """The name of a variable, an attribute, an argument, a function or class."""
-    return next((getattr(node, name) for name in ("id", "attr", "arg", "name") if hasattr(node, name)), "")
+    """The name of a variable or an attribute."""
+    return getattr(node, "id", getattr(node, "attr", ""))
 
 
 def words(node):

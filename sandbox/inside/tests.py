@@ -8,6 +8,8 @@ and their number. Run by the judge only: no program is near.
 """
 import ast
 
+from .values import is_builtin
+
 IMPORTS = ast.Import, ast.ImportFrom
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 # Functions and methods whose call tests nothing, even of a value of the candidate
@@ -121,6 +123,62 @@ class Tests:
         test, = ast.parse("with __judge__.test(): pass").body
         test.body = statements
         return test
+
+
+class RowFault(BaseException):
+    """The row's own fault, or a value that cannot be carried: there is no verdict."""
+
+
+class Report:
+    """What the tests call `__judge__`: counts them, and says a character for each. Of the first that fails it
+    keeps why, as the name of a built-in exception: no text of a program or a test may reach the supervisor,
+    whose memory every later program inherits."""
+
+    def __init__(self, total, say):
+        self.total, self.say = total, say
+        self.done, self.detail = 0, ""
+
+    def test(self):
+        """The context that each test runs in."""
+        return self
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        self.record(kind)
+        return True
+
+    def record(self, kind):
+        if self.done == self.total:
+            return
+        code, why = self.judged(kind)
+        self.done += 1
+        self.say(code)
+        if code != "." and not self.detail:
+            self.detail = f"test {self.done}"
+            if is_builtin(why) and why != "AssertionError" and code not in "ko":
+                self.detail += f": {why}"
+
+    def judged(self, kind):
+        """(character, name) of a test that ended with an exception of this kind, or with None."""
+        if kind is None:
+            return ".", ""
+        return {AssertionError: "w", MemoryError: "m"}.get(kind, "e"), kind.__name__
+
+    def run(self, check):
+        """Run the tests. Those that are not reached have failed."""
+        kind = AssertionError
+        try:
+            check()
+            if self.done and not self.detail:  # else a `return` before the last test
+                kind = None
+        except RowFault:
+            raise
+        except BaseException as error:
+            kind = type(error)
+        while self.done < self.total:
+            self.record(kind)
 
 
 class WithoutMessages(ast.NodeTransformer):

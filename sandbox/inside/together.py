@@ -12,8 +12,7 @@ import random
 from .candidate import Candidate
 from .confine import module_space, silence, take
 from .judge import compile_preamble
-from .tests import Tests
-from .values import is_builtin
+from .tests import Report, Tests
 
 KEY = 32  # characters of a key
 
@@ -23,31 +22,6 @@ def reporter(report):
     key, write = os.urandom(KEY // 2).hex().encode(), os.write
     write(report, key)
     return lambda text: write(report, key + text.encode())
-
-
-class Together:
-    """What the tests call `__judge__`: `test` is the context that each test runs in."""
-
-    def __init__(self, say, total):
-        self.say, self.total, self.done, self.detail = say, total, 0, ""
-
-    def test(self):
-        return self
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        self.record(kind)
-        return True
-
-    def record(self, kind):
-        code = "." if kind is None else "w" if kind is AssertionError else "m" if kind is MemoryError else "e"
-        self.done += 1
-        self.say(code)
-        if code != "." and not self.detail:
-            why = f": {kind.__name__}" if code == "e" and is_builtin(kind.__name__) else ""
-            self.detail = f"test {self.done}{why}"
 
 
 def run_together(size, report, limits):
@@ -62,8 +36,9 @@ def run_together(size, report, limits):
     except Exception as error:
         return say(f"?the row's own preamble or test fails: {type(error).__name__} {error}"[:300])
     say(f"{tests.total:08x}")
-    judge = Together(say, tests.total)
-    try:
+    judge = Report(tests.total, say)
+
+    def check():
         candidate = Candidate(None, None, limits)
         candidate.start(job)
         space, function = candidate.space, candidate.kept[0]
@@ -72,11 +47,7 @@ def run_together(size, report, limits):
         space["__judge__"] = judge
         exec(tests.code, space)
         space[tests.check](function)
-        kind = None if judge.done and not judge.detail else AssertionError  # a `return` before the last test
-    except BaseException as error:  # raised outside of a test: those after it have failed
-        kind = type(error)
-    while judge.done < judge.total:
-        judge.record(kind)
+    judge.run(check)
     say("\n" + judge.detail)
 
 
@@ -89,4 +60,3 @@ def opened(data):
     ends = [part for part in parts[1:] if part.startswith("\n")]
     codes = "".join(part[:1] for part in parts[1:] if not part.startswith("\n"))
     return parts[0] if parts[0].startswith("?") else parts[0][:8] + codes + (ends[-1] if ends else "")
-
