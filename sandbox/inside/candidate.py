@@ -4,7 +4,6 @@ In: the program's part of a job, calls on a pipe. Out: values, or exceptions, on
 
     python -m pytest tests/test_sandbox_honest.py
 """
-import ast
 import atexit
 import collections.abc
 import contextlib
@@ -15,7 +14,7 @@ import sys
 import threading
 
 from .channel import Channel
-from .confine import module_space, silence, take
+from .confine import compile_preamble, module_space, silence, take
 from .values import KINDS, SCALARS, classes_of, describe
 
 
@@ -34,25 +33,19 @@ class Candidate(Channel):
 
     def start(self, job):
         """Run the program, up to its function."""
-        self.space = module_space()
-        if job["entry_point"] == "__main__":
-            self.keep(script([compile(job[part], f"<{part}>", "exec", dont_inherit=True)
-                               for part in ("preamble", "program")]))
-            return
+        preamble, program = compile_preamble(job["preamble"]), job["program"]
         try:
-            parts = [compile(job[part], f"<{part}>", "exec", dont_inherit=True)
-                     for part in ("preamble", "program")]
-        except SyntaxError:  # perhaps a program that goes on inside the preamble's last function
-            parts = [compile(job["preamble"] + "\n" + job["program"], "<program>", "exec", dont_inherit=True)]
-        exec(parts[0], self.space)
-        self.classes = classes_of(self.space)
-        if len(parts) == 2:  # the program's own class of such a name takes the place of the preamble's
-            exec(parts[1], self.space)
-            self.classes = {name: self.space.get(name, kind) for name, kind in self.classes.items()}
-        else:
-            tree = ast.parse(job["preamble"] + "\n    pass")
-            names = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-            self.classes = {name: kind for name, kind in self.classes.items() if name in names}
+            program = compile(program, "<program>", "exec", dont_inherit=True)
+        except SyntaxError:  # perhaps it goes on inside the preamble's last function
+            program = compile(job["preamble"] + "\n" + program, "<program>", "exec", dont_inherit=True)
+        if job["entry_point"] == "__main__":
+            self.keep(script([preamble, program]))
+            return
+        self.space = module_space()
+        exec(preamble, self.space)
+        classes = classes_of(self.space)
+        exec(program, self.space)  # its own class of such a name takes the place of the preamble's
+        self.classes = {name: self.space.get(name, kind) for name, kind in classes.items()}
         function = eval(job["entry_point"], self.space)
         if not callable(function):
             raise TypeError("the entry point is not callable")

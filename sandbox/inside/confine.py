@@ -228,6 +228,13 @@ def module_space(name="solution"):
     return vars(module)
 
 
+def compile_preamble(source):
+    try:
+        return compile(source, "<preamble>", "exec", dont_inherit=True)
+    except SyntaxError:  # perhaps it ends at the head of the function that the program is to fill
+        return compile(source + "\n    pass", "<preamble>", "exec", dont_inherit=True)
+
+
 def silence():
     null = os.open("/dev/null", os.O_RDWR)  # opened here: the flags of an open file are shared
     for stream in (0, 1, 2):

@@ -14,7 +14,7 @@ import socket
 import threading
 
 from .channel import Channel
-from .confine import module_space, silence, take
+from .confine import compile_preamble, module_space, silence, take
 from .surroundings import first
 from .tests import Report, RowFault, Tests
 from .values import BASES, CONSTANTS, CandidateError, carried, classes_of, exception_of, is_builtin, restore
@@ -212,13 +212,6 @@ def run_judge(size, channel, limits):
             os.close(pipe)
         if threading.active_count() > 1:  # nor what they have left running
             return
-
-
-def compile_preamble(source):
-    try:
-        return compile(source, "<preamble>", "exec", dont_inherit=True)
-    except SyntaxError:  # perhaps it ends at the head of the function that the program is to fill
-        return compile(source + "\n    pass", "<preamble>", "exec", dont_inherit=True)
 
 
 def judge_one(judge, space, entry_point):

@@ -10,8 +10,7 @@ import os
 import random
 
 from .candidate import Candidate
-from .confine import module_space, silence, take
-from .judge import compile_preamble
+from .confine import compile_preamble, module_space, silence, take
 from .tests import Report, Tests
 
 KEY = 32  # characters of a key

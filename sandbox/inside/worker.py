@@ -110,15 +110,34 @@ def supervise(options):
 
 
 def one_program(box, candidate_size, judge_size, patience):
-    """The verdict of one program. No judge_size: its tests are those of the last, and so is the
-    judge.
-
-    That judge met only candidates that kept to the rules; any other costs the judge its life. Exits
-    if a clone fails.
-    """
+    """The verdict of one program. Exits if a clone fails."""
     box["walls"].renew()
+    results, report = os.pipe()
     if box["together"]:
-        return together(box, candidate_size, patience)
+        pid = box["candidate"] = clone_side(
+            box, [report], lambda: run_together(candidate_size, report, box["limits"]))
+        sides = [pid]
+    else:
+        clone_both(box, candidate_size, judge_size, report)
+        sides = [box["candidate"], box["judge"]]
+    os.close(report)
+    run = Run(sides, box["limits"], results, patience)
+    run.watch()
+    os.close(results)
+    report = opened(run.data) if box["together"] else run.data.decode("ascii", "replace")
+    verdict, kept = run.verdict(report)
+    os.kill(box["candidate"], signal.SIGKILL)
+    if not kept:
+        end_judge(box)
+    return verdict
+
+
+def clone_both(box, candidate_size, judge_size, report):
+    """Clone the candidate, and the judge that will report on it. No judge_size: its tests are those of the
+    last, and so is the judge.
+
+    That judge met only candidates that kept to the rules; any other costs the judge its life.
+    """
     if judge_size:  # before the candidate, whose threads could use up the number of processes
         end_judge(box)
         box["channel"], theirs = socket.socketpair()
@@ -127,36 +146,12 @@ def one_program(box, candidate_size, judge_size, patience):
         theirs.close()
     requests, ask = os.pipe()
     replies, answer = os.pipe()
-    results, report = os.pipe()
-    candidate = box["candidate"] = clone_side(
+    box["candidate"] = clone_side(
         box, [requests, answer], lambda: run_candidate(candidate_size, requests, answer, box["limits"]))
     pipes = struct.pack("3i", ask, replies, report)
     box["channel"].sendmsg([b"+"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, pipes)])
-    for pipe in (requests, ask, replies, answer, report):
+    for pipe in (requests, ask, replies, answer):
         os.close(pipe)
-    run = Run(box, results, patience)
-    run.watch()
-    os.close(results)
-    verdict, kept = run.verdict()
-    os.kill(candidate, signal.SIGKILL)
-    if not kept:
-        end_judge(box)
-    return verdict
-
-
-def together(box, size, patience):
-    """The same, with tests and program in one clone."""
-    results, report = os.pipe()
-    pid = box["candidate"] = box["judge"] = clone_side(
-        box, [report], lambda: run_together(size, report, box["limits"]))
-    os.close(report)
-    run = Run(box, results, patience)
-    run.watch()
-    os.close(results)
-    run.data = opened(run.data).encode()
-    verdict, _ = run.verdict()
-    os.kill(pid, signal.SIGKILL)
-    return verdict
 
 
 def clone_side(box, keep, live, is_judge=False):
@@ -198,10 +193,9 @@ def exit_status(pid):
 class Run:
     """One program under test, as the supervisor watches it."""
 
-    def __init__(self, box, results, patience):
-        self.limits, self.results, self.patience = box["limits"], results, patience
-        self.candidate, self.judge = box["candidate"], box["judge"]
-        self.sides = list(dict.fromkeys((self.candidate, self.judge)))  # one where they are together
+    def __init__(self, sides, limits, results, patience):
+        self.sides, self.limits = sides, limits  # sides: pids of the candidate, and of a judge of its own
+        self.results, self.patience = results, patience
         self.data = b""  # the judge's report
         self.stopped = ""  # why the candidate was stopped
         self.judge_stopped = False
@@ -252,10 +246,10 @@ class Run:
                 why = "threads"
             if why and not self.stopped:  # the judge sees its pipe end, and reports the rest as failed
                 self.stopped, last, first = why, clocks, clocks
-                self.kill(*self.sides if why == "later" else [self.candidate])
+                self.kill(*self.sides if why == "later" else self.sides[:1])
             elif why and why != "later":
                 self.judge_stopped = True
-                self.kill(self.judge)
+                self.kill(self.sides[-1])
             if now - signed > SIGN:
                 os.write(1, b"waiting\n" if self.waited - waited > SIGN / 2 else b"running\n")
                 signed, waited = now, self.waited
@@ -287,18 +281,18 @@ class Run:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
-    def verdict(self):
+    def verdict(self, report):
         """A line of a word, tests passed, all tests, seconds, whether the judge stays, and a detail; and
         whether it stays. For the host, which knows what to make of it: JSON would touch more memory."""
         used = self.clocks()
         seconds = sum(used[1:]) - sum(self.begun[1:]) + self.waited
         if self.stopped == "later":
             return "later 0 0 0 0 ", False
-        report, _, fault = self.data.decode("ascii", "replace").partition("?")
+        report, _, fault = report.partition("?")
         codes, whole, detail = report[8:].partition("\n")
         leaves, detail = detail.startswith("!"), detail.removeprefix("!")
         cut = not whole and not fault and not self.judge_stopped and len(self.sides) == 2
-        if cut and exit_status(self.judge) in (None, 0, signal.SIGKILL):
+        if cut and exit_status(self.sides[1]) in (None, 0, signal.SIGKILL):
             sys.exit("the judge was killed from outside")
         total = 0 if fault else int(report[:8] or "0", 16)
         codes = codes[:total].ljust(total, "k")
@@ -313,7 +307,7 @@ class Run:
 
     def death(self):
         """(verdict, detail) of a candidate that has ended, or closed its pipes."""
-        status = None if self.stopped else exit_status(self.candidate)
+        status = None if self.stopped else exit_status(self.sides[0])
         if self.stopped == "threads":
             return "killed", "too many threads"
         if self.stopped:
