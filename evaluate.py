@@ -117,26 +117,25 @@ def mean_reward(row, field, column):
 
 
 def load_completions(args, device):
-    """{model: its completions of known reward as arrays (see dataset.build)}, with length in tokens, full
-    (whether the reward is 1) and log_ratio, log pi - log pi_ref; each (n,).
+    """{model: its completions of known reward as arrays (see dataset.build)}, with length in tokens, and full
+    (whether the reward is 1); the policy's also with log_ratio, log pi - log pi_ref; each (n,).
     """
     tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
     dtype = get_dtype(args.dtype, device)
     data = {}
-    logps = {}
+    logps = []
     with tempfile.TemporaryDirectory() as cache:
         for path in (args.model, args.ref_model):
             model = load_model(path, dtype, device, args.trust_remote_code)
-            policy = Policy(model)
             for name, train_on in (("reference", "refs"), ("policy", "samples")):
                 if name not in data:
                     choices = dataset.Choices(train_on, needs_reward=True)
                     data[name] = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
-                values = dataset.all_logps(policy, data[name], FORWARD_TOKENS, device)
-                logps[name, path] = values.astype(float)
-            del model, policy
-    for name, completions in data.items():
-        completions.log_ratio = logps[name, args.model] - logps[name, args.ref_model]
+            values = dataset.all_logps(Policy(model), data["policy"], FORWARD_TOKENS, device)
+            logps.append(values.astype(float))
+            del model
+    data["policy"].log_ratio = logps[0] - logps[1]
+    for completions in data.values():
         completions.length = completions.lens - completions.prompt_lens
         completions.full = completions.rewards >= 1
     return data
@@ -357,23 +356,22 @@ def for_page(row):
     return short
 
 
-def page_rows(args, data, rewards):
+def page_rows(args, policy, rewards):
     """The rows that the page shows, with the largest gain first. Each has its place in the data, the means of
-    its rewards and log-ratios, and completions with their log-ratios. rewards: see `measure`.
+    its rewards and log-ratios, and the policy's completions with their log-ratios. rewards: see `measure`.
     """
-    place = {name: i for i, name in enumerate(data["policy"].ids.tolist())}
-    log_ratio = by_prompt(data["policy"], data["policy"].log_ratio)
+    place = {name: i for i, name in enumerate(policy.ids.tolist())}
+    mean_log_ratio = by_prompt(policy, policy.log_ratio)
     page = [for_page(row) for row in itertools.islice(rows.stream(args.data), PROMPTS)]
     for row in page:
         at = place[row["id"]]
         row["place"] = at
         row["means"] = {column: values[at] for column, values in rewards.items()}
-        row["means"]["log_ratio"] = log_ratio[at]
-        for model in MODELS:
-            known = data[model].log_ratio[data[model].row == at]
-            for completion in row[model]:
-                if completion["reward"] is not None:
-                    completion["log_ratio"] = known[completion["place"]]
+        row["means"]["log_ratio"] = mean_log_ratio[at]
+        known = policy.log_ratio[policy.row == at]
+        for completion in row["policy"]:
+            if completion["reward"] is not None:
+                completion["log_ratio"] = known[completion["place"]]
     return sorted(page, key=lambda row: np.nan_to_num(row["means"]["difference"]), reverse=True)
 
 
@@ -536,7 +534,7 @@ def main():
         "lines": as_text(table),
         "verdict": "" if args.beta is None else verdict(args, table),
         "total": len(data["policy"].ids),
-        "prompts": page_rows(args, data, values["mean reward"]),
+        "prompts": page_rows(args, data["policy"], values["mean reward"]),
     }
     show(content)
     results = {
