@@ -122,11 +122,15 @@ def from_check(row):
     prompt = row.get("prompt") or row.get("complete_prompt")
     if any(isinstance(node, (ast.Import, ast.ImportFrom, *DEFINED)) for node in statements(prompt)):
         found["preamble"] = row.get("preamble") or prompt
+    if "TestCase" not in row["test"] or re.search(r"^def check\(", row["test"], re.MULTILINE):
+        return found
+    if "TestCase" not in row["test"] or re.search(r"^def check\(", row["test"], re.MULTILINE):
+        return found
     cases = [node for node in statements(row["test"]) if isinstance(node, ast.ClassDef)
              and any(ast.unparse(base).endswith("TestCase") for base in node.bases)]
-    if cases and not re.search(r"^def check\(", row["test"], re.MULTILINE):
-        check = "".join(f"    passes(candidate, {case.name}, {node.name!r})\n" for case in cases
-                        for node in case.body if isinstance(node, DEFINED) and node.name.startswith("test"))
+    check = "".join(f"    passes(candidate, {case.name}, {node.name!r})\n" for case in cases
+                    for node in case.body if isinstance(node, DEFINED) and node.name.startswith("test"))
+    if check:
         found |= {"test": row["test"] + UNITTEST + check, "together": True}
     return found
 

@@ -18,7 +18,8 @@ import sys
 from .confine import take
 from .values import CONSTANTS, KINDS, SCALARS, TAGS, carried, decode, encode, is_builtin, set_fields
 
-ENCODER = json.JSONEncoder(ensure_ascii=False)
+ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
+DECODER = json.JSONDecoder()
 LEVELS = 2500  # of recursion, for values of 500 levels
 
 
@@ -125,7 +126,7 @@ class Channel:
         return unlimited(self.read, message)
 
     def read(self, message):
-        head, body, table = json.loads(message)
+        (head, body, table), _ = DECODER.raw_decode(message.decode("utf-8", "surrogatepass"))
         self.fill(table)
         return head, self.unpack(body)
 
@@ -153,26 +154,28 @@ class Channel:
             data = data[os.write(self.target, data):]
 
     def receive(self, longest=1 << 31):
-        """One message. EOFError where the other side has ended; ValueError where it is too long."""
-        size = int.from_bytes(take(4, self.source), "big")
-        if size > longest:
-            raise ValueError("too long")
-        return take(size, self.source)
+        """One message, and no more. EOFError where the other side has ended."""
+        data = os.read(self.source, 1 << 16)
+        if not data:
+            raise EOFError
+        size = 4 + int.from_bytes(data[:4], "big")
+        if not len(data) <= size <= longest:
+            raise ValueError("too long, or more than one")
+        if len(data) < size:
+            data += take(size - len(data), self.source)
+        return data[4:]
 
 
 def unlimited(step, *args):
-    """step(*args), without Python's limits: on recursion, and where they are in the way on the digits of an
-    int."""
-    levels = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(levels, LEVELS))
+    """step(*args). Where Python's limits on recursion and digits are in the way, without them."""
     try:
         return step(*args)
-    except ValueError:
-        digits = sys.get_int_max_str_digits()
-        sys.set_int_max_str_digits(0)
-        try:
-            return step(*args)
-        finally:
-            sys.set_int_max_str_digits(digits)
+    except (RecursionError, ValueError):
+        levels, digits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
+    sys.setrecursionlimit(max(levels, LEVELS))
+    sys.set_int_max_str_digits(0)
+    try:
+        return step(*args)
     finally:
         sys.setrecursionlimit(levels)
+        sys.set_int_max_str_digits(digits)

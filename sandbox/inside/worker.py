@@ -38,6 +38,7 @@ from .together import opened, run_together
 
 TICK = 0.02  # s between two looks of the supervisor at its clocks
 HELD = 0.125  # share of the time in which the kernel holds a program that counts as waiting
+STAY = 0.1  # s on one core
 SIGN = 0.25  # s between two signs of life
 NICE = 5  # of a program that takes longer: behind the short ones, but a busy machine must not starve it
 WORDS = {"w": "wrong", "e": "exception", "m": "memory", "o": "output", "k": "killed"}
@@ -75,7 +76,7 @@ def supervise(options):
     sys.path[:] = [path for path in sys.path[1:] if path.startswith(sys.base_prefix)] + options["path"]
     os.closerange(3, 1024)
     box = {"limits": limits, "isolated": isolated, "judge": None, "channel": None, "candidate": None,
-           "together": options["way"] == "together"}
+           "together": options["way"] == "together", "cores": os.sched_getaffinity(0), "settled": 0.0}
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     if isolated and platform.machine() not in MACHINES:
         raise OSError(f"no list of system calls for {platform.machine()}: see REFUSED, LIMITED and MACHINES")
@@ -101,6 +102,8 @@ def supervise(options):
         while True:
             *sizes, patience = struct.unpack("IIf", take(12))
             os.write(1, one_program(box, *sizes, patience).encode() + b"\n")
+            if time.monotonic() - box["settled"] > STAY:  # now the kernel may move it
+                os.sched_setaffinity(0, box["cores"])
             os.waitpid(box["candidate"], 0)  # not before: the host need not wait for its end
     except EOFError:  # the host has no more, or has gone
         pass
@@ -111,6 +114,7 @@ def supervise(options):
 
 def one_program(box, candidate_size, judge_size, patience):
     """The verdict of one program. Exits if a clone fails."""
+    settle(box)
     box["walls"].renew()
     results, report = os.pipe()
     if box["together"]:
@@ -121,7 +125,7 @@ def one_program(box, candidate_size, judge_size, patience):
         clone_both(box, candidate_size, judge_size, report)
         sides = [box["candidate"], box["judge"]]
     os.close(report)
-    run = Run(sides, box["limits"], results, patience)
+    run = Run(sides, box, results, patience)
     run.watch()
     os.close(results)
     report = opened(run.data) if box["together"] else run.data.decode("ascii", "replace")
@@ -130,6 +134,17 @@ def one_program(box, candidate_size, judge_size, patience):
     if not kept:
         end_judge(box)
     return verdict
+
+
+def settle(box):
+    """Stay on this core for a while, with all clones: judge and candidate take turns, and to wake another
+    core costs more than a turn."""
+    now = time.monotonic()
+    if now - box["settled"] > STAY:
+        box["settled"] = now
+        core = {LIBC.sched_getcpu()}
+        for pid in filter(None, (os.getpid(), box["judge"])):
+            os.sched_setaffinity(pid, core)
 
 
 def clone_both(box, candidate_size, judge_size, report):
@@ -193,8 +208,9 @@ def exit_status(pid):
 class Run:
     """One program under test, as the supervisor watches it."""
 
-    def __init__(self, sides, limits, results, patience):
-        self.sides, self.limits = sides, limits  # sides: pids of the candidate, and of a judge of its own
+    def __init__(self, sides, box, results, patience):
+        self.limits, self.cores = box["limits"], box["cores"]
+        self.sides = sides  # sides: pids of the candidate, and of a judge of its own
         self.results, self.patience = results, patience
         self.data = b""  # the judge's report
         self.stopped = ""  # why the candidate was stopped
@@ -259,6 +275,9 @@ class Run:
                     with contextlib.suppress(ProcessLookupError):
                         os.setpriority(os.PRIO_PGRP, pid, NICE)
                     os.kill(pid, signal.SIGCONT)
+                    for thread in os.listdir(f"{pid}/task"):  # they may take more than one core, and any
+                        with contextlib.suppress(ProcessLookupError):
+                            os.sched_setaffinity(int(thread), self.cores)
 
     def over(self, then, now, scope):
         waited, *used = (b - a for a, b in zip(then, now))
@@ -271,7 +290,7 @@ class Run:
 
     def read(self):
         try:
-            more = os.read(self.results, 1 << 20)
+            more = os.read(self.results, 1 << 16)  # all that a pipe holds
         except BlockingIOError:
             return b""
         self.data += more[:(1 << 20) - len(self.data)]
