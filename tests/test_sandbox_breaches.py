@@ -218,8 +218,8 @@ def test_no_forgery_by_the_classes_of_the_test(name):
     assert verdict["reward"] == 0 and verdict["total"] == 5, verdict
 
 
-def test_no_program_makes_a_comparison_null():
-    """Where a right program would pass, one that returns what cannot be sent gets 0."""
+def test_no_value_that_a_program_returns_makes_its_verdict_null():
+    """Where a right program would pass, one that returns what cannot be sent gets 0, compared or given back."""
     test = """
 import collections, enum
 class Close:
@@ -232,9 +232,12 @@ def check(candidate):
     assert candidate(1) in [Number.ONE]
     assert candidate((1, 2)) == Point(1, 2)
     assert {1: candidate({2: 3})} == {1: collections.ChainMap({2: 3})}
+    assert candidate(candidate(1)) == 1
+    assert candidate([candidate(1)]) == [1] and str(candidate(1)) == "1"
 """
     codes = {"right": "return x", "f": "return f", "object": "return object()", "in a list": "return [f]",
-             "iterator": "return iter([x])", "UUID": "import uuid\nreturn uuid.UUID(int=3)"}
+             "iterator": "return iter([x])", "generator": "yield x", "error": "return ValueError(x)",
+             "deep": "v = [7]\nfor _ in range(790): v = [v]\nreturn v", "UUID": "import uuid\nreturn uuid.UUID(int=3)"}
     got = verdicts([row(name, in_call(code), test) for name, code in codes.items()])
     assert {name: v["reward"] for name, v in got.items()} == {name: int(name == "right") for name in codes}
 

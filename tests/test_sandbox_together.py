@@ -35,7 +35,6 @@ SURROUNDINGS = {  # what a test does around the program, and cannot from another
     "recursion limit": ("def f(n): return n and 1 + f(n - 1)", " import sys\n sys.setrecursionlimit(9000)\n assert candidate(4000) == 4000"),
     "cache": ("import functools\n@functools.cache\ndef f(x): return x", " candidate(1)\n assert candidate.cache_info().misses == 1"),
     "isinstance of its own class": ("class A(ListNode): pass\ndef f(): return A()", " assert isinstance(candidate(), ListNode)"),
-    "send": ("def f():\n x = yield 1\n yield x", " g = candidate()\n assert next(g) == 1 and g.send(5) == 5"),
     "with": ("import contextlib\n@contextlib.contextmanager\ndef f(log):\n log.append(1)\n yield 5\n log.append(2)",
         " log = []\n with candidate(log) as v: assert v == 5\n assert log == [1, 2]"),
     "coroutine": ("async def f(x): return x", " import asyncio\n assert asyncio.run(candidate(3)) == 3"),

@@ -20,11 +20,12 @@ from .values import CONSTANTS, KINDS, SCALARS, TAGS, carried, decode, encode, is
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 DECODER = json.JSONDecoder()
-LEVELS = 2500  # of recursion, for values of 500 levels
 
 
 class Channel:
     """One end of two pipes: what both ends do alike."""
+
+    levels = 2500  # of recursion, for values of 500 levels
 
     def __init__(self, source, target, classes):
         self.source, self.target, self.classes = source, target, classes
@@ -108,7 +109,7 @@ class Channel:
 
     def dump(self, head, values):
         """A message: [head, values packed, table of instances], in bytes."""
-        return unlimited(self.write, head, values)
+        return unlimited(self.levels, self.write, head, values)
 
     def write(self, head, values):
         self.table, self.queue = {}, []
@@ -123,7 +124,7 @@ class Channel:
 
     def load(self, message):
         """[head, values] of a message."""
-        return unlimited(self.read, message)
+        return unlimited(self.levels, self.read, message)
 
     def read(self, message):
         (head, body, table), _ = DECODER.raw_decode(message.decode("utf-8", "surrogatepass"))
@@ -166,16 +167,16 @@ class Channel:
         return data[4:]
 
 
-def unlimited(step, *args):
-    """step(*args). Where Python's limits on recursion and digits are in the way, without them."""
+def unlimited(levels, step, *args):
+    """step(*args). Where Python's limits on recursion and digits are in the way, with others."""
     try:
         return step(*args)
     except (RecursionError, ValueError):
-        levels, digits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
-    sys.setrecursionlimit(max(levels, LEVELS))
+        before, digits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
+    sys.setrecursionlimit(max(before, levels))
     sys.set_int_max_str_digits(0)
     try:
         return step(*args)
     finally:
-        sys.setrecursionlimit(levels)
+        sys.setrecursionlimit(before)
         sys.set_int_max_str_digits(digits)

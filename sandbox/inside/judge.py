@@ -66,12 +66,26 @@ class CandidateObject:
     __exit__ = __enter__
 
 
+class CandidateIterator(CandidateObject):
+    """An iterator of the program, whose items come when they are asked for."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        for item in self._judge.ask("next", [self]):
+            return item
+        raise StopIteration
+
+
 # What is equal to values of other kinds, too
 SAYING = CandidateObject, int, float, str, *BASES
 
 
 class Judge(Channel, Report):
     """The judge's end of the channel."""
+
+    levels = 2 * Channel.levels  # what came can be sent back, from wherever in a test
 
     def __init__(self, pipes, classes, tests, limits):
         requests, replies, report = pipes
@@ -133,24 +147,19 @@ class Judge(Channel, Report):
         return error
 
     def pack_other(self, value):
-        if type(value) is CandidateObject:
+        if isinstance(value, CandidateObject):
             return value._reference
         raise TypeError(f"a {type(value).__name__}")
 
-    def unpack_kept(self, number):
+    def unpack_kept(self, number, kind=CandidateObject):
         if type(number) is not int:
             raise ValueError("not a number")
         if number not in self.objects_there:
-            self.objects_there[number] = CandidateObject(self, {"kept": number})
+            self.objects_there[number] = kind(self, {"kept": number})
         return self.objects_there[number]
 
     def unpack_iterator(self, number):
-        return self.items(self.unpack_kept(number))
-
-    def items(self, iterator):
-        """Those of an iterator of the program, each when it is asked for."""
-        while found := self.ask("next", [iterator]):
-            yield found[0]
+        return self.unpack_kept(number, CandidateIterator)
 
     # ---- tests ----
 

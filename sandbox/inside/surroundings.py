@@ -24,15 +24,15 @@ NAMES = {name: what for what, names in {  # names that a test uses: what they sa
                         "assertLogs assertNoLogs",
     "a decimal context": "getcontext setcontext localcontext",
     "limits of the interpreter": "setrecursionlimit set_int_max_str_digits setlocale settrace setprofile",
-    "a generator's methods": "send throw close",
     "a function's cache": "cache_info cache_clear cache_parameters",
     "coroutines": "asyncio run_until_complete",
     "a function's source": "signature getsource getdoc get_type_hints iscoroutinefunction "
-                           "isgeneratorfunction __doc__ __annotations__ __code__ "
+                           "isgeneratorfunction isgenerator __doc__ __annotations__ __code__ "
                            "__defaults__ __wrapped__ __closure__",
 }.items() for name in names.split()}
 SIGNS = {*NAMES, "seed", "isinstance", "issubclass", "import"}
-PLAIN = {*vars(builtins), *(kind.__name__ for kind in BASES)}
+PLAIN = {*vars(builtins), *(kind.__name__ for kind in BASES),
+         *"Number Integral Real Iterator Iterable Sequence Callable ndarray".split()}
 DRAWS = {*random.__all__} - {"seed"}
 
 
@@ -42,7 +42,8 @@ def first(source):
         return math.inf, ""
     nodes = [*ast.walk(ast.parse(source))]
     imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+    imported = {name for node in imports for name in bound_by(node)}
+    modules = {name for node in imports if isinstance(node, ast.Import) for name in bound_by(node)}
     own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -50,12 +51,17 @@ def first(source):
     found = [(node.lineno, NAMES[name_of(node)]) for node in nodes if name_of(node) in names]
     for node in nodes:
         if isinstance(node, ast.Call) and name_of(node.func) in ("isinstance", "issubclass"):
-            if not words(node.args[-1]) <= PLAIN | imported:
+            if not words(node.args[-1]) <= PLAIN | modules:
                 found.append((node.lineno, "isinstance() of what is not plain data"))
         if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)):
             if words(node.value) & imported:
                 found.append((node.lineno, "what it imports"))
     return min(found + seeds(nodes), default=(math.inf, ""))
+
+
+def bound_by(statement):
+    """The names that an import binds."""
+    return [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
 
 
 def name_of(node):

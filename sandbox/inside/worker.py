@@ -103,7 +103,7 @@ def supervise(options):
             *sizes, patience = struct.unpack("IIf", take(12))
             os.write(1, one_program(box, *sizes, patience).encode() + b"\n")
             if time.monotonic() - box["settled"] > STAY:  # now the kernel may move it
-                os.sched_setaffinity(0, box["cores"])
+                move(os.getpid(), box["cores"])
             os.waitpid(box["candidate"], 0)  # not before: the host need not wait for its end
     except EOFError:  # the host has no more, or has gone
         pass
@@ -143,8 +143,14 @@ def settle(box):
     if now - box["settled"] > STAY:
         box["settled"] = now
         core = {LIBC.sched_getcpu()}
-        for pid in filter(None, (os.getpid(), box["judge"])):
-            os.sched_setaffinity(pid, core)
+        move(os.getpid(), core)
+        if box["judge"]:
+            move(box["judge"], core)
+
+
+def move(thread, cores):
+    with contextlib.suppress(OSError):  # it has ended, or no core may be chosen here
+        os.sched_setaffinity(thread, cores)
 
 
 def clone_both(box, candidate_size, judge_size, report):
@@ -276,8 +282,7 @@ class Run:
                         os.setpriority(os.PRIO_PGRP, pid, NICE)
                     os.kill(pid, signal.SIGCONT)
                     for thread in os.listdir(f"{pid}/task"):  # they may take more than one core, and any
-                        with contextlib.suppress(ProcessLookupError):
-                            os.sched_setaffinity(int(thread), self.cores)
+                        move(int(thread), self.cores)
 
     def over(self, then, now, scope):
         waited, *used = (b - a for a, b in zip(then, now))
