@@ -42,7 +42,8 @@ WAYS = {  # how tests and program meet: what it means
     "together": "in one, as in a plain run: any test works, and a program written to cheat can",
 }
 LIMITS = {name: default for name, (default, _) in FLAGS.items()}
-PATIENCE = 0.25  # s after which a program waits for those that have not run yet
+PATIENCE = 0.25  # s after which a program waits for those that have not run yet;
+LONG = 10  # or this many times as long as the others take, where that is less
 SIDE = 3  # such programs that may go on meanwhile, for each worker
 SILENCE = 60.0  # s without a sign of life after which a worker is ended
 TRIES = 3  # workers that a program may lose
@@ -157,6 +158,7 @@ class Jobs:
         self.verdicts, self.waiting = {}, {}  # by key
         self.first, self.later = collections.deque(), collections.deque()
         self.ready = []  # verdicts to give to the caller
+        self.typical = PATIENCE  # s that a program takes which comes to an end
 
     def new(self):
         """A job that has not run yet, or None."""
@@ -183,6 +185,8 @@ class Jobs:
         return self.waiting.get(job.key, job)
 
     def finish(self, job, verdict):
+        if verdict["verdict"] != "timeout":
+            self.typical += (verdict["seconds"] - self.typical) / 10
         if job.row is None or verdict["passed"] or verdict["verdict"] not in ("wrong", "exception"):
             return self.settle(job, verdict)
         solution = self.add(Job(job.row, job.row["solution"], self.way))
@@ -250,12 +254,13 @@ def next_job(jobs, busy, workers):
     """(job, patience) to start now, or None. Programs that have not run yet come first, and are put
     off after PATIENCE where many go on already; those that were put off run when cores are free.
     """
+    patience = min(PATIENCE, LONG * jobs.typical) if len(busy) >= SIDE * workers else 0.0
     new = sum(worker.pace == "new" for worker in busy)
     computing = sum(worker.pace != "waiting" for worker in busy)
     if len(busy) >= (1 + SIDE) * workers:
         return None
     if new < workers and (job := jobs.new()):
-        return job, PATIENCE if len(busy) >= SIDE * workers else 0.0
+        return job, patience
     return (jobs.later.popleft(), 0.0) if jobs.later and computing < workers else None
 
 
