@@ -124,8 +124,6 @@ def from_check(row):
         found["preamble"] = row.get("preamble") or prompt
     if "TestCase" not in row["test"] or re.search(r"^def check\(", row["test"], re.MULTILINE):
         return found
-    if "TestCase" not in row["test"] or re.search(r"^def check\(", row["test"], re.MULTILINE):
-        return found
     cases = [node for node in statements(row["test"]) if isinstance(node, ast.ClassDef)
              and any(ast.unparse(base).endswith("TestCase") for base in node.bases)]
     check = "".join(f"    passes(candidate, {case.name}, {node.name!r})\n" for case in cases
