@@ -42,26 +42,21 @@ def first(source):
         return math.inf, ""
     nodes = [*ast.walk(ast.parse(source))]
     imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imported = {name for node in imports for name in bound_by(node)}
-    modules = {name for node in imports if isinstance(node, ast.Import) for name in bound_by(node)}
+    imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
     own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     names = NAMES.keys() - own
     found = [(node.lineno, NAMES[name_of(node)]) for node in nodes if name_of(node) in names]
     for node in nodes:
-        if isinstance(node, ast.Call) and name_of(node.func) in ("isinstance", "issubclass"):
-            if not words(node.args[-1]) <= PLAIN | modules:
+        if isinstance(node, ast.Call) and name_of(node.func) in ("isinstance", "issubclass") and node.args:
+            kinds = getattr(node.args[-1], "elts", node.args[-1:])
+            if not PLAIN.issuperset(map(name_of, kinds)):
                 found.append((node.lineno, "isinstance() of what is not plain data"))
         if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)):
             if words(node.value) & imported:
                 found.append((node.lineno, "what it imports"))
     return min(found + seeds(nodes), default=(math.inf, ""))
-
-
-def bound_by(statement):
-    """The names that an import binds."""
-    return [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
 
 
 def name_of(node):

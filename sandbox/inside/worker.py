@@ -142,10 +142,8 @@ def settle(box):
     now = time.monotonic()
     if now - box["settled"] > STAY:
         box["settled"] = now
-        core = {LIBC.sched_getcpu()}
-        move(os.getpid(), core)
-        if box["judge"]:
-            move(box["judge"], core)
+        for pid in filter(None, (os.getpid(), box["judge"])):
+            move(pid, {LIBC.sched_getcpu()})
 
 
 def move(thread, cores):
