@@ -112,6 +112,9 @@ class Channel:
         return unlimited(self.levels, self.write, head, values)
 
     def write(self, head, values):
+        return ENCODER.encode(self.flatten(head, values)).encode("utf-8", "surrogatepass")
+
+    def flatten(self, head, values):
         self.table, self.queue = {}, []
         body = self.pack(values)
         while self.queue:  # not by recursion: a linked list may be long, or closed to a ring
@@ -119,8 +122,7 @@ class Channel:
             thing = self.objects[number]
             contents = self.pack([*vars(thing).values()])
             self.table[number] = [number, type(thing).__name__, [*vars(thing)], contents]
-        table = [self.table[number] for number in sorted(self.table)]
-        return ENCODER.encode([head, body, table]).encode("utf-8", "surrogatepass")
+        return [head, body, [self.table[number] for number in sorted(self.table)]]
 
     def load(self, message):
         """[head, values] of a message."""
