@@ -50,6 +50,13 @@ def test_what_a_plain_run_passes_passes():
     assert {name: v for name, v in verdicts(rows, way="together").items() if v["reward"] != 1} == {}
 
 
+def test_scripts_and_their_functions_are_judged_together():
+    script = {"inputs": ["1 2\n", "5 5\n"], "outputs": ["3\n", "11\n"], "completion": "print(sum(map(int, input().split())))"}
+    calls = {"fn_name": "add", "inputs": [[1, 2], [5, 5]], "outputs": [3, 11], "completion": "def add(a, b): return a + b"}
+    got = verdicts([{"id": n, "fenced": False, **row} for n, row in enumerate([script, calls])], way="together")
+    assert {name: (v["passed"], v["total"]) for name, v in got.items()} == {0: (1, 2), 1: (1, 2)}
+
+
 def test_apart_what_a_test_sets_up_is_null_and_says_what_helps():
     rows = [row(name, program, "def check(candidate):\n" + test, PREAMBLE)
             for name, (program, test) in SURROUNDINGS.items() if name != "operators"]  # there the fault is that of a value which the program returns

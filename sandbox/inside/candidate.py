@@ -34,6 +34,7 @@ class Candidate(Channel):
 
     def start(self, job):
         """Run the program, up to its function."""
+        self.space = module_space()
         preamble, program = compile_preamble(job["preamble"]), job["program"]
         try:
             program = compile(program, "<program>", "exec", dont_inherit=True)
@@ -42,7 +43,6 @@ class Candidate(Channel):
         if job["entry_point"] == "__main__":
             self.keep(script([preamble, program]))
             return
-        self.space = module_space()
         exec(preamble, self.space)
         classes = classes_of(self.space)
         exec(program, self.space)  # its own class of such a name takes the place of the preamble's
