@@ -26,7 +26,7 @@ SUPPLIED = "".join(f"from {name} import *\n" for name in STARS) + f"""
 import {", ".join(STARS)}, fractions, time
 try:
     import numpy as np
-except ImportError:
+except (ImportError, OSError):  # not installed, or not shown
     pass
 """
 LIMITS = """
