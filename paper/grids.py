@@ -304,6 +304,8 @@ SMOLLM2 = os.environ.get("SMOLLM2", "HuggingFaceTB/SmolLM2-135M-Instruct")  # a 
 REAL = "--beta=0.1 --batch_size=32 --lora=16 --dtype=bfloat16 --micro_batch_tokens=2048"
 REAL_LOSSES = {  # 32 steps of 32 completions: half of the references, or two passes over the pairs
     "qrpo": ("--num_candidates=4", ("1e-4", "3e-4")),
+    "qrpo-beta0.5": ("--beta=0.5 --num_candidates=4", ("1e-4", "3e-4")),
+    "qrpo-best": ("--min_reward=0.7 --epochs=3", ("1e-4", "3e-4")),  # on what sft imitates
     "qrpo-exact": ("--loss=qrpo --quantile=exact --num_candidates=4", ("1e-4", "3e-4")),
     "forward_kl": ("--loss=forward_kl --quantile=exact --num_candidates=4", ("1e-4", "3e-4")),
     "sft": ("--loss=sft --min_reward=0.7 --epochs=3", ("1e-4", "3e-4")),
