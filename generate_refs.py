@@ -199,39 +199,36 @@ def sample(model, requests, args, ends):
     prompts_at_a_time = math.ceil(args.batch_size / (4 * args.num_refs))  # enough to fill the machine
     cache = Cache(args.batch_size, share=model.shares_prompts and args.num_refs > 1)
     ready = collections.deque()  # completions whose prompt has been read
-    active = []                  # active[i] is row i of the cache
-    logits = []                  # tensors (n, vocab), together the logits of the next token of each of them
+    logits = []                  # tensors (n, vocab): of the next token of each active completion
     while True:
-        while len(active) < args.batch_size:
+        while len(cache.active) < args.batch_size:
             if not ready:
                 ready.extend(prefill(model, cache, list(itertools.islice(requests, prompts_at_a_time)), args))
             if not ready:
                 break
             completion = ready.popleft()
-            cache.join(completion.prompt)
-            active.append(completion)
+            cache.join(completion)
             logits.append(completion.logits)
             del completion.logits
-        if not active:
+        if not cache.active:
             return
 
-        u = torch.tensor([float(c.u[len(c.ids)]) for c in active], device=model.device)
-        tokens = sample_tokens(torch.cat(logits), u, args).tolist()
+        u = torch.tensor([float(c.u[len(c.ids)]) for c in cache.active], device=model.device)
+        u = u.split([len(part) for part in logits])
+        tokens = torch.cat([sample_tokens(part, its_u, args) for part, its_u in zip(logits, u)]).tolist()
 
-        for i in reversed(range(len(active))):
-            completion, request = active[i], active[i].request
+        for i in reversed(range(len(tokens))):  # those that move, when one leaves, come after it
+            completion, request = cache.active[i], cache.active[i].request
             completion.ids.append(tokens[i])
             if tokens[i] in ends or len(completion.ids) == request["limit"]:
                 cache.leave(i)
-                active[i] = active[-1]
-                active.pop()
                 request["missing"] -= 1
                 if request["missing"] == 0:
                     yield request["row"], [c.ids for c in request["completions"]]
 
         logits = []
-        if active:
-            newest = torch.tensor([c.ids[-1] for c in active], device=model.device)
+        if cache.active:
+            newest = torch.tensor([c.ids[-1] for c in cache.active], device=model.device)
             logits = [decode_step(model, cache, newest)]
 
 
@@ -260,7 +257,7 @@ def try_cache(model, cache):
     requests = [{"row": {"id": i}, "prompt": ids[:-steps], "limit": 1} for i, ids in enumerate(sequences)]
     args = argparse.Namespace(num_refs=1, seed=0, field="samples")
     for completion in prefill(model, cache, requests, args):
-        cache.join(completion.prompt)
+        cache.join(completion)
     logits = []  # of each step, (2, vocab)
     for i in range(steps, 0, -1):
         tokens = torch.tensor([ids[-i] for ids in sequences], device=model.device)

@@ -17,47 +17,48 @@ from transformers.masking_utils import causal_mask_function
 class Cache(transformers.Cache):
     """Keys and values of at most `batch_size` active completions. (A DynamicCache copies all at every step.)
 
-    Each buffer is (batch_size, heads, columns, dim). Completion i is row i; its tokens end at column
-    `end`, the same for all, so that a step writes one column, and begin at starts[i]. The rows in use
-    are the first len(starts):
+    Each buffer is (batch_size, heads, columns, dim). Row i belongs to active[i]. Its tokens end at column
+    `end`, the same for all, so that a step writes one column, and begin at active[i].start:
 
-        . . a a a a a a _ _     starts = [2, 4, 5], end = 8. `join` adds one below, which ends at `end`;
-        . . . . b b b b _ _     `leave` moves the last one into the place of one that ended; if no column is
-        . . . . . c c c _ _     left, `make_room` copies all of them to the left of a wider buffer
+        . . a a a a a a _ _     starts 2, 4 and 5, end 8. `join` adds a row below, which ends at `end`;
+        . . . . b b b b _ _     `leave` moves others into the row of one that ended; if no column is left,
+        . . . . . c c c _ _     `make_room` moves all of them to the left, in a wider buffer if need be
 
     Each tensor of `prompts` is (prompts, heads, time, dim), right-padded. Completion i follows the prompt
-    prompt_of[i]. With `share`, its row begins after the prompt, and the model attends to both (`attend`).
-    Without, it begins with a copy of the prompt.
+    active[i].prompt. Without `share`, its row begins with a copy of the prompt. With `share`, it begins after
+    the prompt, and the model attends to both (`attend`); and no row is younger than those of the next BLOCK
+    of rows, so that a block of young ones attends to few columns, however old the oldest of all is.
     """
 
-    FREE_COLUMNS = 128  # in new buffers: steps until they are copied again
+    FREE_COLUMNS = 128  # steps until all rows are moved again
+    BLOCK = 32          # rows
 
     def __init__(self, batch_size, share):
         super().__init__(layers=[])
         self.max_rows = batch_size
         self.share = share
-        self.buffers = []    # keys and values of each layer
-        self.starts = []     # of each active completion
+        self.block = self.BLOCK if share else batch_size
+        self.active = []   # the completion of each row in use
+        self.buffers = []  # keys and values of each layer
+        self.first = 0     # the least start of a step
         self.end = 0
-        self.prompts = []    # keys and values of each layer
-        self.lengths = []    # of each prompt, in tokens
-        self.prompt_of = []  # of each active completion
+        self.prompts = []  # keys and values of each layer
+        self.lengths = []  # of each prompt, in tokens
 
     # ---- what transformers calls ----
 
     def get_seq_length(self, layer_idx=0):
-        return self.end - min(self.starts)  # the model does not see the columns before all starts
+        return self.end - self.first  # the model does not see the columns before all starts
 
     def get_mask_sizes(self, query_length, layer_idx):
         return self.get_seq_length() + query_length, 0
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        n = len(self.starts)
-        first = min(self.starts)
+        n = len(self.active)
         found = []
         for new, buffer in zip((keys, values), self.buffers[2 * layer_idx:]):
             buffer[:n, :, self.end] = new[:, :, 0]
-            found.append(buffer[:n, :, first:self.end + 1])
+            found.append(buffer[:n, :, self.first:self.end + 1])
         found[0].cache = self  # how `attend` finds the prompts
         return found
 
@@ -72,8 +73,9 @@ class Cache(transformers.Cache):
                 _, heads, _, dim = tensor.shape
                 self.buffers.append(tensor.new_zeros(self.max_rows, heads, 0, dim))
                 self.prompts.append(tensor[:0])
-        used = sorted(set(self.prompt_of))
-        self.prompt_of = [used.index(number) for number in self.prompt_of]
+        used = sorted({completion.prompt for completion in self.active})
+        for completion in self.active:
+            completion.prompt = used.index(completion.prompt)
         self.lengths = [self.lengths[number] for number in used] + lengths
         longest = max(self.lengths)
         kept = torch.tensor(used, dtype=torch.long, device=tensors[0].device)
@@ -84,45 +86,51 @@ class Cache(transformers.Cache):
             self.prompts[i] = torch.cat([old, new])
         return len(used)
 
-    def join(self, number):
-        """A new last completion, of that prompt."""
-        row = len(self.starts)
-        copied = 0 if self.share else self.lengths[number]
+    def join(self, completion):
+        """A new last row, for a completion of the prompt number completion.prompt."""
+        row = len(self.active)
+        copied = 0 if self.share else self.lengths[completion.prompt]
         if self.end < copied:
             self.make_room(copied)
-        start = self.end - copied
+        completion.start = self.end - copied
         for buffer, prompt in zip(self.buffers, self.prompts):
-            buffer[row, :, start:self.end] = prompt[number, :, :copied]
-        self.starts.append(start)
-        self.prompt_of.append(number)
+            buffer[row, :, completion.start:self.end] = prompt[completion.prompt, :, :copied]
+        self.active.append(completion)
 
     def leave(self, i):
-        """Completion i has ended: the last one takes its row."""
-        start = self.starts.pop()
-        number = self.prompt_of.pop()
-        last = len(self.starts)
-        if i == last:
-            return
-        self.starts[i] = start
-        self.prompt_of[i] = number
-        for buffer in self.buffers:
-            buffer[i, :, start:self.end] = buffer[last, :, start:self.end]
+        """Completion i has ended. The oldest of the next block takes its row, and leaves one to the oldest of
+        the block after that, and so on. In the last block, the last one does.
+        """
+        last = len(self.active) - 1
+        while i < last:
+            after = i - i % self.block + self.block
+            others = range(after, min(after + self.block, last + 1))
+            oldest = min(others, key=lambda row: self.active[row].start, default=last)
+            start = self.active[oldest].start
+            for buffer in self.buffers:
+                buffer[i, :, start:self.end] = buffer[oldest, :, start:self.end]
+            self.active[i] = self.active[oldest]
+            i = oldest
+        self.active.pop()
 
     def make_room(self, before=0):
-        """New buffers with free columns, the completions at their left end but at least `before`
-        columns from it.
-        """
-        n = len(self.starts)
-        first = min(self.starts, default=self.end)
+        """Free columns at the right: the completions move to the left, but stay `before` columns from it."""
+        n = len(self.active)
+        first = min((completion.start for completion in self.active), default=self.end)
         end = max(before, self.end - first)
         shift = end - self.end
         for i, old in enumerate(self.buffers):
-            _, heads, _, dim = old.shape
-            # zeros: what is masked must still be finite
-            new = old.new_zeros(self.max_rows, heads, end + self.FREE_COLUMNS, dim)
-            new[:n, :, first + shift:end] = old[:n, :, first:self.end]
+            _, heads, columns, dim = old.shape
+            new = old
+            if columns < end + self.FREE_COLUMNS:
+                # zeros: what is masked must still be finite
+                new = old.new_zeros(self.max_rows, heads, end + self.FREE_COLUMNS, dim)
+            for row in range(0, n, 16):  # a few at a time, as they move over themselves
+                few = old[row:min(row + 16, n), :, first:self.end].clone()
+                new[row:row + len(few), :, first + shift:end] = few
             self.buffers[i] = new
-        self.starts = [start + shift for start in self.starts]
+        for completion in self.active:
+            completion.start += shift
         self.end = end
 
     # ---- a step ----
@@ -134,15 +142,18 @@ class Cache(transformers.Cache):
         """
         if self.end == self.buffers[0].shape[2]:
             self.make_room()
-        starts = torch.tensor(self.starts, device=model.device)[:, None]
+        starts = [completion.start for completion in self.active]
+        self.first = min(starts)
+        self.blocks = self.attended(starts)
+        starts = torch.tensor(starts, device=model.device)[:, None]
         positions = self.end - starts
-        mask = torch.arange(min(self.starts), self.end + 1, device=model.device) >= starts
+        mask = torch.arange(self.first, self.end + 1, device=model.device) >= starts
         config = model.config.get_text_config()
         before = config._attn_implementation
         if self.share:
             config._attn_implementation = "shared_prompts"
             lengths = torch.tensor(self.lengths)
-            positions += lengths[self.prompt_of, None]
+            positions += lengths[[completion.prompt for completion in self.active], None]
             prompt_mask = torch.arange(max(self.lengths)) < lengths[:, None]
             self.bias = self.as_bias(mask)
             self.prompt_bias = self.as_bias(prompt_mask)
@@ -153,6 +164,16 @@ class Cache(transformers.Cache):
         finally:
             config._attn_implementation = before
         self.end += 1
+
+    def attended(self, starts):
+        """Which rows attend to which columns after `first`: pairs of slices."""
+        found = []  # first rows and columns
+        for row in range(0, len(starts), self.block):
+            column = min(starts[row:row + self.block]) - self.first
+            if not found or column >= found[-1][1] + 16:  # fewer are not worth a call of their own
+                found.append((row, column))
+        ends = [row for row, _ in found[1:]] + [len(starts)]
+        return [(slice(row, end), slice(column, None)) for (row, column), end in zip(found, ends)]
 
     def as_bias(self, mask):
         """What attention adds to its scores: mask (n, columns) -> (n, 1, 1, columns)."""
@@ -165,9 +186,9 @@ class Cache(transformers.Cache):
         """
         groups = [[] for _ in self.lengths]
         places = []
-        for i, number in enumerate(self.prompt_of):
-            group = groups[number]
-            places.append((number, len(group)))
+        for i, completion in enumerate(self.active):
+            group = groups[completion.prompt]
+            places.append((completion.prompt, len(group)))
             group.append(i)
         most = max(map(len, groups))
         for group in groups:
@@ -194,7 +215,12 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     prompt_key, prompt_value = cache.prompts[2 * module.layer_idx:2 * module.layer_idx + 2]
     n, kv_heads, _, dim = key.shape
     query = query.reshape(n, kv_heads, -1, dim)  # of each key head
-    own, log_own = flash(query, key, value, attn_mask=cache.bias, scale=scaling)
+    found = []
+    for rows, columns in cache.blocks:
+        bias = cache.bias[rows, ..., columns]
+        found.append(flash(
+            query[rows], key[rows, :, columns], value[rows, :, columns], attn_mask=bias, scale=scaling))
+    own, log_own = map(torch.cat, zip(*found))
 
     # all completions of a prompt are one sequence of queries: (prompts, kv_heads, most * query heads, dim)
     together = query[cache.group].transpose(1, 2)

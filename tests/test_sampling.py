@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 import generate_refs
 from conftest import call, make_tokenizer, read_rows, refused, start_ranks, start_until_finished, write_rows
-from kv_cache import attend, only_causal
+from kv_cache import Cache, attend, only_causal
 from model import load_model, load_tokenizer, sampling_dtype
 from tokens import completion_ids, end_ids, prompt_ids
 
@@ -120,10 +120,14 @@ FAMILIES = {  # settings of a config, and whether its completions share their pr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_sampling_is_the_models_own(family, tmp_path):
-    """While completions end and others take their rows, prompts come and go, columns run out, and windows
-    slide.
+def test_greedy_sampling_is_the_models_own(family, tmp_path, monkeypatch):
+    """While completions end and others take their rows, prompts come and go, blocks of rows have columns of
+    their own, columns run out, and windows slide.
     """
+    monkeypatch.setattr(Cache, "BLOCK", 2)
+    blocks = []
+    attended = Cache.attended
+    monkeypatch.setattr(Cache, "attended", lambda *given: blocks.append(attended(*given)) or blocks[-1])
     settings, shares = FAMILIES[family]
     torch.manual_seed(0)
     config = getattr(transformers, family + "Config")(
@@ -132,8 +136,9 @@ def test_greedy_sampling_is_the_models_own(family, tmp_path):
     model = load(transformers.AutoModelForCausalLM.from_config(config), tmp_path).double()
     prompts = [torch.randint(99, (n,)).tolist() for n in (3, 12, 7, 30, 1, 9, 9, 21)]
     limits = [200, 40, 12, 5, 60, 1, 33, 20]
-    ours = sample(model, prompts, limits, {7, 8}, temperature=0, batch_size=3, num_refs=2)
+    ours = sample(model, prompts, limits, {7, 8}, temperature=0, batch_size=5, num_refs=2)
     assert model.shares_prompts == shares
+    assert max(map(len, blocks)) == (3 if shares else 1)
     for i, (prompt, limit) in enumerate(zip(prompts, limits)):
         whole = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
