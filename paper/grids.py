@@ -195,6 +195,7 @@ FRONTIER = [  # name, flags beside DEFAULT
     ("qrpo-beta0.1", "--loss=qrpo --beta=0.1"),
     ("sft-lr3e-4", "--loss=sft --min_reward=1 --epochs=4"),
     ("dpo-beta0.3-lr1e-4", "--loss=dpo --beta=0.3 --learning_rate=1e-4"),
+    ("qrpo-best", "--loss=qrpo --min_reward=1 --epochs=4"),  # on what sft imitates
     ("forward_kl-beta0.5", "--loss=forward_kl --quantile=exact --beta=0.5"),
     ("qrpo-beta0.5", "--loss=qrpo --beta=0.5"),
     ("sft-lr1e-3", "--loss=sft --min_reward=1 --epochs=4 --learning_rate=1e-3"),
