@@ -1,5 +1,5 @@
-"""Rewarded rows as flat arrays on disk: what a training regime takes from each row, as token ids,
-rewards and reference rewards; and batches of them as tensors.
+"""Rewarded rows as flat arrays on disk (the token ids, rewards and reference rewards that a training regime
+takes from each row), and batches of them as tensors.
 
 Reads the rows that score.py writes. Every completion is a slice of one long array of tokens; pairs are
 side by side, chosen before rejected. Sampled completions keep the ids that were sampled; only a

@@ -9,7 +9,7 @@ with all of this and the completions. Its template is evaluate.html.
     python evaluate.py --model=out/qrpo --ref_model=MODEL --data=out/qrpo/test/rewarded --out=out/qrpo
 
 Standard errors are over prompts. The KL is the mean log-ratio of the policy's own samples. QRPO maximises the
-objective E[R] - beta KL, where R is the transformed quantile of the reward (its `exact` cell among the
+objective E[R] - beta KL, where R is the transformed quantile of the reward (by the `exact` cells among the
 reference rewards). No policy can exceed beta log Z. The column "optimum" is what the best policy would have:
 the reference completions, each with its exact weight pi*/pi_ref.
 """

@@ -38,27 +38,27 @@ def arguments():
     add("--data", required=True, help="JSONL file or folder of prompts")
     add("--out", required=True, help="folder for the rows with completions")
     add("--field", default="ref_completions", choices=("ref_completions", "samples"),
-        help="samples: those of a trained policy, beside the references, to evaluate it or to train on")
+        help="samples: of a trained policy, stored beside the references, to evaluate it or to train on")
     add("--num_refs", type=rows.count, default=16, help="completions per prompt")
     add("--temperature", type=rows.not_negative, default=1.0, help="divides the logits; 0 is greedy")
-    add("--top_p", type=rows.share, default=1.0, help="sample from the likeliest tokens of this mass")
+    add("--top_p", type=rows.share, default=1.0, help="sample from the likeliest tokens of this probability")
     add("--max_new_tokens", type=rows.count, default=512, help="longest completion, in tokens")
     add("--max_length", type=rows.whole, default=0,
-        help="tokens of prompt and completion; rows whose prompt has as many are dropped, and counted. 0: "
-             "the model's context, and such a row is refused")
+        help="limit on the tokens of prompt and completion; rows whose prompt reaches it are dropped and "
+             "counted. 0: the model's context, and such rows are an error")
     add("--batch_size", type=rows.count, default=128,
         help="completions sampled at a time; memory grows with it")
-    add("--engine", default="torch", choices=ENGINES, help="what samples")
+    add("--engine", default="torch", choices=ENGINES, help="torch: the sampler in this file; or vllm")
     add("--engine_options", type=rows.json_object, default={}, metavar="JSON",
         help="""vllm: more arguments of vllm.LLM, such as '{"gpu_memory_utilization": 0.5}'""")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="auto: bfloat16 on a GPU, by vLLM, and for models stored in it on CPUs that multiply it; of "
-             "samples that of the references beside them")
+        help="auto: bfloat16 on a GPU, with vLLM, and for models stored in it on CPUs that multiply it; for "
+             "samples, the type of the references beside them")
     add("--template_args", type=rows.json_object, default={}, metavar="JSON",
         help="""what the chat template gets besides the messages, such as '{"enable_thinking": false}'""")
     add("--keep_special_tokens", action="store_true",
-        help="in the texts that rewards see, such as a special <think>. As in TRL, they see none otherwise")
-    add("--seed", type=rows.whole, default=0, help="of the random numbers")
+        help="in the texts that rewards see, such as a special <think>; by default, as in TRL, they see none")
+    add("--seed", type=rows.whole, default=0, help="random seed")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the checkpoint")
     args = parser.parse_args()
     if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:

@@ -9,14 +9,14 @@ Reads rows with completions, and writes them to OUT with the rewards added: `ref
     --reward=model:PATH     a sequence classifier with a `.score` output or one logit; or --model_class
 
 A reward that could not be computed is null; nulls are counted at the end. Rewards that a row already has
-are kept, except that those made by another reward are refused. A killed run continues; under torchrun the
-processes share the rows. For a judge over a network, see --concurrency and examples/judge.py.
+are kept, but rewards made by another function or model are an error. A killed run continues; under torchrun
+the processes share the rows. For a judge over a network, see --concurrency and examples/judge.py.
 
     python score.py --data=out/refs --out=out/rewarded --reward=tests
 
-Given its own output as --data, it asks again for the nulls, and for nothing else. A second opinion, on
-completions that are rewarded already, goes to columns of its own: with --name=judge to `ref_rewards_judge`,
-`sample_rewards_judge` and so on. Training ignores them, and evaluate.py shows both:
+Given its own output as --data, it scores only the nulls again. A second opinion on completions that have
+rewards goes to separate columns: with --name=judge to `ref_rewards_judge`, `sample_rewards_judge` and so on.
+Training ignores them, and evaluate.py shows both:
 
     python score.py --data=out/rewarded --out=out/judged --reward=judge.py:score --name=judge
 """
@@ -43,32 +43,32 @@ def arguments(argv=None):
     flag("--data", required=True, help="JSONL file or folder of rows with completions")
     flag("--out", required=True, help="folder for the rewarded rows")
     flag("--reward", required=True, help="tests, FILE.py:NAME or model:PATH (see above)")
-    flag("--name", default="", help="of a second opinion, see above (default: the reward to train on)")
+    flag("--name", default="", help="name of a second opinion, see above (default: the reward to train on)")
     flag("--concurrency", type=rows.whole, default=0,
-         help="function: make N calls at a time, each for one completion; a call that raises an error is "
-              "made again. For judges over a network. 0: one call for each row, and an error ends the run")
+         help="function: for judges over a network: make N calls at a time, each for one completion, and "
+              "repeat those that raise an error. 0: one call for each row, and an error ends the run")
     flag("--retries", type=rows.whole, default=7,
-         help="with --concurrency: calls after the first, 1, 2, 4, ... seconds apart, or when the server "
-              "says; then the reward is null")
+         help="with --concurrency: how often to repeat a call that raises an error, after 1, 2, 4, ... "
+              "seconds, or when the server says so; then the reward is null")
     flag("--accept_null", action="store_true",
-         help="go on where ten rows one after another, or the last ones, get no reward at all")
+         help="continue even if ten rows in a row, or the last ones, get no reward at all")
     flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
          help="model: auto is bfloat16 on a GPU")
     flag("--batch_tokens", type=rows.whole, default=0,
          help="model: padded tokens in a forward pass; 0: 16384 on a GPU, 1024 on a CPU")
     flag("--max_length", type=rows.count, default=2048, help="model: cut its input to N tokens")
     flag("--model_class",
-         help="model: FILE.py:CLASS that loads the checkpoint, where transformers has none for it, such as "
+         help="model: FILE.py:CLASS that loads the checkpoint, if transformers has no class for it, such as "
               "paper/armorm.py:ArmoRM")
     flag("--trust_remote_code", action="store_true", help="model: run code that comes with it")
     flag("--runtime", default="auto", choices=("auto", *sandbox.RUNTIMES),
-         help="tests: auto is the first that works")
+         help="tests: how programs are isolated; auto: the first way that works")
     flag("--packages", default=sandbox.PACKAGES,
          help="tests: import names of installed packages that programs and tests may use, such as numpy")
     flag("--block", default="answer", choices=tuple(sandbox.BLOCKS),
          help="tests: which code block of an answer is the program; see sandbox/formats.md")
     flag("--judge", default="apart", choices=tuple(sandbox.WAYS),
-         help="tests: apart from the program, or together with it; see sandbox/README.md")
+         help="tests: run them apart from the program, or together with it; see sandbox/README.md")
     flag("--unsafe", action="store_true", help="tests: run without isolation. Never for programs of a model")
     for name, (default, text) in sandbox.FLAGS.items():
         flag(f"--{name}", type=type(default), default=default, help=f"tests: {text}")

@@ -9,8 +9,8 @@ process, or several under torchrun:
 
 The policy starts as the reference model, so ref_logps are its own log-probabilities before step 0, and no
 second model is in memory (except with --ref_model, until they are computed). On SIGTERM or SIGUSR1 the run
-ends after the step in hand, saves its state in OUT/resume and exits with code 75 (torchrun itself with 1):
-start the same command again with --resume.
+finishes its step, saves its state in OUT/resume and exits with code 75 (torchrun itself with 1); continue it
+by giving the same command with --resume.
 """
 import math
 import os
@@ -41,7 +41,7 @@ from qrpo import qrpo_loss
 parser = rows.Parser(__doc__)
 flag = parser.add_argument_group("files").add_argument
 flag("--data", required=True, help="JSONL file or folder of rewarded rows")
-flag("--eval_data", help="held-out rows, of the same form")
+flag("--eval_data", help="held-out rows, in the same format")
 flag("--out", required=True, help="folder of the run")
 flag("--cache", help="folder for tokens and ref_logps, which runs can share (default: OUT/cache)")
 
@@ -75,14 +75,14 @@ flag("--batch_size", type=rows.count, default=256,
      help="completions (pairs, for losses of pairs) per step, over all ranks")
 flag("--epochs", type=rows.count, default=1, help="passes over the data")
 flag("--max_grad_norm", type=rows.not_negative, default=0.0,
-     help="clip the gradient norm; 0: do not, as the paper")
-flag("--seed", type=rows.whole, default=0, help="of the order of the data")
+     help="clip the gradient norm; 0: do not, as in the paper")
+flag("--seed", type=rows.whole, default=0, help="seed of the order of the data")
 flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
      help="of forward and backward; weights are float32. auto: bfloat16 on a GPU")
 
 flag = parser.add_argument_group("machine").add_argument
 flag("--lora", type=rows.whole, default=0, metavar="RANK",
-     help="train LoRA adapters of this rank (float32), and freeze the weights, in --dtype; needs peft, and a "
+     help="train LoRA adapters of this rank (float32), and freeze the weights (in --dtype); needs peft and a "
           "higher learning rate. 0: train the weights")
 flag("--micro_batch_tokens", type=rows.whole, default=0,
      help="padded tokens in a forward pass, without effect on the gradient; 0: 16384 on a GPU, 1024 on a CPU")

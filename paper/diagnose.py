@@ -1,9 +1,9 @@
-"""Where a run's objective is lost, and at what: a diagnosis of a trained policy, on training and on held-out
-prompts (docs/optimum.md explains the numbers).
+"""Where a trained policy falls short of the best possible objective, on training and on held-out prompts
+(docs/optimum.md explains the numbers).
 
-Reads a folder of run.sh (--data: train/rewarded and test/rewarded) and runs in it. Samples each policy on
-the training prompts, and the reference model afresh on all prompts; rewards these with the tests. Writes to
---out diagnosis.csv, calibration.csv and diagnosis.png. What was sampled is reused.
+Reads an OUT folder of run.sh (--data, with train/rewarded and test/rewarded) and runs in it. Samples each
+policy on the training prompts, and the reference model afresh on all prompts, and scores these samples with
+--reward. Writes diagnosis.csv, calibration.csv and diagnosis.png to --out. Samples are reused.
 
     python paper/diagnose.py --data=out --runs regression qrpo qrpo_online
 """

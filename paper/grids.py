@@ -2,7 +2,7 @@
 
 A grid is a function without arguments that yields runs. A run is a dictionary: `name`, which says how it
 differs from the others; `folder`, where it writes; and `command`, a shell command, here paper/pipeline.sh. A
-run that two grids share has the same name in both and is trained once. To see a grid, one run a line:
+run that two grids share has the same name in both and is trained once. To list the runs of a grid:
 
     python paper/sweep.py list chat
 """

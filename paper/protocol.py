@@ -2,7 +2,7 @@
 
 A run is train.py's folder, with run.json, the rewarded samples of the trained model in test/rewarded, and
 evaluate.py's results.json. Its checkpoints have the same, if they were evaluated. The samples of the
-reference model are in base/rewarded beside the run if `run.sh refs` made them; if not, its reference
+reference model are in base/rewarded beside the run if `pipeline.sh refs` made them; if not, its reference
 completions are used instead. Runs that differ only in their seed are one setting. results.py prints tables:
 
     python paper/results.py table --runs=out/mini

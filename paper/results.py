@@ -3,13 +3,13 @@
 Reads every evaluated run in --runs (see protocol.py). Half of the test prompts selects hyperparameters and
 checkpoint, the other half is reported. Prints what it finds, and writes to --out:
 
-    table      one row a method: table.md, table.csv (tables 2 and 3)
-    frontier   reward against KL, one point a setting, below the curve that no policy can pass
+    table      one row per method: table.md, table.csv (tables 2 and 3)
+    frontier   reward against KL, one point per setting, below the curve that no policy can pass
     figure1    the methods' rewards as bars
     figure3    reward against the number of reference rewards, for each beta
     figure4    log-ratio against normalised completion length, over all test prompts
     figure5    density of the reward under pi_ref and under pi*; needs no runs
-    ties       what `paper` and `exact` converge to where rewards tie, on a toy; needs no runs
+    ties       what `paper` and `exact` converge to if rewards tie, on a toy problem; needs no runs
     figure6    held-out log-ratio of better and worse completions over the steps
     alpaca     each method's completions as AlpacaEval's JSON
 
