@@ -61,7 +61,7 @@ class HelpFormat(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=100)
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default in (None, False, "", argparse.SUPPRESS):
             return action.help
         return f"{action.help} (default %(default)s)"
 

@@ -1,4 +1,4 @@
-"""Train a language model from pointwise rewards with QRPO, or with another loss of LOSSES on the same data.
+"""Train a language model on pointwise rewards with QRPO, or with another loss (--loss) on the same data.
 
 Reads rewarded rows (score.py's output). Writes to OUT the trained model as a Hugging Face folder, run.json
 (settings and versions), metrics.jsonl, and with --save_every checkpoints/step_N, models of the same form. One
@@ -56,7 +56,7 @@ flag("--num_candidates", type=rows.whole, default=0, help="train on the first N 
 flag("--num_ref_rewards", type=rows.whole, default=0, help="take quantiles among the first N rewards; 0: all")
 flag("--min_reward", type=float, help="train and evaluate only on completions of at least this reward")
 flag("--max_length", type=rows.whole, default=0,
-     help="drop what has more tokens, prompt and completion; 0: refuse what exceeds the context")
+     help="drop completions that have more tokens, prompt included; 0: refuse those that exceed the context")
 
 flag = parser.add_argument_group("loss").add_argument
 flag("--loss", default="qrpo", metavar="NAME",
@@ -66,7 +66,7 @@ flag("--transform", default="identity", choices=qrpo.TRANSFORMS, help="QRPO: f i
 flag("--quantile", default="paper", choices=qrpo.QUANTILES,
      help="QRPO: paper, as published, or exact, which is also right when rewards tie")
 flag("--length_normalize", action="store_true",
-     help="QRPO: divide beta by the tokens of the completion, to at most 0.1 (Apertus, arXiv 2509.14233)")
+     help="QRPO: divide beta by the completion's tokens, and cap it at 0.1 (Apertus, arXiv 2509.14233)")
 
 flag = parser.add_argument_group("optimisation").add_argument
 flag("--learning_rate", type=rows.positive, default=1e-6,
@@ -96,7 +96,7 @@ flag("--save_every", type=rows.whole, default=0,
      help="steps between checkpoints (a model, and a state to resume from); 0: none before the end")
 flag("--resume", action="store_true", help="continue the run in OUT from where it last saved")
 flag("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
-flag("--dry_run", action="store_true", help="show some of the data and what the loss asks for, and exit")
+flag("--dry_run", action="store_true", help="print some of the data with their target log-ratios, and exit")
 args = parser.parse_args()
 
 MAX_BETA = 0.1          # with --length_normalize

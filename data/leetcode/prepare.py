@@ -4,8 +4,8 @@ Reads newfacade/LeetCodeDataset from the hub, or local files of its columns. Wri
 beside this script: rows with prompt (one chat message), completion (the dataset's own solution, fenced like
 an answer), preamble, test, entry_point and difficulty, which `score.py --reward=tests` and the paper's
 stratified evaluation use. As in the paper, a row is kept if it has at least 20 tests, and prompt and answer
-have at most 2048 tokens together; and the prompt says what runs before the answer. The paper has 2,641
-training rows and 228 test rows, and kept 2,563 and 223 of them.
+have at most 2048 tokens together, and the prompt says which code runs before the answer. The paper kept 2,563
+of 2,641 training rows and 223 of 228 test rows.
 
     python data/leetcode/prepare.py
     python score.py --data=data/leetcode/test.jsonl --out=out/solutions --reward=tests

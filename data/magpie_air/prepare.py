@@ -2,8 +2,8 @@
 
 Reads Magpie-Align/Magpie-Air-DPO-100K-v0.1 from the hub, or local files with its `chosen` and `rejected`.
 Writes train.jsonl and test.jsonl beside this script: rows with prompt, chosen and rejected as chat messages.
-As in the paper, a row is kept if both answers have at most 2048 tokens of the reward model. The paper has
-98,000 training rows and 2,000 test rows, and kept 97,812 and 1,992 of them.
+As in the paper, a row is kept if both answers have at most 2048 tokens of the reward model. The paper kept
+97,812 of 98,000 training rows and 1,992 of 2,000 test rows.
 
     python data/magpie_air/prepare.py
 """

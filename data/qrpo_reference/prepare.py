@@ -1,9 +1,9 @@
 """The reference data that the paper's authors released: for each prompt a chosen and a rejected answer, 50
-completions of the reference model, and the rewards of all. With them the paper's runs need no sampling.
+completions of the reference model, and the rewards of all. With them, training needs no sampling.
 
 Reads a dataset of huggingface.co/collections/skandermoalla/qrpo-reference-datasets by its name, or local
 files with its columns. Writes train.jsonl and test.jsonl to --out, which train.py takes as they are. They
-have no token ids: rows say `from_text`, and train.py tokenises what it trains on.
+have no token ids (rows say `from_text`), so train.py tokenises what it trains on.
 
     python data/qrpo_reference/prepare.py --source=NAME --out=out/reference
 """

@@ -1,6 +1,6 @@
 """Sentences: chat prompts that ask for two sentences about everyday things.
 
-For small chat models, which often break such an instruction. reward.py has two rewards: a smooth one
+For small chat models, which often fail to follow such an instruction. reward.py has two rewards: a smooth one
 (sentiment), and one with three levels and so many ties (are there two sentences?). Input: none. Output, in
 --out: train.jsonl with 256 rows of id and prompt, and test.jsonl with 96 about other things. The grid `real`
 of paper/grids.py trains SmolLM2-135M-Instruct on them.

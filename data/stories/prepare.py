@@ -2,8 +2,8 @@
 
 Minicode's programs all have about the same length. A story ends where the model decides, so this dataset
 shows what a loss does to length. reward.py says how happy a story is. Input: none. Output, in --out:
-train.jsonl and test.jsonl, rows of id and prompt, 320 and 128 different sentences. A model is in
-tests/data/stories260K, and trains on a laptop; the hub has roneneldan/TinyStories-33M.
+train.jsonl and test.jsonl, rows of id and prompt, 320 and 128 different sentences. A model that trains on a
+laptop is in tests/data/stories260K; the hub has roneneldan/TinyStories-33M.
 
     python data/stories/prepare.py
 """

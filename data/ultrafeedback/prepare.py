@@ -3,7 +3,7 @@
 Reads HuggingFaceH4/ultrafeedback_binarized (train_prefs, test_prefs) from the hub, or local files with its
 `chosen` and `rejected`. Writes train.jsonl and test.jsonl beside this script: rows with prompt, chosen and
 rejected as chat messages. As in the paper, a row is kept if both answers have at most 2048 tokens of the
-reward model. The paper has 61,135 training rows and 2,000 test rows, and kept 61,024 and 1,995 of them.
+reward model. The paper kept 61,024 of 61,135 training rows and 1,995 of 2,000 test rows.
 
     python data/ultrafeedback/prepare.py
 """
