@@ -50,7 +50,7 @@ def parse_arguments():
     add("grid", help="a name in paper/grids.py, or FILE.py:NAME")
     add("--only", default="*",
         help="runs whose name contains this or matches this pattern of * and ?; separate several with commas")
-    add("--rerun", action="store_true", help="run, submit: only runs that failed, not those that never started")
+    add("--rerun", action="store_true", help="run, submit: only runs that failed, not those never started")
     add("--jobs", type=int, default=1, help="run: how many at a time; they share the cores")
     add("--max_running", type=int, default=8, help="submit: how many at a time")
     add("--sbatch", help="submit: flags for sbatch, such as '--gpus-per-node=8 --time=12:00:00'; a run that "
