@@ -1,5 +1,5 @@
-"""Keys and values while completions are sampled: each prompt's once, for all of its completions, and those
-of the completions themselves, written in place.
+"""The cache of keys and values for sampling. On a CPU, a prompt's are kept once for all of its completions;
+those of the completions are written in place.
 
 generate_refs.sample makes one `Cache`, which a model of transformers gets as its past_key_values. A
 completion joins the cache, gets a column in every step, and leaves.

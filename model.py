@@ -1,5 +1,5 @@
-"""Models: load and save a causal LM and its tokenizer, compute log pi(y|x), divide a model over processes,
-and keep the state of a run to resume from. Text becomes token ids in tokens.py.
+"""Models: load and save a causal LM and its tokenizer, compute log pi(y|x), shard a model over processes, and
+save and load the state that a run resumes from. Text becomes token ids in tokens.py.
 
     python -c 'from model import *; print(load_model("MODEL", torch.float32, get_device()).num_parameters())'
 """

@@ -1,10 +1,9 @@
-"""Rows: datasets as JSONL, read, shared between processes, and appended so that a kill loses and repeats
-nothing.
+"""Rows: JSONL datasets are read, shared between processes, and appended to so that a kill loses and repeats
+nothing. Also what all scripts share: the command line, atomic files, signals and the record of a run.
 
 A dataset is a JSONL file (or .jsonl.gz), or a folder of them; one row is one prompt. Every stage copies
 its rows and adds fields. A stage writes OUT/part-00000.jsonl, one part per process, and
-OUT/settings.json, what its rows were made with: an OUT that was made with other settings is refused, not
-mixed.
+OUT/settings.json, what its rows were made with; an OUT that was made with other settings is refused.
 
     python -c 'import rows; print(next(rows.stream("data/minicode/test.jsonl")))'
 """
