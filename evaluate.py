@@ -145,8 +145,8 @@ def load_completions(args, device):
 
 def quantile_rewards(args, data):
     """Adds to data the cells lo, hi of its completions' quantiles, and R, their transformed rewards. With a
-    beta, R is the soft average over the cell, and weight is pi*/pi_ref, 1 on average over the references.
-    All numpy (n,).
+    beta, R is the soft average over the cell, and weight is pi*/pi_ref, 1 on average over the references;
+    log_weight is known where that underflows. All numpy (n,).
     """
     rewards = torch.tensor(data.rewards).double()
     ref_rewards = torch.tensor(data.ref_rewards[data.row]).double()
@@ -155,8 +155,8 @@ def quantile_rewards(args, data):
     if args.beta is not None:
         beta = torch.full_like(lo, args.beta)
         R = beta * qrpo.log_mean_exp(beta, args.transform, lo, hi)
-        log_Z = qrpo.log_partition(beta, args.transform)
-        data.weight = (R / beta - log_Z).exp().numpy()
+        log_weight = R / beta - qrpo.log_partition(beta, args.transform)
+        data.log_weight, data.weight = log_weight.numpy(), log_weight.exp().numpy()
     R[ref_rewards.isnan().all(1)] = math.nan  # without a known reference reward there is no quantile
     data.lo, data.hi, data.R = lo.numpy(), hi.numpy(), R.numpy()
 
@@ -216,8 +216,7 @@ def add_optimum(args, found, reference):
         if name in NUMBERS:
             values = getattr(reference, NUMBERS[name])
             columns["optimum"] = by_prompt(reference, values, reference.weight)
-    log_ratio = np.log(reference.weight)
-    found[KL]["optimum"] = by_prompt(reference, log_ratio, reference.weight)
+    found[KL]["optimum"] = by_prompt(reference, reference.log_weight, reference.weight)
     R = found["quantile reward"]
     found["objective"] = {
         column: R[column] - args.beta * kl

@@ -87,6 +87,16 @@ def test_the_optimum_is_the_reference_pool_tilted_exactly(tiny, rewarded, tmp_pa
     assert results["length, tokens"]["optimum"][0] == pytest.approx(np.mean(lengths), rel=1e-4)
 
 
+@pytest.mark.parametrize("beta", (3e-4, 1e-3))  # of the paper
+def test_the_optimum_is_known_where_its_weights_underflow(tiny, rewarded, tmp_path, beta):
+    table = as_policy(read_rows(rewarded)[:3])
+    for row in table:
+        row["ref_rewards"] = row["sample_rewards"] = [0.0, 1.0, 2.0, 3.0]
+    results = evaluate(tiny, tmp_path, table, f"--beta={beta}")
+    assert results["KL to reference, nats"]["optimum"] == pytest.approx([math.log(4), 0])  # always the best
+    assert results["objective"]["optimum"] == pytest.approx([1 + beta * math.log(beta), 0])
+
+
 def test_it_prints_the_prompts_with_the_largest_and_the_smallest_gain(tiny, rewarded, tmp_path, capsys):
     table = as_policy(read_rows(rewarded)[:5])
     for i, gain in enumerate([0.125, 0.5, None, -0.25, 0]):
