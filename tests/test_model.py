@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate_refs
@@ -156,6 +157,17 @@ def test_what_training_saves_is_the_trained_policy(family, tmp_path):
         assert torch.equal(Policy(again)(*batch), trained) and not torch.equal(before, trained)
     in_memory, on_disk = script["model"].config.to_dict(), again.config.to_dict()
     assert on_disk | {"_name_or_path": 0} == in_memory | {"_name_or_path": 0}
+
+
+def test_models_that_differ_in_the_midst_of_a_file_have_other_fingerprints(tmp_path):
+    """As after LoRA those of a multimodal model, whose file begins with embeddings and ends with images."""
+    weights = torch.zeros(1 << 21)  # 8 MiB
+    found = set()
+    for value in (0, 1):
+        weights[1 << 20:][:1 << 18] = value
+        save_file({"weights": weights}, tmp_path / "model.safetensors")
+        found.add(model_py.model_fingerprint(tmp_path))
+    assert len(found) == 2
 
 
 def test_bfloat16_autocast_is_near_float32(family):
