@@ -352,7 +352,10 @@ def describe(path, trust_remote_code):
 def load_sampler(args):
     """The model to sample from, checked; for vLLM, what there is to know of it without its weights."""
     if args.engine == "vllm":
-        return describe(args.model, args.trust_remote_code)
+        model = describe(args.model, args.trust_remote_code)
+        if args.dtype != "auto":
+            model.dtype = args.dtype
+        return model
     device = get_device()
     keep_freed_memory(device)
     dtype = sampling_dtype(args.dtype, device, load_config(args.model, args.trust_remote_code))
@@ -372,7 +375,8 @@ def main():
     for name in ("data", "out", "batch_size"):  # the completions do not depend on these
         del settings[name]
     options = {name: value for name, value in args.engine_options.items() if name not in HOW_VLLM_RUNS}
-    settings |= {"engine_options": options, "files": model_fingerprint(args.model)}
+    settings |= {"engine_options": options, "files": model_fingerprint(args.model),
+                 "dtype": str(model.dtype).removeprefix("torch.")}  # auto may be another where it continues
 
     def request(row):
         """What `sample` needs of a row, which then says what it was sampled after."""
@@ -400,8 +404,7 @@ def main():
         print(f"{args.data}: {len(too_long)} rows dropped, whose prompts have {longest} tokens or more")
     requests = (request(row) for row in rows.select(args.data, left))
     args.batch_size = min(args.batch_size, args.num_refs * max(1, len(left)))
-    made_by = settings | {"dtype": str(model.dtype).removeprefix("torch."),
-                          "own_distribution": own_distribution(args)}
+    made_by = settings | {"own_distribution": own_distribution(args)}
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - set(ends)
     counts, start = collections.Counter(), time.time()
     bar = rows.progress(total=len(left), unit="prompt", desc="generate", smoothing=0)

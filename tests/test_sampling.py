@@ -263,7 +263,8 @@ def by_id(folder):
 
 
 def test_the_settings_are_written_beside_the_rows(whole):
-    assert json.loads((whole[2] / "settings.json").read_text())["num_refs"] == "3"
+    settings = json.loads((whole[2] / "settings.json").read_text())
+    assert settings["num_refs"] == "3" and settings["dtype"] == "float32"  # not auto
 
 
 def test_two_processes_share_the_rows(whole, tmp_path):
@@ -376,6 +377,12 @@ def vllm(tiny, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "modules")
     yield f"--model={tiny}", f"--data={data}", "--num_refs=8", "--max_new_tokens=9", "--engine=vllm"
     sys.modules.pop("vllm", None)
+
+
+def test_vllm_rows_say_in_which_dtype_they_were_sampled(vllm, tmp_path):
+    for dtype, recorded in (("auto", "bfloat16"), ("float32", "float32")):
+        call("generate_refs.py", *vllm, f"--out={tmp_path / dtype}", f"--dtype={dtype}", "--num_refs=1")
+        assert read_rows(tmp_path / dtype)[0]["made_by"]["ref_completions"]["dtype"] == recorded
 
 
 def test_vllm_that_is_not_installed(tiny, tmp_path, capsys, monkeypatch):
