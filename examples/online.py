@@ -94,14 +94,24 @@ reward_of = score_args.kind.load(score_args)
 barrier()  # all processes have looked into OUT before one writes there
 
 requests, ref_rewards = [], []  # what generate_refs.sample takes, a row each
+num_unknown = 0                 # rows that no quantile can be taken in
 for row in rows.read(args.data, require=("prompt", "ref_rewards")):
     before = row.get("made_by", {}).get("ref_rewards", made_by)
     rows.refuse(before["fingerprint"] != made_by["fingerprint"],
                 f"{row['__at__']}: its ref_rewards were made by another reward ({before['reward']})")
+    if all(reward is None for reward in row["ref_rewards"]):
+        num_unknown += 1
+        continue
     ids = row_prompt_ids(tokenizer, model, row)
+    rows.refuse(len(ids) >= context, f"{row['__at__']}: the prompt has {len(ids)} tokens and the model's "
+                f"context holds {context}; drop the row")
     row = {name: value for name, value in row.items() if name not in score.REWARD_OF}
     requests.append({"row": row, "prompt": ids, "limit": min(args.max_new_tokens, context - len(ids))})
     ref_rewards.append([math.nan if reward is None else reward for reward in row["ref_rewards"]])
+if num_unknown and rank == 0:
+    print(f"{args.data}: {num_unknown} rows dropped, without a known reference reward")
+rows.refuse(args.prompts > len(requests), f"--prompts={args.prompts}, but {args.data} has only "
+            f"{len(requests)} rows to take them from; give fewer")
 width = max(map(len, ref_rewards))
 ref_rewards = np.array([r + [math.nan] * (width - len(r)) for r in ref_rewards], np.float32)  # (rows, width)
 prompts = [request["prompt"] for request in requests]
@@ -109,15 +119,22 @@ config["data_fingerprint"] = rows.fingerprint([prompts, ref_rewards.tolist()])
 
 
 def prompts_of(step):
-    """The numbers of this rank's prompts in a step: each pass over the data is one seeded shuffle."""
-    positions = np.arange(step * args.prompts, (step + 1) * args.prompts)
-    order = {epoch: np.random.default_rng([args.seed, epoch]).permutation(len(requests))
-             for epoch in set(positions // len(requests))}
-    return [order[p // len(requests)][p % len(requests)] for p in positions][rank::world]
+    """The numbers of this rank's prompts in a step: each pass over the data is one seeded shuffle, without
+    the few at its end that fill no step. No prompt is twice in a step, where it would get the same samples.
+    """
+    epoch, i = divmod(step, len(requests) // args.prompts)
+    order = np.random.default_rng([args.seed, epoch]).permutation(len(requests))
+    return order[i * args.prompts:][:args.prompts][rank::world].tolist()
 
 
 sampling = SimpleNamespace(num_refs=args.samples, temperature=1.0, top_p=1.0, batch_size=args.batch_size,
                            field="samples", seed=args.seed)  # as generate_refs.py's flags
+
+
+def text_of(n, ids):
+    """The text of a sample for prompt number n, as that of its references was made."""
+    made_by = requests[n]["row"].get("made_by", {}).get("ref_completions", {})
+    return decode(tokenizer, requests[n]["prompt"], ids, ends, made_by.get("keep_special_tokens", False))
 
 
 def sample(step):
@@ -128,8 +145,7 @@ def sample(step):
     step_requests = [requests[n] | {"row": {"id": f"{step}/{n}", "place": i}} for i, n in enumerate(numbers)]
     with autocast:
         found = {row["place"]: ids for row, ids in generate_refs.sample(model, step_requests, sampling, ends)}
-    texts = {i: [decode(tokenizer, requests[n]["prompt"], ids) for ids in found[i]]
-             for i, n in enumerate(numbers)}
+    texts = {i: [text_of(n, ids) for ids in found[i]] for i, n in enumerate(numbers)}
     todo = []
     for i, n in enumerate(numbers):
         completions = [{"text": text, "token_ids": ids} for ids, text in zip(found[i], texts[i])]
@@ -179,7 +195,8 @@ for step in bar:
     started = time.time()
     fresh = sample(step)
     rows.refuse(not fresh, f"step {step}: {args.reward} gave no known reward; look at it, and give --resume")
-    data = as_arrays(fresh, prompts_of(step))
+    numbers = prompts_of(step)
+    data = as_arrays(fresh, numbers)
     barrier()  # sampling takes some ranks longer
     count = torch.tensor(float(len(fresh)))  # completions of all ranks
     if world > 1:
@@ -205,7 +222,7 @@ for step in bar:
                    "objective": R - beta * kl, "length": (b.lens - b.prompt_lens).float()})
         for k, log_ratio in zip(index, kl.tolist()):
             place, _, text, reward = fresh[k]
-            name = requests[prompts_of(step)[place]]["row"]["id"]
+            name = requests[numbers[place]]["row"]["id"]
             rows.append(samples_file, {"step": step + 1, "id": name, "text": text, "reward": reward,
                                        "log_ratio": log_ratio})
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()

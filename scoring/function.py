@@ -129,6 +129,8 @@ def load_function(reward):
 
 def function_settings(args):
     args.function, code = load_function(args.reward)
+    args.loop = asyncio.new_event_loop()  # one, as a client that the function keeps belongs to one
+    asyncio.set_event_loop(args.loop)
     return {"reward": args.reward.rpartition(":")[2], "code": rows.fingerprint(code)}
 
 
@@ -171,14 +173,12 @@ def as_numbers(rewards, n):
 
 
 def function_rewards(args, todo):
-    """A user's function, plain or async, called once per row. One event loop, as a client belongs to one."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
+    """A user's function, plain or async, called once per row."""
     for row, completions in todo:
         with in_one_line(args.reward, f"{row['__at__']}: "):
             rewards = args.function(**call_arguments(row, completions))
             if inspect.isawaitable(rewards):
-                rewards = loop.run_until_complete(rewards)
+                rewards = args.loop.run_until_complete(rewards)
             rewards = as_numbers(rewards, len(completions))
         yield row, rewards
 
@@ -273,7 +273,7 @@ class Judge:
         return await asyncio.gather(*[self.reward(row, completion) for completion in completions])
 
     def __call__(self, todo):
-        loop, todo = asyncio.new_event_loop(), iter(todo)
+        loop, todo = self.args.loop, iter(todo)
         running = {}  # task: row
         try:
             while True:

@@ -1,6 +1,7 @@
 """online.py: fresh samples raise the objective, and kills or processes do not change the result."""
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -117,3 +118,51 @@ def test_other_rewards_and_settings_are_refused(tiny, rewarded, undisturbed, tmp
     other.write_text("def letters(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
     refused(capsys, ["another reward"], "examples/online.py",
             *flags(tiny, rewarded, tmp_path / "run", f"--reward={other}:letters"))
+
+
+def test_no_prompt_is_twice_in_a_step_and_rows_that_cannot_be_used_are_seen_before_it(
+        tiny, rewarded, tmp_path, capsys):
+    """A pass over 8 rows has one step of 6."""
+    table = read_rows(rewarded)[:9]
+    table[3]["ref_rewards"] = [None] * 4  # no quantiles
+    data = write_rows(tmp_path / "data.jsonl", table)
+    call("examples/online.py", *flags(tiny, rewarded, tmp_path / "run", f"--data={data}"))
+    assert "1 rows dropped, without a known reference reward" in capsys.readouterr().out
+    samples = read_rows(tmp_path / "run" / "samples")
+    for step in range(1, STEPS + 1):
+        ids = [row["id"] for row in samples if row["step"] == step]
+        assert len(ids) == 12 and len(set(ids)) == 6 and 3 not in ids
+    refused(capsys, ["--prompts=9", "has only 8 rows"], "examples/online.py",
+            *flags(tiny, rewarded, tmp_path / "many", f"--data={data}", "--prompts=9"))
+    table[5] = {"prompt": "x" * 64, "id": 5, "ref_rewards": [0, 1]}
+    refused(capsys, [":6: the prompt has", "context holds 64"], "examples/online.py",
+            *flags(tiny, rewarded, tmp_path / "long", f"--data={write_rows(data, table)}"))
+
+
+def test_rewards_see_the_texts_of_samples_as_those_of_the_references(tiny, rewarded, tmp_path):
+    """Without the end token, here a letter, and with special tokens where the references kept them."""
+    model, table = shutil.copytree(tiny, tmp_path / "model"), read_rows(rewarded)[:2]
+    (model / "generation_config.json").write_text('{"eos_token_id": [257, 98]}')
+    table[1]["made_by"]["ref_completions"]["keep_special_tokens"] = True
+    data = write_rows(tmp_path / "data.jsonl", table)
+    script = call("examples/online.py", *flags(
+        model, rewarded, tmp_path / "run", f"--data={data}", "--prompts=2", "--steps=1"))
+    letter = script["tokenizer"].decode([97])
+    assert [script["text_of"](n, [256, 97, 98]) for n in (0, 1)] == [letter, "<bos>" + letter]
+
+
+@pytest.mark.parametrize("concurrency", (0, 1))
+def test_an_async_reward_has_one_event_loop_in_all_steps(tiny, rewarded, tmp_path, concurrency):
+    (tmp_path / "loops.py").write_text("""
+import asyncio
+loops = set()
+async def count(prompts, completions, **columns):
+    loops.add(asyncio.get_running_loop())
+    return [len(loops)] * len(prompts)
+""")
+    table = [row | {"made_by": {}} for row in read_rows(rewarded)]
+    data = write_rows(tmp_path / "data.jsonl", table)
+    call("examples/online.py", *flags(
+        tiny, rewarded, tmp_path / "run", f"--data={data}", f"--reward={tmp_path / 'loops.py'}:count",
+        f"--score=--concurrency={concurrency}", "--steps=2"))
+    assert {row["reward"] for row in read_rows(tmp_path / "run" / "samples")} == {1}
