@@ -556,7 +556,8 @@ def all_logps(policy, data, budget, device):
     """
     rank, world = rows.rank_and_world()
     logps = torch.zeros(len(data.lens), dtype=torch.float32, device=device)
-    every = np.arange(len(data.lens))[:, None]
+    # not one by one, as every rank must make as many forward passes (FSDP)
+    every = np.arange(len(data.lens)).reshape(-1, policy.length_groups)
     with rows.progress(total=len(logps), desc="log-probabilities", unit="completion") as bar:
         for index, weight in micro_batches(data.lens, every, budget, rank, world):
             b = get_batch(data, index, device)

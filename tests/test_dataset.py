@@ -8,6 +8,7 @@ import pytest
 import dataset
 import rows
 from conftest import call, read_rows, write_rows
+from model import Policy, backbone
 
 
 def build(folder, path, loaded, train_on="refs", **choices):
@@ -244,6 +245,24 @@ def test_unknown_rewards_are_nan_and_never_zero(loaded, row, tmp_path):
     np.testing.assert_allclose(pair.rewards, [np.nan, 4])
     with pytest.raises(SystemExit):
         build(tmp_path, path, loaded, "chosen", needs_reward=True)
+
+
+def test_every_rank_makes_as_many_forward_passes_for_the_reference_log_probabilities(
+        loaded, rewarded, tmp_path, monkeypatch):
+    """Also of pairs, which go through the model in two groups: with FSDP, a rank that makes more would wait.
+    """
+    model = loaded[1]
+    policy, found, passes = Policy(model, length_groups=2), [], []
+    data = build(tmp_path, write_rows(tmp_path / "d.jsonl", read_rows(rewarded)[:2]), loaded, "best_worst")
+    whole = dataset.all_logps(policy, data, 1000, model.device)
+    monkeypatch.setattr(dataset.dist, "all_reduce", lambda tensor: None)
+    hook = backbone(model).register_forward_hook(lambda *args: passes.append(rank))
+    for rank in range(3):
+        monkeypatch.setattr(rows, "rank_and_world", lambda: (rank, 3))
+        found.append(dataset.all_logps(policy, data, 1000, model.device))
+    hook.remove()
+    assert len(whole) == 4 and len({passes.count(rank) for rank in range(3)}) == 1
+    np.testing.assert_allclose(sum(found), whole, rtol=1e-5)
 
 
 # ---- micro-batches ----
