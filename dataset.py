@@ -146,7 +146,8 @@ class Reader:
         at, completions, rewards = row["__at__"], row.get(field), row.get(rewards_field)
         both_lists = isinstance(completions, list) and isinstance(rewards, list)
         if not both_lists or len(completions) != len(rewards):
-            rows.fail(f"{at}: needs {field} and as many {rewards_field}; run generate_refs.py and score.py")
+            made = "" if field == "other_completions" else f"generate_refs.py --field={field} and "
+            rows.fail(f"{at}: needs {field} and as many {rewards_field}; run {made}score.py")
         made_by = row.get("made_by", {}).get(field, {})
         if self.choices.num_candidates:
             completions = completions[:self.choices.num_candidates]

@@ -168,6 +168,14 @@ def tests_settings(args):
     return {"reward": "tests"} | {name: getattr(args, name) for name in names}
 
 
+def tests_of(args, row):
+    """What the sandbox needs of a row; refuses one without tests that it can run."""
+    try:
+        return sandbox.normalize(row, args.judge)
+    except ValueError as error:
+        rows.fail(f"{row['__at__']}: --reward=tests: {error}")
+
+
 def tests_rewards(args, todo):
     """Share of the row's tests passed, in [0,1]; None where there is no verdict. Formats:
     sandbox/formats.md.
@@ -177,10 +185,7 @@ def tests_rewards(args, todo):
 
     def programs():
         for row, completions in todo:
-            try:
-                tests = sandbox.normalize(row, args.judge)
-            except ValueError as error:
-                rows.fail(f"{row['__at__']}: --reward=tests: {error}")
+            tests = tests_of(args, row)
             waiting[row["id"]] = [row, [None] * len(completions), len(completions)]
             for k, completion in enumerate(completions):
                 program = {"id": (row["id"], k), "completion": text_of(completion)}
@@ -209,10 +214,11 @@ def tests_rewards(args, todo):
 class Kind(NamedTuple):
     settings: Callable  # args -> dict of what the rewards depend on
     load: Callable      # args -> f(iterable of (row, completions)), which yields (row, list of float or None)
+    check: Callable = lambda args, row: None  # fails where a row cannot be rewarded, before any is
 
 
 REWARDS = {  # as --reward names them; a new kind of reward is one entry
-    "tests": Kind(tests_settings, lambda args: partial(tests_rewards, args)),
+    "tests": Kind(tests_settings, lambda args: partial(tests_rewards, args), tests_of),
     "FILE.py:NAME": Kind(function_settings, lambda args: (
         Judge(args) if args.concurrency else partial(function_rewards, args))),
     "model:PATH": Kind(model_settings, RewardModel),
@@ -299,8 +305,12 @@ def main():
     reward_of = reward_columns(args.name)
     if args.name:
         settings["reward"] += f" as {args.name}"
-    left, part = rows.continue_stage(
-        args.data, args.out, settings, check=lambda row: unrewarded(row, made_by, reward_of))
+
+    def check(row):
+        if unrewarded(row, made_by, reward_of):
+            args.kind.check(args, row)
+
+    left, part = rows.continue_stage(args.data, args.out, settings, check)
     rank, world = rows.rank_and_world()
     bar = rows.progress(total=len(left), unit="row", desc="score", smoothing=0)
     failed = []

@@ -184,6 +184,8 @@ rows.refuse(args.loss == "sft" and paired_data,
             "--train_on=chosen, or refs with --min_reward")
 rows.refuse(paired_data and args.min_reward is not None,
             f"--min_reward selects single completions, --train_on={args.train_on} pairs; drop one")
+rows.refuse(args.length_normalize and args.loss != "qrpo",
+            "--length_normalize is for --loss=qrpo; omit it (for DPO: --loss=dpo_norm)")
 rows.refuse(args.lora and args.shard,
             "--lora does not go with --shard: its frozen weights are small enough for each rank; drop one")
 rows.refuse(args.shard and "RANK" not in os.environ,
@@ -233,6 +235,11 @@ if args.eval_data:
 for data in filter(None, (train_data, eval_data)):
     if main_process:
         print(data.summary, flush=True)
+    num_known = np.isfinite(data.ref_rewards).sum(1)[data.row]
+    rows.refuse("ref_rewards" in needs and args.quantile == "paper" and num_known.min() < 2
+                and 1 in qrpo.TRANSFORMS[args.transform].infinite_at,
+                f"--transform={args.transform} with --quantile=paper needs at least 2 known ref_rewards in "
+                "every row; give --quantile=exact")
 if "ref_rewards" in needs and (train_data.tied == 1).all():  # tied: share of the other references
     rows.fail(f"{args.data}: no completion's reward differs from its other references', so there is nothing "
               "to learn; look at the reward, or sample more references")
@@ -273,6 +280,7 @@ if args.dry_run:
     dataset.show(train_data, tokenizer, shown, asked.tolist())
     sys.exit()
 
+rows.check_run(out, config, args.resume)  # now also that the data are the same
 if args.gradient_checkpointing:
     checkpoint_activations(model)
 flops = flops_per_token(model, train_data.lens.mean())  # before the parameters are sharded
@@ -315,7 +323,7 @@ if world > 1 and not args.shard:
 
 tracker = None
 if main_process:
-    rows.check_run(out, config, args.resume)  # now also that the data are the same
+    rows.check_run(out, config, args.resume)  # another process may have been faster
     metrics_file = rows.open_part(out / "metrics.jsonl")
     # drop what was logged after the state was saved; an evaluation is the first thing after that
     rows.keep_while(metrics_file, lambda line: line["step"] < start_step or (

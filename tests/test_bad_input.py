@@ -131,6 +131,8 @@ def test_a_truncated_gzip_file(tmp_path, capsys):
     ({"prompt": [{"role": "user"}]}, {}, ("prompt must be",)),
     ({"prompt": [{"role": "user", "content": "hi"}]}, {}, ("chat template",)),
     ({"ref_rewards": [0.5]}, {}, ("as many ref_rewards",)),
+    ({}, {"train_on": "samples"}, ("as many sample_rewards; run generate_refs.py --field=samples",)),
+    ({}, {"train_on": "mixed"}, ("as many other_rewards; run score.py",)),
     ({"ref_rewards": None}, {}, ("ref_rewards",)),
     ({"ref_rewards": [0.5, float("inf")]}, {}, ("Infinity is not a JSON number",)),
     ({"ref_rewards": [0.5, "1"]}, {}, ("finite numbers",)),
@@ -295,6 +297,14 @@ def test_score_flags_and_rows(good, tmp_path, capsys, reward, row, says):
             *reward[1:])
 
 
+def test_a_row_without_tests_is_refused_before_any_is_judged(good, tmp_path, capsys):
+    table = [good | {"ref_rewards": None} | TESTS, good | {"ref_rewards": None}]
+    data = write_rows(tmp_path / "data.jsonl", [row | {"id": i} for i, row in enumerate(table)])
+    refused(capsys, ["data.jsonl:2", "has no tests"], "score.py", f"--data={data}", "--reward=tests",
+            f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_of_another_version_of_the_reward_is_refused(good, tmp_path, capsys):
     data, file = write_rows(tmp_path / "data.jsonl", [good | {"ref_rewards": None}]), tmp_path / "r.py"
     flags = f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={file}:f"
@@ -323,8 +333,10 @@ def test_an_output_of_another_version_of_the_reward_is_refused(good, tmp_path, c
     (["--loss=dpo"], ("--loss=dpo needs pairs", "best_worst")),
     (["--loss=sft", "--train_on=best_worst"], ("imitate the rejected", "--train_on=chosen")),
     (["--loss=dpo", "--train_on=best_worst", "--min_reward=1"], ("--min_reward", "drop one")),
+    (["--loss=dpo", "--train_on=best_worst", "--length_normalize"], ("--length_normalize", "dpo_norm")),
     (["--shard"], ("torchrun",)),
     (["--data={tied}"], ("tied.jsonl: no completion's reward differs", "look at the reward")),
+    (["--data={one}", "--transform=normal-icdf"], ("at least 2 known ref_rewards", "--quantile=exact")),
     (["--data={empty}"], ("holds no rows",)),
     (["--out={file}"], ("is a file",)),
     (["--model=out", "--out=out"], ("would overwrite the model",)),
@@ -333,8 +345,11 @@ def test_train_flags_and_data(tiny, rewarded, tmp_path, capsys, flags, says):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty.jsonl").write_text("")
     write_rows(tmp_path / "tied.jsonl", [row | {"ref_rewards": [0.3] * 4} for row in read_rows(rewarded)])
-    paths = {"file": tmp_path / "file", "empty": tmp_path / "empty.jsonl", "tied": tmp_path / "tied.jsonl"}
-    flags = [flag.format(**paths) for flag in flags]
+    table = read_rows(rewarded)
+    table[7]["ref_rewards"][1:] = [None] * 3
+    write_rows(tmp_path / "one.jsonl", table)
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("empty", "tied", "one")}
+    flags = [flag.format(file=tmp_path / "file", **paths) for flag in flags]
     refused(capsys, says, "train.py", f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'out'}",
             f"--cache={tmp_path / 'cache'}", *flags)
     assert not (tmp_path / "out").exists()
@@ -351,6 +366,7 @@ def test_a_run_that_is_not_finished_continues_with_its_own_settings_and_data_onl
     refused(capsys, ["beta=0.5, now 0.1"], "train.py", *flags, "--resume")
     write_rows(data, read_rows(rewarded)[:-1])
     refused(capsys, ["was started with other data"], "train.py", *flags, "--beta=0.5", "--resume")
+    assert len(list((out / "cache").glob("ref_logps-*.npy"))) == 1  # before the reference pass
     assert json.loads((out / "run.json").read_text()) == record
 
 
