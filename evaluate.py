@@ -34,6 +34,7 @@ import qrpo
 import rows
 from model import Policy, get_device, get_dtype, load_model, load_tokenizer
 from scoring.function import text_of
+from tokens import check_same_ids
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -121,6 +122,7 @@ def load_completions(args, device):
     (whether the reward is 1); the policy's also with log_ratio, log pi - log pi_ref; each (n,).
     """
     tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
+    check_same_ids(tokenizer, load_tokenizer(args.ref_model, args.trust_remote_code))
     dtype = get_dtype(args.dtype, device)
     data = {}
     logps = []

@@ -75,6 +75,14 @@ def check_vocabulary(what, model, ids):
                   "model to its tokenizer, or give the tokenizer that fits it")
 
 
+def check_same_ids(tokenizer, other):
+    """Refuse a reference model whose tokenizer (other) gives tokens other ids: it would read another text."""
+    ids = other.get_vocab()
+    if any(ids.get(token, i) != i for token, i in tokenizer.get_vocab().items()):
+        rows.fail(f"{other.name_or_path}: its tokenizer gives tokens other ids than that of "
+                  f"{tokenizer.name_or_path}; give the model that training started from")
+
+
 def template_args(row):
     """What a row gives its chat template besides the messages: columns of TRL's formats, and what it was
     sampled with.

@@ -34,6 +34,7 @@ from model import (Policy, add_lora, any_rank, barrier, checkpoint_activations, 
                    load_tokenizer, model_fingerprint, peak_flops, save_model, save_state, shard,
                    start_processes, sync_gradients)
 from qrpo import qrpo_loss
+from tokens import check_same_ids
 
 # -----------------------------------------------------------------------------
 # settings: every flag with its default and its unit
@@ -219,6 +220,8 @@ else:
 # data and policy
 
 tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
+if args.ref_model:
+    check_same_ids(tokenizer, load_tokenizer(args.ref_model, args.trust_remote_code))
 load = load_skeleton if args.shard else load_model  # a skeleton has no weights before `shard`
 weights_dtype = dtype if args.lora else torch.float32
 # in evaluation mode, and it stays there: no dropout

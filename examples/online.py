@@ -33,7 +33,7 @@ from dataset import Meter, get_batch, micro_batches
 from model import (Policy, barrier, context_length, cosine, get_device, get_dtype, keep_freed_memory,
                    load_model, load_state, load_tokenizer, save_model, save_state, start_processes,
                    sync_gradients)
-from tokens import decode, end_ids, row_prompt_ids
+from tokens import check_same_ids, decode, end_ids, row_prompt_ids
 from qrpo import qrpo_loss
 
 # -----------------------------------------------------------------------------
@@ -85,6 +85,7 @@ config |= {"loss": "qrpo", "transform": "identity", "quantile": "exact", "has_ta
 rows.check_run(args.out, config, args.resume)
 
 tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+check_same_ids(tokenizer, load_tokenizer(args.ref_model, args.trust_remote_code))
 model = load_model(args.model, torch.float32, device, args.trust_remote_code)
 reference = Policy(load_model(args.ref_model, torch.float32, device, args.trust_remote_code))
 ends, context = end_ids(model, tokenizer), context_length(model)
@@ -236,7 +237,8 @@ for step in bar:
                     objective=f"{row['objective']:.4g}/{best:.4g}", refresh=False)
     if rank == 0:
         rows.append(metrics_file, {"step": step + 1} | row | {
-            "grad_norm": grad_norm, "learning_rate": group["lr"], "seconds": time.time() - started})
+            "completions": int(count), "grad_norm": grad_norm, "learning_rate": group["lr"],
+            "seconds": time.time() - started})
     if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
         save_state(args.out / "resume", step + 1, policy, optimizer)
 

@@ -355,6 +355,22 @@ def test_train_flags_and_data(tiny, rewarded, tmp_path, capsys, flags, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script", ("train.py", "evaluate.py", "examples/online.py"))
+def test_a_reference_model_of_another_tokenizer_is_refused(tiny, rewarded, tmp_path, capsys, script):
+    """Its vocabulary is as large, so it would read other texts without a word."""
+    other = shutil.copytree(tiny, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = dict(zip(vocab, reversed(vocab.values())))
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    table = [row | {"samples": row["ref_completions"], "sample_rewards": row["ref_rewards"]}
+             for row in read_rows(rewarded)]
+    more = [f"--reward={rewarded.parent / 'reward.py'}:letters"] if "online" in script else []
+    refused(capsys, [f"{other}: its tokenizer gives tokens other ids"], script, f"--model={tiny}",
+            f"--ref_model={other}", f"--data={write_rows(tmp_path / 'd.jsonl', table)}",
+            f"--out={tmp_path / 'out'}", *more)
+
+
 def test_a_run_that_is_not_finished_continues_with_its_own_settings_and_data_only(
         tiny, rewarded, tmp_path, capsys):
     data, out = write_rows(tmp_path / "data.jsonl", read_rows(rewarded)), tmp_path / "out"

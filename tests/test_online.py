@@ -158,7 +158,7 @@ import asyncio
 loops = set()
 async def count(prompts, completions, **columns):
     loops.add(asyncio.get_running_loop())
-    return [len(loops)] * len(prompts)
+    return [None if k else len(loops) for k in range(len(prompts))]
 """)
     table = [row | {"made_by": {}} for row in read_rows(rewarded)]
     data = write_rows(tmp_path / "data.jsonl", table)
@@ -166,3 +166,4 @@ async def count(prompts, completions, **columns):
         tiny, rewarded, tmp_path / "run", f"--data={data}", f"--reward={tmp_path / 'loops.py'}:count",
         f"--score=--concurrency={concurrency}", "--steps=2"))
     assert {row["reward"] for row in read_rows(tmp_path / "run" / "samples")} == {1}
+    assert logged(tmp_path / "run", "completions") == [6 * (1 + concurrency)] * 2  # of 12
