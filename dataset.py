@@ -260,6 +260,9 @@ class Reader:
             how = other_distribution(row, "ref_completions")
             if how:
                 table["sampling"].append(how)
+            sampled_by = row.get("made_by", {}).get("ref_completions", {}).get("files")
+            if sampled_by:
+                table["sampled_by"].append(sampled_by)
             table["ids"].append(row.get("id", position))
             table["ref_rewards"].append(ref_rewards)
             kept = []
@@ -355,7 +358,8 @@ def build(folder, path, tokenizer, model, choices):
     (n,) tokens of prompt and completion; prompt_lens (n,); rewards (n,) NaN if unknown; row (n,); side
     (n,) see `sides`; among_refs, truncated (n,); tied (n,) the share of the other references with the
     same reward, 1 if there is none; ref_rewards (R, num_ref_rewards) NaN where unknown; ids (R,). Also
-    about.json: a fingerprint of them all, and one line that describes them.
+    about.json: a fingerprint of them all, one line that describes them, and sampled_by, the fingerprints of
+    the models that sampled the references.
     """
     reader = Reader(tokenizer, model, choices)
     digest = hashlib.sha256()
@@ -398,7 +402,9 @@ def build(folder, path, tokenizer, model, choices):
     if sampling and choices.needs_refs:
         about += (f"; WARNING: reference completions were sampled at {', '.join(sorted(sampling))}, so "
                   "quantiles are not those among the model's own completions: sample them at 1 and 1")
-    rows.write_json(folder / "about.json", {"fingerprint": digest.hexdigest()[:16], "summary": about})
+    rows.write_json(folder / "about.json", {
+        "fingerprint": digest.hexdigest()[:16], "summary": about,
+        "sampled_by": sorted(set(itertools.chain(*read["sampled_by"])))})
 
 
 CHUNK_BYTES = 1 << 22  # of rows that a process takes at a time: a few rows of many long completions
@@ -470,7 +476,8 @@ def summary(data):
 
 def load(path, cache, model_path, tokenizer, model, choices):
     """The arrays of `build` as attributes, mapped from a folder in `cache`, where they are made by the
-    main process if they are not there. Runs on the same data share them. Also: fingerprint, summary.
+    main process if they are not there. Runs on the same data share them. Also: fingerprint, summary,
+    sampled_by.
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
     code = [rows.code_of(sys.modules[name]) for name in ("dataset", "tokens")]
@@ -485,7 +492,7 @@ def load(path, cache, model_path, tokenizer, model, choices):
     barrier()
     about = rows.load_json(folder / "about.json")
     data = arrays(folder)
-    data.fingerprint = about["fingerprint"]
+    data.fingerprint, data.sampled_by = about["fingerprint"], about["sampled_by"]
     data.summary = f"{path}: {about['summary']}"
     return data
 

@@ -32,7 +32,7 @@ import torch
 import dataset
 import qrpo
 import rows
-from model import Policy, get_device, get_dtype, load_model, load_tokenizer
+from model import Policy, get_device, get_dtype, load_model, load_tokenizer, model_fingerprint
 from scoring.function import text_of
 from tokens import check_same_ids
 
@@ -270,11 +270,14 @@ BIASED = {
 SAME = ("dtype", "max_new_tokens", "engine", "template_args")  # with which both should be sampled
 
 
-def oddities(held_out, data):
+def oddities(args, held_out, data):
     """What a reader should know before believing the numbers, in a few words each."""
     found = []
     for model, how in held_out.biased.items():
         found.append(f"the {model} was sampled at {how}, not from its own distribution: {BIASED[model]}")
+    for model, path in (("reference", args.ref_model), ("policy", args.model)):
+        if held_out.made_by[model].get("files") not in (None, model_fingerprint(path)):
+            found.append(f"the {model}'s completions were sampled by another model than {path}, by its files")
     reference, policy = held_out.made_by.values()
     for name in SAME:
         if name in reference and name in policy and reference[name] != policy[name]:
@@ -531,7 +534,7 @@ def main():
     content = {
         "run": run,
         "made_by": held_out.made_by,
-        "odd": oddities(held_out, data),
+        "odd": oddities(args, held_out, data),
         "lines": as_text(table),
         "verdict": "" if args.beta is None else verdict(args, table),
         "total": len(data["policy"].ids),

@@ -235,9 +235,14 @@ train_data = dataset.load(args.data, cache, args.model, tokenizer, model, choice
 eval_data = None
 if args.eval_data:
     eval_data = dataset.load(args.eval_data, cache, args.model, tokenizer, model, choices)
+reference_files = model_fingerprint(args.ref_model or args.model)
 for data in filter(None, (train_data, eval_data)):
     if main_process:
         print(data.summary, flush=True)
+        if "ref_rewards" in needs and set(data.sampled_by) - {reference_files}:
+            print("WARNING: reference completions were sampled by another model than "
+                  f"{args.ref_model or args.model}, by its files, so quantiles are not those among the "
+                  "reference model's own completions", flush=True)
     num_known = np.isfinite(data.ref_rewards).sum(1)[data.row]
     rows.refuse("ref_rewards" in needs and args.quantile == "paper" and num_known.min() < 2
                 and 1 in qrpo.TRANSFORMS[args.transform].infinite_at,
@@ -306,7 +311,7 @@ if args.ref_model:
     reference = Policy(load(args.ref_model, weights_dtype, device, args.trust_remote_code))
     if args.shard:
         reference = shard(reference, dtype, device)
-key = [model_fingerprint(args.ref_model or args.model), str(dtype), str(weights_dtype), args.shard]
+key = [reference_files, str(dtype), str(weights_dtype), args.shard]
 for data in filter(None, (train_data, eval_data)):
     with autocast:
         data.ref_logps = dataset.cached_logps(reference, data, cache, key, micro_batch_tokens, device)

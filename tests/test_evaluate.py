@@ -113,6 +113,15 @@ def test_it_prints_the_prompts_with_the_largest_and_the_smallest_gain(tiny, rewa
     assert lines[start + 9] == f"reference  reward 0.5: {table[3]['ref_completions'][0]['text']!r}"
 
 
+def test_it_says_which_completions_another_model_sampled(tiny, rewarded, tmp_path):
+    table = as_policy(read_rows(rewarded)[:2])
+    for row in table:
+        row["made_by"]["samples"] = row["made_by"]["samples"] | {"files": "of another"}
+    odd = evaluate(tiny, tmp_path, table)["odd"]
+    assert [line.partition(",")[0] for line in odd if "another model" in line] == [
+        f"the policy's completions were sampled by another model than {tiny}"]
+
+
 def test_where_all_rewards_tie_it_says_that_there_is_nothing_to_gain(tiny, rewarded, tmp_path, capsys):
     table = as_policy(read_rows(rewarded))
     for row in table:

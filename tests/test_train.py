@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import transformers
 
 import rows
-from conftest import (Process, call, ends_well, read_rows, refused, start_ranks, start_until_finished,
-                      write_rows)
+from conftest import (Process, call, ends_well, make_tiny, read_rows, refused, start_ranks,
+                      start_until_finished, write_rows)
 
 FLAGS = ("--beta=0.1", "--learning_rate=1e-3", "--batch_size=16", "--micro_batch_tokens=160",
          "--dtype=float32")
@@ -282,6 +282,13 @@ def test_reference_log_probabilities_of_another_model_are_refused(
     np.save(path, np.load(path) + 0.5)
     refused(capsys, ["step 1", str(cache), "made with another model"], "train.py",
             *flags(tiny, rewarded, tmp_path / "run", f"--cache={cache}"))
+
+
+def test_it_warns_of_references_that_another_model_sampled(tiny, rewarded, tmp_path, capsys):
+    for seed, warned in ((0, False), (1, True)):
+        model = make_tiny(tmp_path / f"model{seed}", seed)  # seed 0: a copy of the one that sampled them
+        call("train.py", *flags(model, rewarded, tmp_path / f"run{seed}"))
+        assert ("sampled by another model" in capsys.readouterr().out) == warned
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(tiny, rewarded, tmp_path, capsys):
