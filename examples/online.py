@@ -31,8 +31,8 @@ import rows
 import score
 from dataset import Meter, get_batch, micro_batches
 from model import (Policy, barrier, context_length, cosine, get_device, get_dtype, keep_freed_memory,
-                   load_model, load_state, load_tokenizer, save_model, save_state, start_processes,
-                   sync_gradients)
+                   load_model, load_state, load_tokenizer, model_fingerprint, save_model, save_state,
+                   start_processes, sync_gradients)
 from tokens import check_same_ids, decode, end_ids, row_prompt_ids
 from qrpo import qrpo_loss
 
@@ -96,10 +96,14 @@ barrier()  # all processes have looked into OUT before one writes there
 
 requests, ref_rewards = [], []  # what generate_refs.sample takes, a row each
 num_unknown = 0                 # rows that no quantile can be taken in
+reference_files = model_fingerprint(args.ref_model)
 for row in rows.read(args.data, require=("prompt", "ref_rewards")):
     before = row.get("made_by", {}).get("ref_rewards", made_by)
     rows.refuse(before["fingerprint"] != made_by["fingerprint"],
                 f"{row['__at__']}: its ref_rewards were made by another reward ({before['reward']})")
+    if row.get("made_by", {}).get("ref_completions", {}).get("files") not in (None, reference_files):
+        rows.say_once(f"WARNING: reference completions were sampled by another model than {args.ref_model}, "
+                      "by its files, so quantiles are not those among the reference model's own completions")
     if all(reward is None for reward in row["ref_rewards"]):
         num_unknown += 1
         continue

@@ -139,14 +139,17 @@ def test_no_prompt_is_twice_in_a_step_and_rows_that_cannot_be_used_are_seen_befo
             *flags(tiny, rewarded, tmp_path / "long", f"--data={write_rows(data, table)}"))
 
 
-def test_rewards_see_the_texts_of_samples_as_those_of_the_references(tiny, rewarded, tmp_path):
-    """Without the end token, here a letter, and with special tokens where the references kept them."""
+def test_rewards_see_the_texts_of_samples_as_those_of_the_references(tiny, rewarded, tmp_path, capsys):
+    """Without the end token, here a letter, and with special tokens where the references kept them. These are
+    of a model that ends elsewhere.
+    """
     model, table = shutil.copytree(tiny, tmp_path / "model"), read_rows(rewarded)[:2]
     (model / "generation_config.json").write_text('{"eos_token_id": [257, 98]}')
     table[1]["made_by"]["ref_completions"]["keep_special_tokens"] = True
     data = write_rows(tmp_path / "data.jsonl", table)
     script = call("examples/online.py", *flags(
         model, rewarded, tmp_path / "run", f"--data={data}", "--prompts=2", "--steps=1"))
+    assert capsys.readouterr().out.count("sampled by another model") == 1
     letter = script["tokenizer"].decode([97])
     assert [script["text_of"](n, [256, 97, 98]) for n in (0, 1)] == [letter, "<bos>" + letter]
 
