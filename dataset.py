@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+import qrpo
 import rows
 from model import Policy, any_rank, barrier, chunked_logps, context_length, logits_of, model_fingerprint
 from tokens import check_vocabulary, completion_ids, decode, end_ids, pad, row_prompt_ids, template_args
@@ -495,6 +496,21 @@ def load(path, cache, model_path, tokenizer, model, choices):
     data.fingerprint, data.sampled_by = about["fingerprint"], about["sampled_by"]
     data.summary = f"{path}: {about['summary']}"
     return data
+
+
+def check_references(data, args, reference_files):
+    """Refuse reference rewards that --transform cannot take; warn where the references were sampled by
+    another model than that of the fingerprint reference_files.
+    """
+    num_known = np.isfinite(data.ref_rewards).sum(1)[data.row]
+    infinite = args.quantile == "paper" and 1 in qrpo.TRANSFORMS[args.transform].infinite_at
+    rows.refuse(infinite and num_known.min() < 2,
+                f"--transform={args.transform} with --quantile=paper needs at least 2 known ref_rewards in "
+                "every row; give --quantile=exact")
+    if set(data.sampled_by) - {reference_files}:
+        rows.say_once("WARNING: reference completions were sampled by another model than "
+                      f"{args.ref_model or args.model}, by its files, so quantiles are not those among the "
+                      "reference model's own completions")
 
 
 def arrays(folder):

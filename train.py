@@ -239,15 +239,8 @@ reference_files = model_fingerprint(args.ref_model or args.model)
 for data in filter(None, (train_data, eval_data)):
     if main_process:
         print(data.summary, flush=True)
-        if "ref_rewards" in needs and set(data.sampled_by) - {reference_files}:
-            print("WARNING: reference completions were sampled by another model than "
-                  f"{args.ref_model or args.model}, by its files, so quantiles are not those among the "
-                  "reference model's own completions", flush=True)
-    num_known = np.isfinite(data.ref_rewards).sum(1)[data.row]
-    rows.refuse("ref_rewards" in needs and args.quantile == "paper" and num_known.min() < 2
-                and 1 in qrpo.TRANSFORMS[args.transform].infinite_at,
-                f"--transform={args.transform} with --quantile=paper needs at least 2 known ref_rewards in "
-                "every row; give --quantile=exact")
+    if "ref_rewards" in needs:
+        dataset.check_references(data, args, reference_files)
 if "ref_rewards" in needs and (train_data.tied == 1).all():  # tied: share of the other references
     rows.fail(f"{args.data}: no completion's reward differs from its other references', so there is nothing "
               "to learn; look at the reward, or sample more references")
