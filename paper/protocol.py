@@ -98,7 +98,7 @@ def read_log_ratios(folder, field, prompts, reward):
     """The log-ratios of a model's samples, (prompts, samples), from evaluate.py; those of the reference model
     are 0.
     """
-    if field == "ref_completions":
+    if field == "ref_completions" or folder.parent.name == "base":
         return reward * 0
     path = folder.parents[1] / "samples.npz"
     if not path.exists():

@@ -362,8 +362,8 @@ def test_the_reference_model_is_what_was_sampled_as_its_policies_were(tmp_path):
     shutil.move(tmp_path / "runs/x/base/test/rewarded", tmp_path / "runs/x/base/rewarded")
     (tmp_path / "runs/x/base/run.json").unlink()
     command(tmp_path, "table")
-    table = [(m["method"], float(m["reward"])) for m in read_csv(tmp_path / "out/table.csv")]
-    assert table[:2] == [("reference model nosft", 0.25), ("reference model sft", 0.5)]
+    table = [(m["method"], float(m["reward"]), float(m["kl"])) for m in read_csv(tmp_path / "out/table.csv")]
+    assert table[:2] == [("reference model nosft", 0.25, 0), ("reference model sft", 0.5, 0)]
     part = tmp_path / "runs/x/base/rewarded/part-00000.jsonl"
     part.write_text("".join(itertools.islice(open(part), 7)))
     with pytest.raises(SystemExit, match="2"):  # it was not scored to its end
