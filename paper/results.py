@@ -272,8 +272,9 @@ def frontier(args):
     curves = {"reward": bound(pool), "full_marks": bound(np.where(np.isnan(pool), np.nan, pool >= 1))}
     best = max(curve.kl.max() for curve in curves.values())
     limit = min(1.1 * points.kl.max(), 1.5 * best or np.inf)  # collapsed runs are far away
-    figure, axes = panels(len(SHOWN))
-    for axis, (metric, title) in zip(axes, SHOWN.items()):
+    shown = [metric for metric in SHOWN if metric == "reward" or (pool >= 1).any()]  # some rewards never reach 1
+    figure, axes = panels(len(shown))
+    for axis, metric in zip(axes, shown):
         curve = curves[metric]
         label = f"best possible ({pool.shape[1]} references)"
         axis.plot(curve.kl, curve["mean"], "k", linewidth=1.2, label=label)
@@ -286,10 +287,10 @@ def frontier(args):
                               some.kl_se_seeds.fillna(0), fmt="o", markersize=4, linewidth=0.8, color=color,
                               markerfacecolor="none" if few else color, label=label)
                 label = None  # once in the legend
-        axis.set(xlabel="KL to the reference model, nats", ylabel=title, xlim=(0, limit or 1))
+        axis.set(xlabel="KL to the reference model, nats", ylabel=SHOWN[metric], xlim=(0, limit or 1))
     note = "hollow: one seed" if (points.seeds < 2).any() else ""
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper", title=note)
-    figure.set_figwidth(11)
+    figure.set_figwidth(3 + 4 * len(shown))
     save_csv(args.out / "frontier_bound.csv", pd.concat(c.assign(metric=name) for name, c in curves.items()))
     save(figure, args.out, "frontier", points)
 
