@@ -272,7 +272,8 @@ def frontier(args):
     curves = {"reward": bound(pool), "full_marks": bound(np.where(np.isnan(pool), np.nan, pool >= 1))}
     best = max(curve.kl.max() for curve in curves.values())
     limit = min(1.1 * points.kl.max(), 1.5 * best or np.inf)  # collapsed runs are far away
-    shown = [metric for metric in SHOWN if metric == "reward" or (pool >= 1).any()]  # some rewards never reach 1
+    # some rewards never reach 1
+    shown = [metric for metric in SHOWN if metric == "reward" or (pool >= 1).any()]
     figure, axes = panels(len(shown))
     for axis, metric in zip(axes, shown):
         curve = curves[metric]
