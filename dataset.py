@@ -482,7 +482,8 @@ def load(path, cache, model_path, tokenizer, model, choices):
     """
     files = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in rows.files(path)]
     code = [rows.code_of(sys.modules[name]) for name in ("dataset", "tokens")]
-    key = rows.fingerprint([files, model_fingerprint(model_path), tokenizer.template_args, choices, code])
+    key = rows.fingerprint([files, model_fingerprint(model_path), tokenizer.template_args, choices, code,
+                            transformers.__version__])
     folder = Path(cache) / f"data-{key}"
     if rows.rank_and_world()[0] == 0:
         with rows.locked(folder):  # another run may share the cache

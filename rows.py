@@ -15,6 +15,7 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import marshal
@@ -81,6 +82,13 @@ def json_object(text):
     if not isinstance(value, dict):
         raise ValueError
     return value
+
+
+def installed(text):
+    """The type of a flag whose value is a package."""
+    if importlib.util.find_spec(text) is None:
+        raise argparse.ArgumentTypeError(f"{text} is not installed; install it, or omit the flag")
+    return text
 
 
 def flag_type(kind, accepts, what):
@@ -482,10 +490,7 @@ class Tracker:
     def __init__(self, name, out, config):
         # the same run when it is resumed: wandb goes by this id, trackio by the name
         os.environ.setdefault("WANDB_RUN_ID", fingerprint([str(Path(out).resolve()), config]))
-        try:
-            self.module = importlib.import_module(name)
-        except ImportError as error:
-            fail(f"--track={name}: {error}; install it, or omit the flag")
+        self.module = importlib.import_module(name)
         self.call(self.module.init, project="qrpo", name=str(out), config=config, resume="allow")
 
     def log(self, row):

@@ -96,7 +96,7 @@ flag("--eval_every", type=rows.whole, default=0, help="steps between evaluations
 flag("--save_every", type=rows.whole, default=0,
      help="steps between checkpoints (a model, and a state to resume from); 0: none before the end")
 flag("--resume", action="store_true", help="continue the run in OUT from where it last saved")
-flag("--track", choices=("wandb", "trackio"), help="also send the metrics there, if it is installed")
+flag("--track", type=rows.installed, choices=("wandb", "trackio"), help="also send the metrics there")
 flag("--dry_run", action="store_true", help="print some of the data with their target log-ratios, and exit")
 args = parser.parse_args()
 

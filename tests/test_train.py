@@ -125,6 +125,7 @@ def test_metrics_go_to_a_tracker_that_is_asked_for(tiny, rewarded, tmp_path, cap
     assert read_rows(tmp_path / "sent.jsonl") == read_rows(tmp_path / "run" / "metrics.jsonl")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     refused(capsys, ["install it"], "train.py", *flags(tiny, rewarded, tmp_path / "other", "--track=wandb"))
+    assert not (tmp_path / "other").exists()
 
 
 # ---- what a step computes ----
