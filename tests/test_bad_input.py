@@ -394,8 +394,9 @@ def test_outputs_that_another_process_writes_or_that_cannot_be_written(tiny, rew
     held.close()
     (tmp_path / "file").write_text("mine")
     table = write_rows(tmp_path / "data.jsonl", [{"prompt": "a"}])
+    folder = rewarded.parent
     scripts = (("generate_refs.py", f"--model={tiny}", f"--data={table}"),
-               ("score.py", f"--reward={rewarded.parent}/reward.py:letters", f"--data={rewarded.parent}/refs"),
+               ("score.py", f"--reward={folder}/reward.py:letters", f"--data={folder}/refs"),
                ("train.py", f"--model={tiny}", f"--data={rewarded}"))
     for command in scripts:
         for out, says in (("/proc/nowhere", "/proc/nowhere"), (tmp_path / "file", "is a file"),
