@@ -499,6 +499,10 @@ def load(path, cache, model_path, tokenizer, model, choices):
     return data
 
 
+ANOTHER_MODEL = ("WARNING: reference completions were sampled by another model than {}, by its files, so "
+                 "quantiles are not those among the reference model's own completions")
+
+
 def check_references(data, args, reference_files):
     """Refuse reference rewards that --transform cannot take; warn where the references were sampled by
     another model than that of the fingerprint reference_files.
@@ -509,9 +513,7 @@ def check_references(data, args, reference_files):
                 f"--transform={args.transform} with --quantile=paper needs at least 2 known ref_rewards in "
                 "every row; give --quantile=exact")
     if set(data.sampled_by) - {reference_files}:
-        rows.say_once("WARNING: reference completions were sampled by another model than "
-                      f"{args.ref_model or args.model}, by its files, so quantiles are not those among the "
-                      "reference model's own completions")
+        rows.say_once(ANOTHER_MODEL.format(args.ref_model or args.model))
 
 
 def arrays(folder):

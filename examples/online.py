@@ -29,7 +29,7 @@ import generate_refs
 import qrpo
 import rows
 import score
-from dataset import Meter, get_batch, micro_batches
+from dataset import ANOTHER_MODEL, Meter, get_batch, micro_batches
 from model import (Policy, barrier, context_length, cosine, get_device, get_dtype, keep_freed_memory,
                    load_model, load_state, load_tokenizer, model_fingerprint, save_model, save_state,
                    start_processes, sync_gradients)
@@ -102,8 +102,7 @@ for row in rows.read(args.data, require=("prompt", "ref_rewards")):
     rows.refuse(before["fingerprint"] != made_by["fingerprint"],
                 f"{row['__at__']}: its ref_rewards were made by another reward ({before['reward']})")
     if row.get("made_by", {}).get("ref_completions", {}).get("files") not in (None, reference_files):
-        rows.say_once(f"WARNING: reference completions were sampled by another model than {args.ref_model}, "
-                      "by its files, so quantiles are not those among the reference model's own completions")
+        rows.say_once(ANOTHER_MODEL.format(args.ref_model))
     if all(reward is None for reward in row["ref_rewards"]):
         num_unknown += 1
         continue

@@ -215,7 +215,8 @@ PAIR_FLAGS = " --train_on=best_worst --epochs=8 --batch_size=32"
 
 def frontier():
     """Pairs, the best and the worst of a prompt's references, are passed over 8 times: 80 steps of 32 pairs.
-    A quarter of the references are right, so SFT makes as many steps in 4 passes, the others 160 in 2.
+    A quarter of the references are right, so SFT and qrpo-best make as many steps in 4 passes, the others
+    160 in 2.
     """
     for seed, (name, flags) in product(SEEDS, FRONTIER):
         if name.partition("-")[0] in PAIRS:
