@@ -342,7 +342,7 @@ def write(args, results, samples):
 
 def for_page(row):
     """What the page shows of a row: of each model the best completions and the worst, best first."""
-    short = {"id": str(row["id"]), "prompt": row["prompt"]}
+    short = {"id": str(row["id"]), "prompt": row["prompt"], "known": {}}
     for model, (field, column) in MODELS.items():
         completions = []
         known = 0
@@ -354,6 +354,7 @@ def for_page(row):
                 "tokens": len(completion.get("token_ids", [])),
                 "cut_off": completion.get("finish_reason") == "length"})
             known += reward is not None
+        short["known"][model] = known
         completions.sort(key=lambda c: -math.inf if c["reward"] is None else c["reward"], reverse=True)
         del completions[COMPLETIONS // 2:-(COMPLETIONS // 2)]
         short[model] = completions
@@ -374,7 +375,8 @@ def page_rows(args, policy, rewards):
         row["means"]["log_ratio"] = mean_log_ratio[at]
         known = policy.log_ratio[policy.row == at]
         for completion in row["policy"]:
-            if completion["reward"] is not None:
+            # if fewer are known, one was dropped, and it is not known which
+            if completion["reward"] is not None and len(known) == row["known"]["policy"]:
                 completion["log_ratio"] = known[completion["place"]]
     return sorted(page, key=lambda row: np.nan_to_num(row["means"]["difference"]), reverse=True)
 

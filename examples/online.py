@@ -182,7 +182,9 @@ start_step = load_state(args.out / "resume", policy, optimizer)
 if world > 1:
     policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
 samples_file = rows.open_part(args.out / "samples" / f"part-{rank:05d}.jsonl")
-rows.keep_while(samples_file, lambda row: row["step"] <= start_step)
+parts = sorted((args.out / "samples").glob("part-*.jsonl"))  # also those of a run of more processes
+for part in [samples_file, *map(rows.open_part, parts[world:][rank::world])]:
+    rows.keep_while(part, lambda row: row["step"] <= start_step)
 if rank == 0:
     rows.check_run(args.out, config, args.resume)  # now also that the data are the same
     metrics_file = rows.open_part(args.out / "metrics.jsonl")

@@ -113,6 +113,15 @@ def test_it_prints_the_prompts_with_the_largest_and_the_smallest_gain(tiny, rewa
     assert lines[start + 9] == f"reference  reward 0.5: {table[3]['ref_completions'][0]['text']!r}"
 
 
+def test_a_dropped_completion_gives_its_log_ratio_to_no_other(tiny, rewarded, tmp_path):
+    table = as_policy(read_rows(rewarded)[:2])
+    end = json.loads((tiny / "config.json").read_text())["eos_token_id"]
+    table[0]["samples"][0]["token_ids"].insert(3, end)  # its text leaves out special tokens
+    evaluate(tiny, tmp_path, table)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(", log-ratio 0") == len(table[1]["samples"])
+
+
 def test_it_says_which_completions_another_model_sampled(tiny, rewarded, tmp_path):
     table = as_policy(read_rows(rewarded)[:2])
     for row in table:

@@ -106,7 +106,9 @@ def test_a_killed_run_ends_in_the_same_bits(tiny, rewarded, undisturbed, tmp_pat
     while process.running() and not list(out.glob("resume/*/.metadata")):
         pass
     process.kill()
+    of_a_second_process = write_rows(out / "samples" / "part-00001.jsonl", [{"step": 1}, {"step": 9}])
     call("examples/online.py", *flags(tiny, rewarded, out))
+    assert read_rows(of_a_second_process) == [{"step": 1}]
     assert weights(out) == weights(undisturbed)
     assert logged(out, "loss") == logged(undisturbed, "loss")
 
