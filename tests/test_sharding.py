@@ -144,8 +144,8 @@ dcp.save = slow
 """
 
 
-
-@pytest.mark.parametrize("seconds", (pytest.param(2, marks=pytest.mark.slow), 60))
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", (2, 60))
 def test_torchrun_waits_for_a_slow_save_as_long_as_run_sh_tells_it(tmp_path, seconds):
     """run.sh sets TORCH_ELASTIC_SHUTDOWN_TIMEOUT: else torchrun kills the ranks 30 s after SIGTERM; here, 2.
     """
