@@ -308,7 +308,7 @@ REAL_LOSSES = {  # 32 steps of 32 completions: half of the references, or two pa
     "qrpo": ("--num_candidates=4", ("1e-4", "3e-4")),
     "qrpo-beta0.5": ("--beta=0.5 --num_candidates=4", ("1e-4", "3e-4")),
     "qrpo-best": ("--min_reward=0.7 --epochs=3", ("1e-4", "3e-4")),  # on what sft imitates
-    "qrpo-exact": ("--loss=qrpo --quantile=exact --num_candidates=4", ("1e-4", "3e-4")),
+    "qrpo-exact": ("--loss=qrpo --quantile=exact --num_candidates=4", ("3e-5", "1e-4")),
     "forward_kl": ("--loss=forward_kl --quantile=exact --num_candidates=4", ("1e-4", "3e-4")),
     "sft": ("--loss=sft --min_reward=0.7 --epochs=3", ("1e-4", "3e-4")),
     "dpo": ("--loss=dpo", ("3e-5", "1e-4")),
