@@ -125,6 +125,12 @@ def betas(b):
     return beta
 
 
+def targets(b):
+    """The log-ratios that the loss asks for (qrpo, forward_kl), in nats, (B,)."""
+    return qrpo.target_log_ratios(betas(b), b.rewards, b.ref_rewards, args.transform, args.quantile,
+                                  b.among_refs)
+
+
 def forward_kl(b, logps):
     return qrpo.forward_kl_loss(betas(b), logps, b.rewards, b.ref_rewards, args.transform, args.quantile,
                                 b.among_refs)  # (B,)
@@ -173,6 +179,7 @@ LOSSES = {  # a new loss is a function and one entry
 if args.loss not in LOSSES:
     rows.fail(f"--loss={args.loss}: no such loss; choose from {', '.join(LOSSES)}")
 loss_terms, size, needs = LOSSES[args.loss]
+has_targets = "ref_rewards" in needs  # see `targets`
 paired_data = REGIMES[args.train_on].size == 2  # which a loss of single completions takes one by one
 
 rows.refuse(size == 2 and not paired_data,
@@ -229,7 +236,7 @@ model = load(args.model, weights_dtype, device, args.trust_remote_code)
 
 choices = dataset.Choices(
     train_on=args.train_on, pairs=size == 2, needs_reward="rewards" in needs or args.min_reward is not None,
-    needs_refs="ref_rewards" in needs, min_reward=args.min_reward, num_candidates=args.num_candidates,
+    needs_refs=has_targets, min_reward=args.min_reward, num_candidates=args.num_candidates,
     num_ref_rewards=args.num_ref_rewards, max_length=args.max_length)
 train_data = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
 eval_data = None
@@ -239,32 +246,24 @@ reference_files = model_fingerprint(args.ref_model or args.model)
 for data in filter(None, (train_data, eval_data)):
     if main_process:
         print(data.summary, flush=True)
-    if "ref_rewards" in needs:
+    if has_targets:
         dataset.check_references(data, args, reference_files)
-if "ref_rewards" in needs and (train_data.tied == 1).all():  # tied: share of the other references
+tied = train_data.tied == 1  # every other reference has the same reward
+if has_targets and tied.all():
     rows.fail(f"{args.data}: no completion's reward differs from its other references', so there is nothing "
               "to learn; look at the reward, or sample more references")
-
-
-def targets(b):
-    """The log-ratios that the loss asks for, in nats, (B,)."""
-    return qrpo.target_log_ratios(betas(b), b.rewards, b.ref_rewards, args.transform, args.quantile,
-                                  b.among_refs)
-
-
-tied = np.flatnonzero(train_data.tied == 1)  # with all of their references
-if args.loss == "qrpo" and args.quantile == "paper" and len(tied) > 0.1 * len(train_data.tied):
-    rise = targets(get_batch(train_data, tied[:256], device)).mean().exp()
+if args.loss == "qrpo" and args.quantile == "paper" and tied.mean() > 0.1:
+    b = get_batch(train_data, np.flatnonzero(tied)[:256], device)
+    rise = targets(b).mean().exp()
     if main_process:
-        print(f"WARNING: {len(tied) / len(train_data.tied):.0%} of the completions have the same reward as "
-              f"all of their references, and --quantile=paper asks these to become {rise:.3g} times as "
-              "likely, however bad they are; --quantile=exact would leave them as they are", flush=True)
+        print(f"WARNING: {tied.mean():.0%} of the completions have the same reward as all of their "
+              f"references, and --quantile=paper asks these to become {rise:.3g} times as likely, however "
+              "bad they are; --quantile=exact would leave them as they are", flush=True)
 
 num_examples = len(train_data.lens) // size  # completions or pairs
 steps_per_epoch = math.ceil(num_examples / args.batch_size)  # all of nearly the same size
 num_steps = args.epochs * steps_per_epoch
-config |= {"data_fingerprint": train_data.fingerprint, "steps": num_steps,
-           "has_targets": "ref_rewards" in needs}
+config |= {"data_fingerprint": train_data.fingerprint, "steps": num_steps, "has_targets": has_targets}
 
 
 def examples_of(step):
@@ -277,7 +276,7 @@ def examples_of(step):
 if args.dry_run:
     shown = examples_of(0)[:4].reshape(-1)
     b = get_batch(train_data, shown, device)
-    asked = targets(b) if "ref_rewards" in needs else torch.full_like(b.rewards, math.nan)
+    asked = targets(b) if has_targets else torch.full_like(b.rewards, math.nan)
     dataset.show(train_data, tokenizer, shown, asked.tolist())
     sys.exit()
 
