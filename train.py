@@ -280,6 +280,8 @@ if args.dry_run:
     dataset.show(train_data, tokenizer, shown, asked.tolist())
     sys.exit()
 
+if main_process:
+    metrics_file = rows.open_part(out / "metrics.jsonl")  # which no other process may have open
 rows.check_run(out, config, args.resume)  # now also that the data are the same
 if args.gradient_checkpointing:
     checkpoint_activations(model)
@@ -323,8 +325,6 @@ if world > 1 and not args.shard:
 
 tracker = None
 if main_process:
-    rows.check_run(out, config, args.resume)  # another process may have been faster
-    metrics_file = rows.open_part(out / "metrics.jsonl")
     # drop what was logged after the state was saved; an evaluation is the first thing after that
     rows.keep_while(metrics_file, lambda line: line["step"] < start_step or (
         line["step"] == start_step and "loss" in line))

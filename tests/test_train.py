@@ -333,14 +333,16 @@ def test_two_sharded_processes_have_the_result_of_one(tiny, rewarded, undisturbe
     assert names(out) == names(undisturbed)
 
 
-def test_a_second_process_on_the_same_run_is_refused(tiny, rewarded, tmp_path, capsys):
+def test_a_second_process_on_the_same_run_is_refused_before_its_reference_pass(
+        tiny, rewarded, tmp_path, capsys):
     command = flags(tiny, rewarded, tmp_path / "run", "--resume", "--epochs=500")
     first = Process("train.py", *command)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert first.running()
         time.sleep(0.01)
-    refused(capsys, ["another process is writing it"], "train.py", *command)
-    assert first.running()
+    cache = tmp_path / "cache"
+    refused(capsys, ["another process is writing it"], "train.py", *command, f"--cache={cache}")
+    assert first.running() and not list(cache.glob("ref_logps-*"))
     first.kill()
 
 
