@@ -253,10 +253,7 @@ def add_lora(model, rank, seed):
     and freeze the rest. They start as 0 (B = 0): the model is still the reference. The experts of a mixture
     are one tensor, and some routers more than a linear layer, so they stay frozen. Returns peft's model.
     """
-    try:
-        import peft
-    except ImportError:
-        rows.fail("--lora needs peft; pip install peft")
+    import peft
     prefix = f"{model.backbone_name}."
     linear = [name for name, module in model.named_modules() if name.startswith(prefix)
               and type(module) in (torch.nn.Linear, Conv1D) and module.weight.requires_grad]

@@ -12,6 +12,7 @@ second model is in memory (except with --ref_model, until they are computed). On
 finishes its step, saves its state in OUT/resume and exits with code 75 (torchrun itself with 1); continue it
 by giving the same command with --resume.
 """
+import importlib.util
 import math
 import os
 import sys
@@ -196,6 +197,7 @@ rows.refuse(args.length_normalize and args.loss != "qrpo",
             "--length_normalize is for --loss=qrpo; omit it (for DPO: --loss=dpo_norm)")
 rows.refuse(args.lora and args.shard,
             "--lora does not go with --shard: its frozen weights are small enough for each rank; drop one")
+rows.refuse(args.lora and importlib.util.find_spec("peft") is None, "--lora needs peft; pip install peft")
 rows.refuse(args.shard and "RANK" not in os.environ,
             "--shard needs several processes: start it with torchrun --nproc_per_node=N train.py ...")
 rows.refuse(Path(args.out).resolve() in [Path(p).resolve() for p in (args.model, args.ref_model) if p],

@@ -1,6 +1,5 @@
 """train.py --lora: what is trained and saved, the gate, kills, and processes. Needs peft."""
 import math
-import shutil
 import signal
 import sys
 
@@ -114,10 +113,10 @@ def test_only_the_adapters_are_in_the_resume_state(tiny, rewarded, tmp_path, mon
         assert all(".lora_" in name for name in names) and len(names) == 28
 
 
-def test_what_does_not_go_together_and_a_missing_peft_are_refused(
+def test_what_does_not_go_together_and_a_missing_peft_are_refused_before_work_is_spent(
         tiny, rewarded, tmp_path, capsys, monkeypatch):
     command = flags(tiny, rewarded, tmp_path / "run", "--shard")
     refused(capsys, ["--lora does not go with"], "train.py", *command)
     monkeypatch.setitem(sys.modules, "peft", None)
     refused(capsys, ["pip install peft"], "train.py", *flags(tiny, rewarded, tmp_path / "run"))
-    shutil.rmtree(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
