@@ -200,8 +200,9 @@ rows.refuse(args.lora and args.shard,
 rows.refuse(args.lora and importlib.util.find_spec("peft") is None, "--lora needs peft; pip install peft")
 rows.refuse(args.shard and "RANK" not in os.environ,
             "--shard needs several processes: start it with torchrun --nproc_per_node=N train.py ...")
-rows.refuse(Path(args.out).resolve() in [Path(p).resolve() for p in (args.model, args.ref_model) if p],
-            f"--out={args.out} would overwrite the model there; give another folder")
+inputs = [path for path in (args.model, args.ref_model, args.data, args.eval_data) if path]
+rows.refuse(Path(args.out).resolve() in [Path(path).resolve() for path in inputs],
+            f"--out={args.out} would change the model or the data there; give another folder")
 rows.refuse(args.dry_run and "RANK" in os.environ, "--dry_run is for one process: start it without torchrun")
 
 # -----------------------------------------------------------------------------

@@ -339,17 +339,19 @@ def test_an_output_of_another_version_of_the_reward_is_refused(good, tmp_path, c
     (["--data={one}", "--transform=normal-icdf"], ("at least 2 known ref_rewards", "--quantile=exact")),
     (["--data={empty}"], ("holds no rows",)),
     (["--out={file}"], ("is a file",)),
-    (["--model=out", "--out=out"], ("would overwrite the model",)),
+    (["--model=out", "--out=out"], ("would change the model",)),
+    (["--eval_data={data}", "--out={data}"], ("would change the model or the data",)),
     (["--model=/no/model"], ("/no/model",))))
 def test_train_flags_and_data(tiny, rewarded, tmp_path, capsys, flags, says):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty.jsonl").write_text("")
+    shutil.copytree(rewarded, tmp_path / "data")
     write_rows(tmp_path / "tied.jsonl", [row | {"ref_rewards": [0.3] * 4} for row in read_rows(rewarded)])
     table = read_rows(rewarded)
     table[7]["ref_rewards"][1:] = [None] * 3
     write_rows(tmp_path / "one.jsonl", table)
     paths = {name: tmp_path / f"{name}.jsonl" for name in ("empty", "tied", "one")}
-    flags = [flag.format(file=tmp_path / "file", **paths) for flag in flags]
+    flags = [flag.format(file=tmp_path / "file", data=tmp_path / "data", **paths) for flag in flags]
     refused(capsys, says, "train.py", f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'out'}",
             f"--cache={tmp_path / 'cache'}", *flags)
     assert not (tmp_path / "out").exists()
