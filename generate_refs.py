@@ -67,6 +67,8 @@ def arguments():
         rows.fail("--engine_options are for --engine=vllm; add it")
     if args.dtype == "auto" and args.field == "samples":
         args.dtype = dtype_of_references(args.data)
+    if args.dtype == "auto" and args.engine == "vllm":
+        args.dtype = "bfloat16"
     return args
 
 
@@ -267,9 +269,9 @@ def try_cache(model, cache):
     for ids, found in zip(sequences, torch.stack(logits, 1)):  # (steps, vocab)
         ids = torch.tensor([ids], device=model.device)
         own = model(input_ids=ids, use_cache=False).logits[0, -steps:]
-        error = (found - own).abs().mean(1)
-        error = error.median()  # in bfloat16, single tokens may go to other experts
-        if not error < tolerance * own.std():
+        errors = (found - own).abs().mean(1)  # (steps,)
+        # their median, as in bfloat16 single tokens may go to other experts
+        if not errors.median() < tolerance * own.std():
             raise ValueError("with its cache it computes other logits than without")
 
 
@@ -313,8 +315,7 @@ def start_vllm(args, longest):
     import vllm
     from vllm.platforms import current_platform
     options = {"model": args.model, "seed": args.seed, "trust_remote_code": args.trust_remote_code,
-               "dtype": "bfloat16" if args.dtype == "auto" else args.dtype,
-               "max_num_seqs": args.batch_size, "max_model_len": longest}
+               "dtype": args.dtype, "max_num_seqs": args.batch_size, "max_model_len": longest}
     if current_platform.is_cpu():
         # a prompt that is read in pieces wants its random numbers back, which a CPU's generator cannot give
         options["enable_chunked_prefill"] = False
@@ -346,15 +347,14 @@ def describe(path, trust_remote_code):
         generation_config = transformers.GenerationConfig.from_pretrained(path)
     except OSError:  # it has none of its own
         generation_config = transformers.GenerationConfig.from_model_config(config)
-    return types.SimpleNamespace(config=config, generation_config=generation_config, dtype="bfloat16")
+    return types.SimpleNamespace(config=config, generation_config=generation_config)
 
 
 def load_sampler(args):
     """The model to sample from, checked; for vLLM, what there is to know of it without its weights."""
     if args.engine == "vllm":
         model = describe(args.model, args.trust_remote_code)
-        if args.dtype != "auto":
-            model.dtype = args.dtype
+        model.dtype = args.dtype
         return model
     device = get_device()
     keep_freed_memory(device)

@@ -186,7 +186,8 @@ def splitting(tokenizer):
 def load_weights(kind, path, **kwargs):
     """A complete model of that kind: what its checkpoint lacks, transformers would make up at random."""
     model, report = load(kind, path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    lacks = [*sorted(report["missing_keys"]), *sorted(str(key[0]) for key in report["mismatched_keys"])]
+    mismatched = [str(key[0]) for key in report["mismatched_keys"]]
+    lacks = sorted(report["missing_keys"]) + sorted(mismatched)
     if lacks:
         more = f" and {len(lacks) - 5} more" if len(lacks) > 5 else ""
         rows.fail(f"{path}: its checkpoint lacks {', '.join(lacks[:5])}{more} (or has them in other "
@@ -244,7 +245,8 @@ def load_skeleton(path, dtype, device, trust_remote_code=False):
     model.backbone_name = loaded["backbone_name"]
     for name in loaded["frozen"]:
         model.get_parameter(name).requires_grad_(False)
-    model.source, model.loaded = [source], loaded  # for `shard`
+    model.source = [source]  # for `shard`; in a list, or it would become a submodule
+    model.loaded = loaded
     return model.eval()
 
 
@@ -320,8 +322,9 @@ def prepare(model):
     try:
         model.backbone_name, logits = find_backbone(model, ids)
         with torch.no_grad():
-            output, start = (backbone(model)(input_ids=part, use_cache=False) for part in (ids, ids[:, :8]))
-            hidden, start = output.last_hidden_state[0], start.last_hidden_state[0]  # (time, dim)
+            output = backbone(model)(input_ids=ids, use_cache=False)
+            hidden = output.last_hidden_state[0]  # (time, dim)
+            start = backbone(model)(input_ids=ids[:, :8], use_cache=False).last_hidden_state[0]  # (8, dim)
             found = logits_of(model, output, hidden)
     except Exception as error:  # whatever the code of a family raises
         rows.fail(f"{name}: a {config.model_type} model cannot be run on text alone ({error})")
@@ -572,7 +575,8 @@ def shard(policy, dtype, device):
     or layer.
     """
     model = policy.model
-    precision = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
+    param_dtype = None if dtype == torch.float32 else dtype  # None: as they are
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     blocks = set(model._no_split_modules or ())
     for module in reversed(list(policy.modules())):  # a block within a block (Mamba) first
         if type(module).__name__ in blocks:
@@ -636,10 +640,10 @@ def cosine(step, num_steps, warmup):
     """The share of the peak learning rate at a step: linear warm-up over that share of the steps, then a
     cosine to 0.
     """
-    warmup = math.ceil(warmup * num_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1)))
+    warmup_steps = math.ceil(warmup * num_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(num_steps - warmup_steps, 1)))
 
 
 def trained_state(policy, optimizer):

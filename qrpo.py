@@ -101,12 +101,10 @@ def paper_quantile(beta, rewards, ref_rewards, transform, among_refs=None):
 
 
 def exact_quantile(beta, rewards, ref_rewards, transform, among_refs=None):
-    """R/beta = log mean_{u in (lo, hi]} exp(f(u)/beta), over the completion's cell of quantiles,
-    (batch,).
+    """R/beta = log mean_{u in (lo, hi]} exp(f(u)/beta) over the completion's cell of quantiles, (batch,).
 
-    e^target then averages to exactly 1 over the reference pool, whatever the ties, the transform, beta,
-    and the number of references. No clamp is needed. All rewards equal gives a target of 0: no signal,
-    no change.
+    e^target then averages to exactly 1 over the reference pool, whatever the ties, the transform, beta, and
+    the number of references, so no clamp is needed. If all rewards are equal, the target is 0: no change.
     """
     lo, hi = quantile_cells(rewards, ref_rewards, among_refs)
     return log_mean_exp(beta, transform, lo, hi)
@@ -131,9 +129,7 @@ def quantile_cells(rewards, ref_rewards, among_refs=None):
 # ---- transforms of the quantile and their partition functions ----
 
 class Transform(NamedTuple):
-    """R = f(q). A closed form that is None is computed by quadrature, so `Transform(f)` is enough for a
-    new one.
-    """
+    """R = f(q). Quadrature replaces a closed form that is None, so `Transform(f)` is enough for a new one."""
     f: Callable                    # increasing, of a tensor in [0,1]
     log_Z: Callable = None         # beta -> log integral_0^1 exp(f(t)/beta) dt
     log_mean_exp: Callable = None  # (beta, lo, hi) -> log of the mean of exp(f(u)/beta) over u in (lo, hi]
@@ -141,9 +137,7 @@ class Transform(NamedTuple):
 
 
 def identity_log_Z(beta):
-    """Z = beta (e^{1/beta} - 1). The published one-liner drops the last term, which matters from about
-    beta = 0.1.
-    """
+    """Z = beta (e^{1/beta} - 1). The authors' code omits the -1, which matters from about beta = 0.1."""
     a = 1 / beta
     return beta.log() + a + torch.log1p(-torch.exp(-a))
 
@@ -162,7 +156,8 @@ def log_log_Z(beta):
 def log_log_mean_exp(beta, lo, hi):
     """(hi^{a+1} - lo^{a+1}) / ((a+1) w)."""
     a, w = 1 / beta, hi - lo
-    return (a + 1) * hi.log() + torch.log1p(-((a + 1) * (lo / hi).log()).exp()) - a.log1p() - w.log()
+    log_ratio = (a + 1) * (lo / hi).log()  # of lo^{a+1} to hi^{a+1}
+    return (a + 1) * hi.log() + torch.log1p(-log_ratio.exp()) - a.log1p() - w.log()
 
 
 def sqrt_log_Z(beta):
@@ -197,9 +192,7 @@ TRANSFORMS = {
 
 
 def get_transform(transform):
-    """The Transform of a name, a function of a tensor in [0,1], or a Transform. Raises ValueError for
-    an unknown name.
-    """
+    """A Transform from its name, a function of a tensor in [0,1], or itself. ValueError: no such name."""
     if isinstance(transform, Transform):
         return transform
     if callable(transform):
@@ -211,9 +204,7 @@ def get_transform(transform):
 
 
 def log_partition(beta, transform="identity"):
-    """log Z = log integral_0^1 exp(f(t)/beta) dt, the shape of beta. Stable from beta = 3e-4 to 5 and
-    beyond.
-    """
+    """log Z = log integral_0^1 exp(f(t)/beta) dt, the shape of beta. Stable from beta = 3e-4 to beyond 5."""
     transform, beta = get_transform(transform), as_float(beta)
     if transform.log_Z:
         return transform.log_Z(beta)
@@ -236,16 +227,15 @@ def log_mean_exp(beta, transform, lo, hi):
 
 
 def quadrature(dtype, device, n=400, reach=2.9):
-    """Tanh-sinh nodes in (0,1) and the logs of their weights: dense at both ends, where exp(f/beta) is
-    steep.
-    """
+    """Tanh-sinh nodes in (0,1), dense at the ends, where exp(f/beta) is steep, and log weights, (n,) each."""
     s = torch.linspace(-reach, reach, n, dtype=torch.float64)
     nodes = torch.sigmoid(math.pi * s.sinh())
     weights = s.cosh() * nodes * (1 - nodes)
-    return nodes.to(device, dtype), (weights / weights.sum()).log().to(device, dtype)
+    log_weights = (weights / weights.sum()).log()
+    return nodes.to(device, dtype), log_weights.to(device, dtype)
 
 
-# ---- other losses on the same data; every argument (batch,), and so is the result ----
+# ---- other losses on the same data: every argument and the result (batch,), lens in tokens ----
 
 def dpo_loss(beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps):
     """DPO (arXiv 2305.18290, eq. 7): -log sigmoid(beta (l_c - l_r)), with l = logps - ref_logps."""
@@ -253,25 +243,19 @@ def dpo_loss(beta, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_
 
 
 def dpo_norm_loss(beta, chosen_log_ratios, rejected_log_ratios, chosen_lens, rejected_lens):
-    """Length-normalised DPO (Tulu 3, arXiv 2411.15124, and Apertus, 2509.14233): beta / |y| instead of beta;
-    lens in tokens.
-    """
+    """Length-normalised DPO (Tulu 3, arXiv 2411.15124; Apertus, 2509.14233): beta / |y| instead of beta."""
     margin = chosen_log_ratios / chosen_lens - rejected_log_ratios / rejected_lens
     return -F.logsigmoid(beta * margin)
 
 
 def simpo_loss(beta, gamma_beta_ratio, chosen_logps, rejected_logps, chosen_lens, rejected_lens):
-    """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta (logp_c/|c| - logp_r/|r| - gamma/beta)); lens
-    in tokens.
-    """
+    """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta (logp_c/|c| - logp_r/|r| - gamma/beta))."""
     margin = chosen_logps / chosen_lens - rejected_logps / rejected_lens
     return -F.logsigmoid(beta * (margin - gamma_beta_ratio))
 
 
 def rebel_loss(beta, chosen_log_ratios, rejected_log_ratios, chosen_rewards, rejected_rewards):
-    """REBEL (arXiv 2404.16767, eq. 1): ((r_c - r_r)/beta - (l_c - l_r))^2, with log-ratios l = logps -
-    ref_logps.
-    """
+    """REBEL (arXiv 2404.16767, eq. 1): ((r_c - r_r)/beta - (l_c - l_r))^2, with log-ratios l."""
     return ((chosen_rewards - rejected_rewards) / beta - (chosen_log_ratios - rejected_log_ratios)).square()
 
 
@@ -285,7 +269,8 @@ def completion_logps(logits, tokens, prompt_lens, lens):
     from these lengths alone, so pad may equal eos. model.py computes the same without ever holding all of the
     logits (`chunked_logps`).
     """
-    logps = logits[:, :-1].float().log_softmax(-1).gather(2, tokens[:, 1:, None])[:, :, 0]  # (batch, time-1)
+    logps = logits[:, :-1].float().log_softmax(-1)         # (batch, time-1, vocab)
+    logps = logps.gather(2, tokens[:, 1:, None])[:, :, 0]  # (batch, time-1), of the next tokens
     position = torch.arange(1, tokens.shape[1], device=tokens.device)
     in_completion = (position >= prompt_lens[:, None]) & (position < lens[:, None])
     return logps.where(in_completion, 0).sum(1)
