@@ -93,9 +93,7 @@ def random_key(args, row_id, k):
 
 
 def token_probs(logits, args):
-    """The distribution to sample from, not normalised, (batch, vocab). Another sampling rule is one
-    line here.
-    """
+    """The distribution to sample from, not normalised, (batch, vocab). Another rule is one line here."""
     logits = logits.float()
     if args.temperature != 1:
         logits = logits / args.temperature
@@ -126,9 +124,7 @@ def keep_top_p(probs, top_p):
 
 
 def sample_tokens(logits, u, args):
-    """One token per row by the inverse of the cumulative distribution. logits (batch, vocab), u
-    (batch,) uniform in [0,1) -> (batch,).
-    """
+    """Inverse transform sampling: logits (batch, vocab), u (batch,) uniform in [0,1) -> tokens (batch,)."""
     if args.temperature == 0:
         return logits.argmax(-1)
     cdf = token_probs(logits, args).cumsum(-1)
@@ -141,8 +137,8 @@ def sample_tokens(logits, u, args):
 # ---- the sampler ----
 
 class Completion:
-    """A completion that is being sampled: its token ids so far, and a random number for each that it
-    may get.
+    """A completion that is being sampled: its token ids so far, and a random number for each that it may
+    get. `prefill` adds the number of its prompt in the cache, and `Cache` the column where it starts.
     """
 
     def __init__(self, request, k, args):
@@ -157,12 +153,12 @@ def prefill(model, cache, requests, args):
     """One forward pass over some prompts; yields each of their completions with what it starts from."""
     if not requests:
         return
-    read = transformers.DynamicCache()
+    prompt_cache = transformers.DynamicCache()
     # padded on the right without a mask: the padding comes after everything that a causal model can look at
     tokens = pad([request["prompt"] for request in requests], model.device)
-    output = backbone(model)(input_ids=tokens, past_key_values=read, use_cache=True)
+    output = backbone(model)(input_ids=tokens, past_key_values=prompt_cache, use_cache=True)
     tensors = []
-    for layer in read.layers:
+    for layer in prompt_cache.layers:
         tensors += [layer.keys, layer.values]
     lengths = [len(request["prompt"]) for request in requests]
     first = cache.add_prompts(tensors, lengths)
@@ -216,10 +212,10 @@ def sample(model, requests, args, ends):
             return
 
         u = torch.tensor([float(c.u[len(c.ids)]) for c in cache.active], device=model.device)
-        u = u.split([len(part) for part in logits])
+        u = u.split([len(part) for part in logits])  # part by part: to join the logits would copy them
         tokens = torch.cat([sample_tokens(part, its_u, args) for part, its_u in zip(logits, u)]).tolist()
 
-        for i in reversed(range(len(tokens))):  # those that move, when one leaves, come after it
+        for i in reversed(range(len(tokens))):  # backwards, as `leave` moves completions of later rows
             completion, request = cache.active[i], cache.active[i].request
             completion.ids.append(tokens[i])
             if tokens[i] in ends or len(completion.ids) == request["limit"]:
@@ -251,8 +247,8 @@ def check_sampler(model):
 
 
 def try_cache(model, cache):
-    """ValueError if two sequences of different lengths, token by token, do not get the logits that the model
-    finds without a cache.
+    """Raise ValueError unless two sequences of different lengths, read token by token with this cache, get
+    the logits that the model computes without one.
     """
     vocab, steps = model.config.get_text_config().vocab_size, 8
     sequences = [[(31 * i + 7) % vocab for i in range(length + steps)] for length in (3, 12)]
@@ -382,13 +378,13 @@ def main():
         """What `sample` needs of a row, which then says what it was sampled after."""
         if row.get(args.field) is not None:
             rows.fail(f"{row['__at__']}: already has {args.field}; remove them, or give --field=samples")
-        before = sampled_prompt(row) or {"template_args": args.template_args}
+        sampled_after = sampled_prompt(row) or {"template_args": args.template_args}
         prompt = row_prompt_ids(tokenizer, model, row)
         if len(prompt) >= longest and not args.max_length:
             rows.fail(f"{row['__at__']}: the prompt has {len(prompt)} tokens and the model's context holds "
                       f"{context}; drop the row, or give --max_length={context} to drop all such")
-        before |= {"text": prompt_text(tokenizer, prompt), "token_ids": prompt}
-        row = row | {"made_by": row.get("made_by", {}) | {"prompt": before}}
+        sampled_after |= {"text": prompt_text(tokenizer, prompt), "token_ids": prompt}
+        row = row | {"made_by": row.get("made_by", {}) | {"prompt": sampled_after}}
         return {"row": row, "prompt": prompt, "limit": min(args.max_new_tokens, longest - len(prompt))}
 
     too_long = set()

@@ -40,8 +40,8 @@ class Cache(transformers.Cache):
         self.block = self.BLOCK if share else batch_size
         self.active = []   # the completion of each row in use
         self.buffers = []  # keys and values of each layer
-        self.first = 0     # the least start of a step
-        self.end = 0
+        self.first = 0     # the first column that a step reads
+        self.end = 0       # the column that it writes
         self.prompts = []  # keys and values of each layer
         self.lengths = []  # of each prompt, in tokens
 
@@ -137,8 +137,8 @@ class Cache(transformers.Cache):
 
     @contextlib.contextmanager
     def step(self, model):
-        """In it the model is called for one more token of each completion. Gives the call's attention_mask,
-        (n, columns) or None, and its position_ids, (n, 1).
+        """The context in which the model is called for one more token of each completion. Yields the call's
+        attention_mask, (n, columns) or None, and position_ids, (n, 1).
         """
         if self.end == self.buffers[0].shape[2]:
             self.make_room()

@@ -55,9 +55,7 @@ def get_device():
 
 
 def start_processes(device):
-    """Join the processes that torchrun started, if any: gloo between CPUs, NCCL between GPUs. Returns
-    (rank, world).
-    """
+    """Join the processes that torchrun started, if any (gloo on CPUs, NCCL on GPUs); return (rank, world)."""
     rank, world = rows.rank_and_world()
     if "RANK" in os.environ:  # also for one process, which --shard may have
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -424,9 +422,7 @@ def save_model(model, source, folder, adapter=None):
 
 
 def merged(model, state):
-    """A state dict with each adapter (see `add_lora`) added to the weight that it belongs to, and each of
-    several tied weights once.
-    """
+    """A state dict with each adapter (see `add_lora`) added to its weight, and tied weights once."""
     twice = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     twice -= {name for name, _ in model.named_parameters()}
     found = {}
@@ -637,9 +633,7 @@ def checkpoint_activations(model):
 # ---- optimisation, and the state of a run to resume from ----
 
 def cosine(step, num_steps, warmup):
-    """The share of the peak learning rate at a step: linear warm-up over that share of the steps, then a
-    cosine to 0.
-    """
+    """The share of the peak learning rate: a linear warm-up over a share of the steps, then a cosine to 0."""
     warmup_steps = math.ceil(warmup * num_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps

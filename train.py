@@ -177,8 +177,7 @@ LOSSES = {  # a new loss is a function and one entry
     "rebel": Loss(rebel, size=2, needs=("rewards",)),
     "simpo": Loss(simpo, size=2),
 }
-if args.loss not in LOSSES:
-    rows.fail(f"--loss={args.loss}: no such loss; choose from {', '.join(LOSSES)}")
+rows.refuse(args.loss not in LOSSES, f"--loss={args.loss}: no such loss; choose from {', '.join(LOSSES)}")
 loss_terms, size, needs = LOSSES[args.loss]
 has_targets = "ref_rewards" in needs  # see `targets`
 paired_data = REGIMES[args.train_on].size == 2  # which a loss of single completions takes one by one
