@@ -74,8 +74,9 @@ def arguments():
 
 def dtype_of_references(data):
     """The --dtype with which the references in rows were sampled, or auto: what is compared has one dtype."""
-    made_by = next(rows.stream(data)).get("made_by", {}).get("ref_completions", {})
-    return made_by.get("dtype") if made_by.get("dtype") in ("float32", "bfloat16") else "auto"
+    first = next(rows.stream(data))
+    dtype = first.get("made_by", {}).get("ref_completions", {}).get("dtype")
+    return dtype if dtype in ("float32", "bfloat16") else "auto"
 
 
 # ---- which token comes next ----

@@ -287,8 +287,8 @@ def end_ids(model, tokenizer):
     added = [i for i in after if i in tokenizer.added_tokens_decoder and tokenizer.decode([i]).strip()]
     if added and ends.isdisjoint(added):
         rows.say_once(f"{tokenizer.name_or_path}: WARNING: its chat template ends an answer with "
-                 f"{tokenizer.decode(added[:1])}, which generation_config.json does not name as "
-                 "eos_token_id; here it ends completions")
+                      f"{tokenizer.decode(added[:1])}, which generation_config.json does not name as "
+                      "eos_token_id; here it ends completions")
         ends.add(added[0])
     if not ends:
         rows.fail(f"{tokenizer.name_or_path}: neither generation_config nor tokenizer names an end token; "
