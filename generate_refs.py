@@ -82,9 +82,8 @@ def dtype_of_references(data):
 # ---- which token comes next ----
 
 def random_key(args, row_id, k):
-    """128 bits for the k-th completion of a row: the same however the work is batched or shared.
-    Samples of a policy get others than its references: near its reference model, a policy would repeat
-    them.
+    """128 bits for the k-th completion of a row: the same however the work is batched or shared. Samples of
+    a policy get others than its references, which a policy near its reference model would repeat.
     """
     name = f"{args.seed}/{row_id}/{k}"
     if args.field == "samples":
@@ -185,12 +184,10 @@ def decode_step(model, cache, tokens):
 
 @torch.no_grad()
 def sample(model, requests, args, ends):
-    """Sample num_refs completions of every request {"row", "prompt": token ids, "limit": most new
-    tokens}.
+    """Sample num_refs completions of every request {"row", "prompt": token ids, "limit": most new tokens}.
 
-    Yields (row, completions as lists of token ids) as they end. batch_size completions are active at a
-    time; when one ends, the next takes its place. Each prompt is read once, in one forward pass with
-    its neighbours.
+    Yields (row, completions as lists of token ids) as they end. batch_size completions are active at a time;
+    when one ends, the next takes its place. A prompt is read once, in one forward pass with its neighbours.
     """
     if not hasattr(model, "shares_prompts"):
         check_sampler(model)
