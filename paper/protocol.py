@@ -30,7 +30,7 @@ except ImportError as error:
     rows.fail(f"{error.name} is missing; pip install -r requirements-dev.txt")
 
 METRICS = "reward", "gain", "full_marks", "kl", "objective", "lc_reward", "length", "win_rate"
-NOT_A_SETTING = "seed", "steps", "data_fingerprint"  # in run.json; they follow from the seed and its data
+NOT_A_SETTING = "seed", "steps", "data_fingerprint"  # in run.json; train.py has them from seed and data
 UNUSED = {"dpo": ["quantile"], "dpo_norm": ["quantile"], "rebel": ["quantile"], "simpo": ["quantile"],
           "sft": ["quantile", "beta"]}
 
@@ -161,9 +161,10 @@ def run_folders(folders):
 
 def setting_of(config):
     """The flags that tell settings apart. Every seed may have folders of its own: out/seed1 is out/seed*."""
-    if "reward" in config:  # of examples/online.py: QRPO, but on fresh samples
-        config = config | {"loss": "online"}
     ignored = [*NOT_A_SETTING, *UNUSED.get(config["loss"], [])]
+    if "reward" in config:  # of examples/online.py: QRPO, but on fresh samples, for --steps
+        config = config | {"loss": "online"}
+        ignored.remove("steps")
     flags = {name: value for name, value in config.items() if name not in ignored}
     for name in "model", "ref_model":
         path = flags.get(name)
@@ -240,7 +241,9 @@ def win_rate(reward, ref_reward):
 
 
 def quantile_rewards(evaluation, beta):
-    """QRPO's R of every sample, for the identity and exact quantiles; (prompts, samples)."""
+    """QRPO's R of every sample, for the identity and exact quantiles; (prompts, samples). NaN where no
+    reference reward is known, so that there is no quantile.
+    """
     among_refs = torch.tensor(evaluation.field == "ref_completions")
     ref_rewards = torch.tensor(evaluation.ref_reward.to_numpy())
     out = {}
@@ -249,7 +252,8 @@ def quantile_rewards(evaluation, beta):
         cells = qrpo.quantile_cells(rewards, ref_rewards, among_refs.expand(rewards.shape))
         b = torch.full_like(rewards, beta)
         out[k] = (b * qrpo.log_mean_exp(b, "identity", *cells)).numpy()
-    return pd.DataFrame(out).where(evaluation.reward.notna())
+    known = evaluation.reward.notna().mul(evaluation.ref_reward.notna().any(axis=1), axis=0)
+    return pd.DataFrame(out).where(known)
 
 
 def metrics(evaluation, half, beta):
@@ -353,8 +357,9 @@ def best_tradeoff(scores, betas):
     every prompt.
 
     scores: (prompts, references), of samples of the reference model; NaN: unknown. Returns the means over
-    prompts of KL, in nats, and of the score, (betas,) each.
+    prompts of KL, in nats, and of the score, (betas,) each; prompts without a known score are left out.
     """
+    scores = scores[~np.isnan(scores).all(1)]
     kl, mean = [], []
     for beta in betas:
         weight = np.exp((scores - np.nanmax(scores, 1, keepdims=True)) / beta)

@@ -16,6 +16,7 @@ import pytest
 
 from conftest import ROOT, call, read_rows, write_rows
 
+import evaluate
 import rows
 
 sys.path.insert(0, str(ROOT / "paper"))
@@ -85,13 +86,32 @@ def test_measure_by_hand():
     assert single["reward_std"] == pytest.approx(math.sqrt(0.125)) and math.isnan(single["reward_se_seeds"])
 
 
+@pytest.mark.parametrize("field", ("samples", "ref_completions"))
+def test_the_objective_is_that_of_evaluate_py(field):
+    """With ties and unknown rewards, of all references of a prompt, too: it has no quantile there."""
+    rng = np.random.default_rng(0)
+    ref_reward = rng.choice([np.nan, 0, 0.5, 1], (12, 4), p=[0.4, 0.2, 0.2, 0.2])
+    ref_reward[3] = np.nan
+    reward = ref_reward if field == "ref_completions" else rng.choice([np.nan, 0, 0.5, 1], (12, 3))
+    evaluation = protocol.Evaluation(None, field, *(pd.DataFrame(x) for x in (
+        reward, reward, reward, ref_reward, ref_reward, reward * 0)))
+    found = protocol.metrics(evaluation, np.arange(12), 0.2)["objective"].to_numpy()
+    row, k = np.nonzero(~np.isnan(reward))
+    data = SimpleNamespace(rewards=reward[row, k], ref_rewards=ref_reward, row=row,
+                           among_refs=np.full(len(row), field == "ref_completions"))
+    evaluate.quantile_rewards(SimpleNamespace(beta=0.2, transform="identity"), data)
+    expected = np.full(reward.shape, np.nan)
+    expected[row, k] = data.R
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
 def test_best_tradeoff_by_hand():
     """One of four references passes: at beta b, odds of e^{1/b} to 3."""
     b = 1 / math.log(3)  # odds of 3 to 3, so half of the mass on one reference in four
     kl, mean = protocol.best_tradeoff(np.array([[1.0, 0, 0, 0], [0, 0, 0, 0]]), [1e-3, b, 1e9])
     assert mean == pytest.approx([0.5, 0.25, 0.125])  # nothing can be gained where no reference passes
     assert kl == pytest.approx([math.log(4) / 2, (math.log(2) + math.log(2 / 3)) / 4, 0], abs=1e-8)
-    unknown = protocol.best_tradeoff(np.array([[1.0, 0, 0, 0, np.nan]]), [b])
+    unknown = protocol.best_tradeoff(np.array([[1.0, 0, 0, 0, np.nan], [np.nan] * 5]), [b])
     assert (unknown[1].item(), unknown[0].item()) == pytest.approx((0.5, (math.log(2) + math.log(2 / 3)) / 2))
 
 
@@ -287,7 +307,12 @@ def test_figures_and_the_numbers_behind_them(sweep):
 def test_training_on_fresh_samples_is_a_method_of_its_own():
     config = {"loss": "qrpo", "seed": 1, "model": "out/seed1/qrpo", "beta": 0.1}
     assert protocol.setting_of(config)["loss"] == "qrpo"
-    assert protocol.setting_of(config | {"reward": "tests", "samples": 4})["loss"] == "online"
+    online = config | {"reward": "tests", "samples": 4, "steps": 200}
+    assert protocol.setting_of(online)["loss"] == "online"
+    assert protocol.setting_of(online) == protocol.setting_of(online | {"seed": 2, "model": "out/seed2/qrpo"})
+    assert protocol.setting_of(online) != protocol.setting_of(online | {"steps": 400})
+    # train.py's steps follow from its data
+    assert protocol.setting_of(config | {"steps": 160}) == protocol.setting_of(config | {"steps": 161})
 
 
 def test_where_rewards_tie_only_exact_converges_to_the_optimum(sweep):
