@@ -29,6 +29,7 @@ try:
 except ImportError as error:
     rows.fail(f"{error.name} is missing; pip install -r requirements-dev.txt")
 
+SAMPLING = "temperature", "top_p", "max_new_tokens"  # in which compared models should not differ
 METRICS = "reward", "gain", "full_marks", "kl", "objective", "lc_reward", "length", "win_rate"
 NOT_A_SETTING = "seed", "steps", "data_fingerprint"  # in run.json; train.py has them from seed and data
 UNUSED = {"dpo": ["quantile"], "dpo_norm": ["quantile"], "rebel": ["quantile"], "simpo": ["quantile"],
@@ -49,6 +50,7 @@ class Evaluation:
     ref_length: pd.DataFrame  # (prompts, references)
     log_ratio: pd.DataFrame   # (prompts, samples), log pi - log pi_ref; NaN if not sampled at temperature 1
     sampled: str = ""         # a fingerprint of the completions
+    made: dict = dataclasses.field(default_factory=dict)  # what rewarded and sampled them, where rows say so
 
     def filled(self, reward):
         """With this reward where it is unknown, and there with the mean log-ratio, which is unknown, too."""
@@ -90,8 +92,11 @@ def read_evaluation(folder, tokenizer=None, field="samples", rewards="sample_rew
     if not any(other_distribution(row, field) for row in table):
         log_ratio = read_log_ratios(Path(folder), field, prompts, reward)
     sampled = rows.fingerprint([row[field] for row in table])
+    made_by = table[0].get("made_by", {})
+    made = {"reward": made_by.get(rewards, {}).get("fingerprint")}
+    made |= {name: made_by.get(field, {}).get(name) for name in SAMPLING}
     return Evaluation(Path(folder), field, prompts, reward, lengths(field),
-                      numbers("ref_rewards"), lengths("ref_completions"), log_ratio, sampled)
+                      numbers("ref_rewards"), lengths("ref_completions"), log_ratio, sampled, made)
 
 
 def read_log_ratios(folder, field, prompts, reward):
@@ -188,12 +193,26 @@ def base_evaluation(run, tokenizer):
 
 
 def check_comparable(table):
-    """Refuse models with different test prompts, and two with the same setting and seed."""
+    """Refuse models with different test prompts or rewards, and two with the same setting and seed. Say where
+    they were sampled in different ways.
+    """
     first = table.evaluation.iloc[-1]
     for evaluation in table.evaluation:
         if not evaluation.prompts.equals(first.prompts):
             rows.fail(f"{evaluation.folder}: its test prompts are not those of {first.folder}; give --runs of"
                       " one dataset, all scored completely")
+    for name in ("reward", *SAMPLING):
+        found = {}  # value: a folder made with it
+        for evaluation in table.evaluation:
+            if evaluation.made.get(name) is not None:
+                found.setdefault(evaluation.made[name], evaluation.folder)
+        if len(found) > 1 and name == "reward":
+            first, second = list(found.values())[:2]
+            rows.fail(f"{second}: its rewards were made by another reward, or version of it, than those of "
+                      f"{first}; give --runs of one reward")
+        if len(found) > 1:
+            print(f"sampled with different {name}, so rewards do not compare:",
+                  *(f"{value} in {folder}" for value, folder in found.items()), sep="\n  ")
     for _, same in table.groupby(["setting", "seed"]):
         if len(same) > 1:
             first, second = same.run.iloc[:2]

@@ -503,21 +503,44 @@ def test_a_few_unknown_rewards_that_change_nothing_change_nothing(tmp_path):
     assert read_csv(tmp_path / "out/table.csv")[1]["selected"] == "beta 0.1"
 
 
-def at_temperature(folder, temperature):
+def made_with(folder, **made_by):
+    """Rows of a run that say how they were made."""
     part = folder / "test/rewarded/part-00000.jsonl"
-    made_by = {"samples": {"temperature": temperature, "top_p": 0.9}}
     write_rows(part, [row | {"made_by": made_by} for row in read_rows(part)])
+
+
+def test_runs_with_different_rewards_are_refused(tmp_path, capsys):
+    """Of two seeds, they would be averaged. The same reward may be in a file elsewhere."""
+    for seed in range(3):
+        write_run(tmp_path / f"runs/{seed}", seed, lambda i, k: 0.6)
+        reward = {"reward": f"{seed}/rewards.py:f", "fingerprint": "a" if seed < 2 else "b"}
+        made_with(tmp_path / f"runs/{seed}", sample_rewards=reward)
+    with pytest.raises(SystemExit, match="2"):
+        command(tmp_path, "table")
+    assert f"{tmp_path}/runs/2/test/rewarded: its rewards were made by another" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "runs/2")
+    command(tmp_path, "table")
+    assert read_csv(tmp_path / "out/table.csv")[1]["seeds"] == "2"
+
+
+def test_that_models_were_sampled_in_different_ways_is_said(tmp_path):
+    for name, temperature in (("a", 0.6), ("b", 1)):
+        write_run(tmp_path / f"runs/{name}", 0, lambda i, k: 0.6, loss=name)
+        made_with(tmp_path / f"runs/{name}", samples={"temperature": temperature, "max_new_tokens": 64})
+    printed = command(tmp_path, "table")
+    assert f"  0.6 in {tmp_path}/runs/a/test/rewarded\n  1 in {tmp_path}/runs/b/test/rewarded\n" in printed
+    assert "max_new_tokens" not in printed
 
 
 def test_samples_at_another_temperature_have_no_objective_and_the_rest_is_drawn(tmp_path, capsys):
     write_run(tmp_path / "runs/a", 0, lambda i, k: 0.6)
     write_run(tmp_path / "runs/b", 0, lambda i, k: 0.7, loss="dpo")
-    at_temperature(tmp_path / "runs/a", 0.6)
+    made_with(tmp_path / "runs/a", samples={"temperature": 0.6, "top_p": 0.9})
     for what in (["frontier"], ["table", "--select=objective"]):
         assert "samples were not drawn at temperature 1" in command(tmp_path, *what)
     assert [point["method"] for point in read_csv(tmp_path / "out/frontier.csv")] == ["dpo"]
     assert [m["method"] for m in read_csv(tmp_path / "out/table.csv")] == ["reference model", "dpo refs"]
-    at_temperature(tmp_path / "runs/b", 0.6)
+    made_with(tmp_path / "runs/b", samples={"temperature": 0.6, "top_p": 0.9})
     with pytest.raises(SystemExit, match="2"):
         command(tmp_path, "frontier")
     assert "no setting has a KL" in capsys.readouterr().err
