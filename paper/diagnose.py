@@ -25,7 +25,7 @@ import evaluate  # noqa: E402
 import qrpo  # noqa: E402
 import rows  # noqa: E402
 from model import Policy, get_device, load_model, load_tokenizer  # noqa: E402
-from protocol import pd  # noqa: E402
+from protocol import pd, xlogy  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -50,6 +50,18 @@ SEED = 1000                       # so these are not the references
 
 
 # ---- samples and their log-ratios ----
+
+def check_samples(args):
+    """Refuse what was not sampled from the model's own distribution: the estimates weigh completions by the
+    probabilities of both models.
+    """
+    for run in args.runs:
+        folder = args.data / run / "test/rewarded"
+        row = next(rows.stream(folder))
+        for field in ("samples", "ref_completions"):
+            how = dataset.other_distribution(row, field)
+            rows.refuse(how, f"{folder}: its {field} were sampled at {how}; sample at 1 and 1")
+
 
 def sample(args, model, split, folder, num):
     """Rewarded samples of a model on the prompts of a split ("train" or "test"); the folder of their rows."""
@@ -108,7 +120,7 @@ def decompose(samples, refs, beta):
         for value in np.unique(reward):
             same = reward == value
             share = pi[same].sum()
-            between = share * np.log(share / ref[same].sum())
+            between = xlogy(share, share / ref[same].sum())  # a share of a collapsed policy can round to 0
             within = (pi[same] * log_ratio[same]).sum() - between
             classes += between
             if value >= 1:
@@ -160,6 +172,7 @@ def calibration(data):
 
 def main():
     args = parse_arguments()
+    check_samples(args)
     with rows.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     parts, calibrated = [], []

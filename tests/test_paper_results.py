@@ -177,6 +177,24 @@ def test_the_decomposition_of_the_objective_by_hand():
     assert passing["mass_at_optimum"] == pytest.approx(math.exp(5) / 4)
 
 
+def test_the_decomposition_where_a_share_rounds_to_nothing():
+    """A policy that moved all mass from failures, by 800 nats: its KL is that of the shares."""
+    samples = completions([4, 0], [math.log(2), -800.0], [1.0, 0])
+    refs = completions([2, 2], [math.log(2), -800.0], [1.0, 0])
+    parts = diagnose.decompose(samples, refs, 0.1)
+    assert parts["classes"] == pytest.approx(math.log(2)) == parts["kl"]
+    assert parts["without_waste"] == pytest.approx(1 - 0.1 * math.log(2))
+
+
+def test_diagnose_takes_no_samples_at_another_temperature(tmp_path, capsys):
+    write_run(tmp_path / "a", 0, lambda i, k: 0.6)
+    made_with(tmp_path / "a", samples={"temperature": 0.6, "top_p": 1.0})
+    with mock.patch.object(sys, "argv", ["diagnose.py", f"--data={tmp_path}", "--runs", "a"]):
+        with pytest.raises(SystemExit, match="2"):
+            diagnose.main()
+    assert "a/test/rewarded: its samples were sampled at temperature 0.6" in capsys.readouterr().err
+
+
 def test_what_few_references_cost_is_nothing_where_they_are_the_whole_distribution():
     fresh = completions([1] * 4, [0.0] * 4, np.arange(4.0))
     R = (np.arange(4) + np.log(-np.expm1(-2.5) / 2.5) / 2.5 + 1) / 4  # of cells of width 1/4 at beta 0.1
