@@ -401,7 +401,14 @@ def read_states(runs):
     accounts = sacct(unclear)
     for folder, record in failed.items():
         states[folder] = "failed", why(ROOT / folder, record, accounts.get(record.get("job")))
+    for run in runs:
+        folder = run["folder"]
+        if states[folder][0] == "done" and records[folder].get("command") not in (None, run["command"]):
+            states[folder] = "done", CHANGED
     return [(failed.get(f, records[f]), *states[f]) for f in folders]
+
+
+CHANGED = "by another command than the grid has now; delete the folder to run it again"
 
 
 def find_lost(folders, tasks):
@@ -536,6 +543,9 @@ def main():
             print(f"{name:14}{run['name']:{width}}  {remark}".rstrip())
     counts = Counter(name for _, name, _ in states)
     print(", ".join(f"{n} {name}" for name, n in counts.items()))
+    changed = sum(remark == CHANGED for _, _, remark in states)
+    if changed and args.what != "status":
+        print(f"of these, {changed} done {CHANGED}")
     wanted = ["failed"] if args.rerun else ["failed", "never started"]
     todo = [(run, record) for run, (record, name, _) in zip(runs, states) if name in wanted]
     if todo and args.what == "run":

@@ -101,14 +101,14 @@ def test_train_accepts_the_flags_of_every_run(monkeypatch):
     settings, mark, _ = (ROOT / "train.py").read_text().partition("# set-up:")
     assert mark
     code = compile(settings, "train.py", "exec")
-    for run in itertools.chain(*[grid() for grid in GRIDS]):
+    for run in itertools.chain(*[grid() for grid in (*GRIDS, grids.frontier, grids.hard, grids.real)]):
         words = shlex.split(run["command"])
         if "train" in words:
             flags = words[words.index("train") + 1:]
             monkeypatch.setattr(sys, "argv", ["train.py", "--model=m", "--data=d", "--out=o", *flags])
             variables = {"__file__": str(ROOT / "train.py"), "__name__": "train"}
             exec(code, variables)
-            assert variables["args"].batch_size * variables["size"] in (64, 128, 256)
+            assert variables["args"].batch_size * variables["size"] in (32, 64, 128, 256)
 
 
 def test_only_selects_runs():
@@ -154,6 +154,18 @@ def test_a_sweep_on_this_machine(tmp_path):
     before = (tmp_path / "out/good/job.json").read_text()
     sweep("run", grid, "--rerun", code=1)
     assert states(grid)["second"][0] == "done" and (tmp_path / "out/good/job.json").read_text() == before
+
+
+def test_a_run_whose_command_the_grid_has_changed_is_not_done_in_silence(tmp_path):
+    grid = write_grid(tmp_path, {"same": "echo 1", "changed": "echo 1"})
+    sweep("run", grid)
+    write_grid(tmp_path, {"same": "echo 1", "changed": "echo 2"})
+    assert states(grid) == {"same": ("done", ""), "changed": ("done", sweep_module.CHANGED)}
+    assert "2 done\nof these, 1 done by another command than the grid has now" in sweep("run", grid)
+    assert (tmp_path / "out/changed/log.txt").read_text() == "1\n"
+    shutil.rmtree(tmp_path / "out/changed")
+    assert "another command" not in sweep("run", grid)
+    assert (tmp_path / "out/changed/log.txt").read_text() == "2\n"
 
 
 def start_sweep(grid):
@@ -248,7 +260,7 @@ def record(tmp_path, name, **job):
 
 def test_a_run_that_ends_while_squeue_is_slow_is_done(tmp_path, slurm):
     """squeue's answer is of a moment when the run had left the queue."""
-    path = record(tmp_path, "a", job="7_0", started=1)
+    path = record(tmp_path, "a", job="7_0", started=1, command="true")
     env = slurm(squeue=f"sleep 0.5; sed -i 's/\"started\"/\"exit\": 0, \"started\"/' {path}")
     assert states(write_grid(tmp_path, {"a": "true"}), env=env)["a"] == ("done", "")
 
