@@ -304,7 +304,8 @@ def stories_run(seed, name, arguments):
 
 SMOLLM2 = os.environ.get("SMOLLM2", "HuggingFaceTB/SmolLM2-135M-Instruct")  # a folder, where there is no hub
 REAL = "--beta=0.1 --batch_size=32 --lora=16 --dtype=bfloat16 --micro_batch_tokens=2048"
-REAL_LOSSES = {  # 32 steps of 32 completions: half of the references, or two passes over the pairs
+# 32 steps of 32 completions: half of the references, or two passes over the pairs; or 3 over the good ones
+REAL_LOSSES = {
     "qrpo": ("--num_candidates=4", ("1e-4", "3e-4")),
     "qrpo-beta0.5": ("--beta=0.5 --num_candidates=4", ("1e-4", "3e-4")),
     "qrpo-best": ("--min_reward=0.7 --epochs=3", ("1e-4", "3e-4")),  # on what sft imitates

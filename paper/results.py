@@ -49,10 +49,10 @@ def parse_arguments():
     add("--runs", nargs="+", help="folders that contain the runs of one dataset, at any depth")
     add("--out", type=Path, default=Path("out/results"), help="folder to write to")
     add("--by", help="flags of train.py that define a method; by default loss,quantile,train_on for the "
-        "table, and loss for the others")
+        "table, and loss for the others; figure3 has its own")
     add("--select", default="paper", choices=("paper", "reward", "objective"),
         help="choose a method's setting by the paper's rule, by mean reward alone, or by QRPO's objective")
-    add("--beta", type=float, default=0.1, help="beta of the objective in the table")
+    add("--beta", type=float, default=0.1, help="beta of the objective")
     add("--published", default="leetcode", choices=[name for name in PUBLISHED if name != "figure4"],
         help="the paper's results to show beside these")
     add("--tokenizer", help="count lengths in tokens of this tokenizer, as the paper does with the reward "

@@ -3,7 +3,7 @@
     python tests/bench.py sample    generate_refs.py         transformers' generate(), and vLLM, see below
     python tests/bench.py score     score.py --reward=model  prompt by prompt, padded to the longest
     python tests/bench.py train     train.py --loss=dpo      TRL's DPOTrainer, if --trl_python is given
-    python tests/bench.py all       these, smaller, and the sandbox, as one table: seven minutes
+    python tests/bench.py all       these, smaller, and the sandbox: seven minutes with --repeat=1
     python tests/bench.py growth    time and memory by length, vocabulary, references, prompts: growth.png
 
 A 21M-parameter Llama of random weights with 32,000 words, float32; prompts of about 60 tokens, completions of
