@@ -322,6 +322,23 @@ def measure(evaluations, half, beta=0.1):
     return out
 
 
+def difference(ours, theirs, half, beta=0.1):
+    """One setting minus another, prompt by prompt, on half of the prompts. ours, theirs: evaluations, for the
+    same training seeds. What `measure` returns of every metric, without NAME_std, and NAME_of_seeds, a list.
+    """
+    pairs = [(metrics(a, half, beta), metrics(b, half, beta)) for a, b in zip(ours, theirs)]
+    out = {"seeds": len(pairs)}
+    for name in METRICS:
+        # (seeds, prompts)
+        table = pd.DataFrame([a[name].mean(axis=1) - b[name].mean(axis=1) for a, b in pairs])
+        by_seed = table.mean(axis=1)
+        out[name] = by_seed.mean(skipna=False)
+        out[f"{name}_se_prompts"] = table.mean().sem()
+        out[f"{name}_se_seeds"] = by_seed.sem()
+        out[f"{name}_of_seeds"] = by_seed.tolist()
+    return out
+
+
 def scale(evaluations):
     """The lowest and the highest reward that there can be, as far as it is known: 0 and 1, or those seen."""
     frames = [frame for e in evaluations for frame in (e.reward, e.ref_reward)]

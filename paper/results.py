@@ -4,6 +4,7 @@ Reads every evaluated run in --runs (see protocol.py). Half of the test prompts 
 checkpoint, the other half is reported. Prints what it finds, and writes to --out:
 
     table      one row per method: table.md, table.csv (tables 2 and 3)
+    compare    the method that the rule picks minus each other, prompt by prompt: compare.csv
     frontier   reward against KL, one point per setting, below the curve that no policy can pass
     figure1    the methods' rewards as bars
     figure3    reward against the number of reference rewards, for each beta
@@ -52,6 +53,7 @@ def parse_arguments():
         "table, and loss for the others; figure3 has its own")
     add("--select", default="paper", choices=("paper", "reward", "objective"),
         help="choose a method's setting by the paper's rule, by mean reward alone, or by QRPO's objective")
+    add("--method", help="compare: this one, by its name in the table, instead of the rule's pick")
     add("--beta", type=float, default=0.1, help="beta of the objective")
     add("--published", default="leetcode", choices=[name for name in PUBLISHED if name != "figure4"],
         help="the paper's results to show beside these")
@@ -228,6 +230,38 @@ CAPTION = (
     "mean reward of the references of the same prompt. std: over generation seeds, as in the paper. Unknown "
     "rewards are left out. Bold: the best of a column among methods that have none, and the method that the "
     "rule picks on the selection half, if unknown rewards cannot change that.")
+
+
+def compare(args):
+    """On the reported half, over the training seeds that both methods have."""
+    models = load(args)
+    methods = choose_methods(args, models, args.by)
+    names = [method.name for method in methods]
+    picked = protocol.select_surely([method.on_selection for method in methods], args.select)
+    if args.method:
+        rows.refuse(args.method not in names, f"--method={args.method}: must be one of {', '.join(names)}")
+        picked = names.index(args.method)
+    rows.refuse(picked is None, "unknown rewards decide which method is best; name one with --method")
+    one = methods.pop(picked)
+    report = protocol.halves(models.evaluation.iloc[0].prompts.difficulty)[1]
+    found, lines = [], [COMPARED, ["---"] * len(COMPARED)]
+    for other in methods:
+        pairs = one.models.merge(other.models, on="seed")
+        if pairs.empty:
+            left_out(other.name, f"it has no training seed in common with {one.name}")
+            continue
+        if one.reported["unknown"] or other.reported["unknown"]:
+            print(f"{other.name}: unknown rewards are left out")
+        m = protocol.difference(pairs.evaluation_x, pairs.evaluation_y, report, args.beta)
+        found.append({"method": one.name, "minus": other.name, **m})
+        seed_by_seed = ", ".join(f"{value:.3f}" for value in m["objective_of_seeds"])
+        lines.append([f"{one.name} - {other.name}", str(m["seeds"]),
+                      *[cell(m, metric, False) for metric in COMPARED[2:-1]], seed_by_seed])
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    save_csv(args.out / "compare.csv", found)
+
+
+COMPARED = ["difference", "seeds", "reward", "full_marks", "kl", "objective", "objective, seed by seed"]
 
 
 def unknown_rewards(m):
@@ -533,8 +567,8 @@ def alpaca(args):
         print(path)
 
 
-COMMANDS = {"table": table, "frontier": frontier, "figure1": figure1, "figure3": figure3, "figure4": figure4,
-            "figure5": figure5, "ties": ties, "figure6": figure6, "alpaca": alpaca}
+COMMANDS = {"table": table, "compare": compare, "frontier": frontier, "figure1": figure1, "figure3": figure3,
+            "figure4": figure4, "figure5": figure5, "ties": ties, "figure6": figure6, "alpaca": alpaca}
 
 
 def main():

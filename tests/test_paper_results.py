@@ -492,6 +492,31 @@ def test_a_real_run(tiny, rewarded, tmp_path):
     assert [p["step"] for p in read_csv(tmp_path / "out/figure6.csv")] == ["0", "3", "0", "3"]
 
 
+def test_two_methods_are_compared_prompt_by_prompt_on_the_seeds_that_both_have(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    rewards = {}  # (loss, seed): (prompts, samples)
+    for loss, seeds in {"qrpo": (0, 1, 2), "dpo": (1, 2), "simpo": (3,)}.items():
+        for seed in seeds:
+            rewards[loss, seed] = rng.choice([0.0, 0.5, 1.0], (8, 2))
+            write_run(tmp_path / f"runs/{loss}{seed}", seed, lambda i, k: rewards[loss, seed][i, k],
+                      loss=loss, model="base")
+    printed = command(tmp_path, "compare", "--method=qrpo", "--by=loss")
+    assert "simpo: left out, it has no training seed in common with qrpo" in printed
+    base, dpo = read_csv(tmp_path / "out/compare.csv")
+    assert (base["minus"], base["seeds"]) == ("reference model", "1")  # its one evaluation has seed 0
+    assert (dpo["minus"], dpo["seeds"]) == ("dpo", "2")
+    report = protocol.halves(["easy", "hard"] * 4)[1]
+    change = np.array([(rewards["qrpo", s] - rewards["dpo", s])[report].mean(1) for s in (1, 2)])  # (2, 4)
+    assert float(dpo["reward"]) == pytest.approx(change.mean())
+    assert float(dpo["reward_se_prompts"]) == pytest.approx(change.mean(0).std(ddof=1) / 2)
+    assert float(dpo["reward_se_seeds"]) == pytest.approx(change.mean(1).std(ddof=1) / math.sqrt(2))
+    assert eval(dpo["reward_of_seeds"]) == pytest.approx(change.mean(1).tolist())
+    assert f"| qrpo - dpo | 2 | {change.mean():.4f} ± " in printed
+    with pytest.raises(SystemExit, match="2"):
+        command(tmp_path, "compare", "--method=ppo", "--by=loss")
+    assert "--method=ppo: must be one of reference model, dpo, simpo, qrpo" in capsys.readouterr().err
+
+
 # ---- what is unknown, shared or missing ----
 
 def test_unknown_rewards_flatter_no_method(tmp_path, capsys):
