@@ -5,7 +5,7 @@ Reads an OUT folder of run.sh (--data, with train/rewarded and test/rewarded) an
 policy on the training prompts, and the reference model afresh on all prompts, and scores these samples with
 --reward. Writes diagnosis.csv, calibration.csv and diagnosis.png to --out. Samples are reused.
 
-    python paper/diagnose.py --data=out --runs regression qrpo qrpo_online
+    python paper/diagnose.py --data=out --runs qrpo qrpo_online
 """
 import math
 import subprocess

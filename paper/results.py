@@ -244,7 +244,8 @@ def compare(args):
     rows.refuse(picked is None, "unknown rewards decide which method is best; name one with --method")
     one = methods.pop(picked)
     report = protocol.halves(models.evaluation.iloc[0].prompts.difficulty)[1]
-    found, lines = [], [COMPARED, ["---"] * len(COMPARED)]
+    head = [f"{one.name} minus", "seeds", *COMPARED, "objective, seed by seed"]
+    found, lines = [], [head, ["---"] * len(head)]
     for other in methods:
         pairs = one.models.merge(other.models, on="seed")
         if pairs.empty:
@@ -255,13 +256,13 @@ def compare(args):
         m = protocol.difference(pairs.evaluation_x, pairs.evaluation_y, report, args.beta)
         found.append({"method": one.name, "minus": other.name, **m})
         seed_by_seed = ", ".join(f"{value:.3f}" for value in m["objective_of_seeds"])
-        lines.append([f"{one.name} - {other.name}", str(m["seeds"]),
-                      *[cell(m, metric, False) for metric in COMPARED[2:-1]], seed_by_seed])
+        lines.append([other.name, str(m["seeds"]), *[cell(m, metric, False) for metric in COMPARED],
+                      seed_by_seed])
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
     save_csv(args.out / "compare.csv", found)
 
 
-COMPARED = ["difference", "seeds", "reward", "full_marks", "kl", "objective", "objective, seed by seed"]
+COMPARED = "reward", "full_marks", "kl", "objective"
 
 
 def unknown_rewards(m):
