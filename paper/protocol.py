@@ -134,7 +134,13 @@ def load(folders, tokenizer=None):
             continue
         seed = record["config"]["seed"]
         flags = setting_of(record["config"])
-        for step, folder in {"final": run, **evaluated_checkpoints(run)}.items():
+        models_of_run = {"final": run}
+        for checkpoint in sorted(run.glob("checkpoints/step_*")):
+            if (checkpoint / "results.json").exists():
+                models_of_run[int(checkpoint.name.removeprefix("step_"))] = checkpoint
+            else:
+                skipped.append(f"{checkpoint}: not evaluated")
+        for step, folder in models_of_run.items():
             models.append(flags | {
                 "seed": seed, "step": step, "run": run, "setting": rows.fingerprint([flags, step]),
                 "evaluation": read_evaluation(folder / "test/rewarded", tokenizer)})
@@ -146,7 +152,7 @@ def load(folders, tokenizer=None):
                 "loss": "base", "model": name, "seed": seed, "step": "final", "run": run, "setting": name,
                 "evaluation": base})
     if skipped:
-        print(f"{len(skipped)} runs left out:", *skipped, sep="\n  ")
+        print(f"{len(skipped)} left out:", *skipped, sep="\n  ")
     if not models:
         rows.fail(f"{', '.join(folders)}: no evaluated run")
     table = pd.DataFrame([*bases.values(), *models], dtype=object)
@@ -177,11 +183,6 @@ def setting_of(config):
             path = str((ROOT / path).resolve()) if (ROOT / path).is_dir() else str(path)
             flags[name] = re.sub(rf"(seed[-_]?){config['seed']}(?!\d)", r"\1*", path.removeprefix(f"{ROOT}/"))
     return flags
-
-
-def evaluated_checkpoints(run):
-    found = sorted(run.glob("checkpoints/step_*/results.json"))
-    return {int(path.parent.name.removeprefix("step_")): path.parent for path in found}
 
 
 def base_evaluation(run, tokenizer):

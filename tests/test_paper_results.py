@@ -278,7 +278,7 @@ def sweep(tmp_path_factory):
 
 def test_table_selects_on_one_half_and_reports_the_other(sweep):
     printed = command(sweep, "table", "--select=reward")
-    assert all(text in printed for text in ("2 runs left out", "late: not finished", "later: not evaluated"))
+    assert all(text in printed for text in ("2 left out", "late: not finished", "later: not evaluated"))
     methods = {m["method"]: m for m in read_csv(sweep / "out/table.csv")}
     assert list(methods) == ["reference model", "dpo best_worst", "qrpo paper refs"]
     qrpo, dpo, base = methods["qrpo paper refs"], methods["dpo best_worst"], methods["reference model"]
@@ -383,7 +383,8 @@ def test_checkpoints_are_selected_too(tmp_path):
         write_run(tmp_path / f"runs/a/checkpoints/step_{step:06d}", 0, lambda i, k: reward,
                   evaluated=step == 10)
         (tmp_path / f"runs/a/checkpoints/step_{step:06d}/run.json").unlink()
-    command(tmp_path, "table")
+    assert "1 left out:\n" in (printed := command(tmp_path, "table"))
+    assert "checkpoints/step_000020: not evaluated" in printed
     qrpo = read_csv(tmp_path / "out/table.csv")[1]
     assert (qrpo["selected"], float(qrpo["reward"])) == ("step 10", pytest.approx(0.6))
 
