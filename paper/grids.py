@@ -320,7 +320,7 @@ REAL_PAIRS = " --train_on=best_worst --epochs=2 --batch_size=16"
 
 
 def real():
-    """Sentiment is smooth. Two_sentences has three levels, and only there do `paper` and `exact` differ."""
+    """Sentiment is smooth. Two_sentences has three levels, so there `paper` and `exact` differ most."""
     for reward, seed, loss in product(("sentiment", "two_sentences"), SEEDS, REAL_LOSSES):
         if (reward, loss) == ("sentiment", "qrpo-exact"):
             continue
