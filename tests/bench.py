@@ -474,7 +474,7 @@ def arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=(*SIDES, "all", "growth"))
-    add("--n", type=int, help="prompts (of 16 completions each) or pairs; default 16, 64, 64")
+    add("--n", type=int, help="prompts (of 16 completions each) or pairs; default 16, 64, 64. Not for all")
     add("--repeat", type=int, default=2, help="runs of each side; the best counts (default %(default)s)")
     add("--trl_python", help="train: the interpreter of an environment with trl and torch")
     add("--vllm_python", help="sample, growth: the interpreter of an environment with vllm")
