@@ -18,6 +18,7 @@ import collections
 import itertools
 import json
 import math
+import re
 import secrets
 import tempfile
 import time
@@ -67,14 +68,16 @@ def load_run(args):
     """run.json of the run that made --model, which is a run's folder or a checkpoint in one; an empty config
     if it is neither. Fills in --beta and --transform.
     """
-    model = Path(args.model)
+    folder = Path(args.model)
+    checkpoint = re.search(r"checkpoints/step_(\d+)$", str(folder))
+    if checkpoint:
+        folder = folder.parent.parent
     run = {"config": {}}
-    for path in (model.parent.parent / "run.json", model / "run.json"):
-        if path.exists():
-            run = rows.load_json(path)
+    if (folder / "run.json").exists():
+        run = rows.load_json(folder / "run.json")
     config = run["config"]
-    if model.parent.name == "checkpoints":
-        config["steps"] = int(model.name.removeprefix("step_"))
+    if checkpoint:
+        config["steps"] = int(checkpoint[1])
     # where every completion has a beta of its own, there is no one objective
     if config.get("has_targets") and not config.get("length_normalize"):
         args.beta = args.beta or config["beta"]

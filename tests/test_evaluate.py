@@ -122,6 +122,21 @@ def test_a_dropped_completion_gives_its_log_ratio_to_no_other(tiny, rewarded, tm
     assert page.count(", log-ratio 0") == len(table[1]["samples"])
 
 
+def test_a_model_in_a_folder_named_checkpoints_is_a_checkpoint_only_by_its_own_name(tiny, tmp_path):
+    """Its run is the one that wrote it, and not one that stands two folders above it."""
+    import evaluate
+    run, elsewhere = tmp_path / "checkpoints" / "first", tmp_path / "models" / "other"
+    config = {"has_targets": True, "beta": 0.5, "transform": "log", "steps": 9}
+    for folder, beta in ((run, 0.5), (run / "checkpoints" / "step_000004", None), (tmp_path, 0.7)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if beta:
+            (folder / "run.json").write_text(json.dumps({"config": config | {"beta": beta}}))
+    for model, beta, steps in ((run, 0.5, 9), (run / "checkpoints" / "step_000004", 0.5, 4),
+                               (elsewhere, None, None)):
+        args = SimpleNamespace(model=str(model), beta=None, transform=None)
+        assert evaluate.load_run(args)["config"].get("steps") == steps and args.beta == beta
+
+
 def test_it_says_which_completions_another_model_sampled(tiny, rewarded, tmp_path):
     table = as_policy(read_rows(rewarded)[:2])
     for row in table:
