@@ -476,7 +476,8 @@ def draw_optimum(args, results, data):
     checkpoints = sorted(args.out.glob("checkpoints/*/results.json"))
     for path in [*checkpoints, args.out / "results.json"]:
         point = rows.load_json(path)
-        if "objective" in point:
+        # with another beta or transform it is another objective
+        if (point["beta"], point["transform"]) == (results["beta"], results["transform"]):
             mean, se = point["objective"]["policy"]
             points.append((point["step"] or 0, mean, se or 0))
     objective.errorbar(*zip(*points), fmt="o-", capsize=3, label="policy, ± standard error")

@@ -284,6 +284,29 @@ def test_error_bars_stay_within_the_rewards(tmp_path, monkeypatch):
     assert len(ends) == 2 and np.min(ends) == pytest.approx(0) and np.max(ends) == pytest.approx(1)
 
 
+def test_the_picture_of_the_objective_has_only_checkpoints_of_this_beta_and_transform(tmp_path, monkeypatch):
+    import evaluate
+    figures = []
+    monkeypatch.setattr(evaluate, "save", lambda figure, path: figures.append(figure))
+    settings = {"beta": 0.1, "transform": "identity"}
+    others = [{"beta": 0.2}, {"transform": "log"}, {}, {"beta": None}]
+    for step, other in enumerate(others, 1):
+        point = settings | other | {"step": step, "objective": {"policy": [step / 10, None]}}
+        if point["beta"] is None:
+            del point["objective"]
+        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(point))
+    objective = {"policy": [0.9, 0.1], "reference": [0, 0], "optimum": [1, 0]}
+    results = settings | {"step": 9, "objective": objective}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    half = SimpleNamespace(lo=np.array([0, 0.5]), hi=np.array([0.5, 1]), weight=np.ones(2))
+    data = {"reference": half, "policy": half}
+    evaluate.draw_optimum(SimpleNamespace(out=tmp_path, beta=0.1), results, data)
+    line = figures[0].axes[1].lines[0]
+    np.testing.assert_allclose(line.get_xydata(), [(0, 0), (3, 0.3), (9, 0.9)])
+
+
 def test_one_prompt_has_no_standard_error(tiny, rewarded, tmp_path, capsys):
     row = as_policy(read_rows(rewarded)[:1])[0]
     results = evaluate(tiny, tmp_path, [row], "--beta=0.2")
