@@ -525,6 +525,8 @@ def draw_curves(out):
 
 def main():
     args = arguments()
+    with rows.writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     run = load_run(args)
     held_out = read(args.data)
     if "policy" in held_out.biased:
@@ -555,7 +557,6 @@ def main():
         "odd": content["odd"],
     }
 
-    args.out.mkdir(parents=True, exist_ok=True)
     results |= table
     write(args, results, data["policy"])
     pictures = [draw_results(args, values["mean reward"])]
