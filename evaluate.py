@@ -127,19 +127,18 @@ def load_completions(args, device):
     tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
     check_same_ids(tokenizer, load_tokenizer(args.ref_model, args.trust_remote_code))
     dtype = get_dtype(args.dtype, device)
+    model = load_model(args.model, dtype, device, args.trust_remote_code)
     data = {}
-    logps = []
     with tempfile.TemporaryDirectory() as cache:
-        for path in (args.model, args.ref_model):
-            model = load_model(path, dtype, device, args.trust_remote_code)
-            for name, train_on in (("reference", "refs"), ("policy", "samples")):
-                if name not in data:
-                    choices = dataset.Choices(train_on, needs_reward=True)
-                    data[name] = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
-            values = dataset.all_logps(Policy(model), data["policy"], FORWARD_TOKENS, device)
-            logps.append(values.astype(float))
-            del model
-    data["policy"].log_ratio = logps[0] - logps[1]
+        for name, train_on in (("reference", "refs"), ("policy", "samples")):
+            choices = dataset.Choices(train_on, needs_reward=True)
+            data[name] = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
+    policy = data["policy"]
+    logps = dataset.all_logps(Policy(model), policy, FORWARD_TOKENS, device)
+    del model  # one at a time in memory
+    ref_model = load_model(args.ref_model, dtype, device, args.trust_remote_code)
+    ref_logps = dataset.all_logps(Policy(ref_model), policy, FORWARD_TOKENS, device)
+    policy.log_ratio = logps.astype(float) - ref_logps
     for completions in data.values():
         completions.length = completions.lens - completions.prompt_lens
         completions.full = completions.rewards >= 1
@@ -308,17 +307,22 @@ def show(content):
         numbers = map(str.rjust, numbers, widths[1:])
         print(name.ljust(widths[0]), *numbers, sep="  ")
     print("\nThe largest and the smallest gain, with the best and the worst completion of each model:")
-    for row in (content["prompts"][0], content["prompts"][-1]):
-        means = row["means"]
-        print(f"\nrow {row['id']}: mean reward {means['reference']:.4g} -> {means['policy']:.4g}")
-        print("prompt    ", shortened(text_of(row["prompt"])))
-        for model in MODELS:
-            known = [c for c in row[model] if c["reward"] is not None]
-            shown = known if len(known) < 2 else [known[0], known[-1]]
-            for completion in shown:
-                print(f"{model:10} reward {completion['reward']}: {shortened(completion['text'])}")
+    show_prompt(content["prompts"][0])
+    show_prompt(content["prompts"][-1])
     if content["verdict"]:
         print(f"\n{content['verdict']}")
+
+
+def show_prompt(row):
+    """Print a row of `page_rows`, with the best and the worst completion of known reward of each model."""
+    means = row["means"]
+    print(f"\nrow {row['id']}: mean reward {means['reference']:.4g} -> {means['policy']:.4g}")
+    print("prompt    ", shortened(text_of(row["prompt"])))
+    for model in MODELS:
+        known = [completion for completion in row[model] if completion["reward"] is not None]
+        del known[1:-1]
+        for completion in known:
+            print(f"{model:10} reward {completion['reward']}: {shortened(completion['text'])}")
 
 
 def shortened(text):
@@ -343,45 +347,43 @@ def write(args, results, samples):
     rows.write_json(args.out / "results.json", without_nan)
 
 
-def for_page(row):
-    """What the page shows of a row: of each model the best completions and the worst, best first."""
-    short = {"id": str(row["id"]), "prompt": row["prompt"], "known": {}}
-    for model, (field, column) in MODELS.items():
-        completions = []
-        known = 0
-        for completion, reward in zip(row[field], row[column]):
-            completions.append({
-                "text": completion["text"],
-                "reward": reward,
-                "place": known,  # among those of known reward
-                "tokens": len(completion.get("token_ids", [])),
-                "cut_off": completion.get("finish_reason") == "length"})
-            known += reward is not None
-        short["known"][model] = known
-        completions.sort(key=lambda c: -math.inf if c["reward"] is None else c["reward"], reverse=True)
-        del completions[COMPLETIONS // 2:-(COMPLETIONS // 2)]
-        short[model] = completions
-    return short
-
-
 def page_rows(args, policy, rewards):
-    """The rows that the page shows, with the largest gain first. Each has its place in the data, the means of
-    its rewards and log-ratios, and the policy's completions with their log-ratios. rewards: see `measure`.
-    """
-    place = {name: i for i, name in enumerate(policy.ids.tolist())}
-    mean_log_ratio = by_prompt(policy, policy.log_ratio)
-    page = [for_page(row) for row in itertools.islice(rows.stream(args.data), PROMPTS)]
-    for row in page:
-        at = place[row["id"]]
-        row["place"] = at
-        row["means"] = {column: values[at] for column, values in rewards.items()}
-        row["means"]["log_ratio"] = mean_log_ratio[at]
-        known = policy.log_ratio[policy.row == at]
-        for completion in row["policy"]:
-            # if fewer are known, one was dropped, and it is not known which
-            if completion["reward"] is not None and len(known) == row["known"]["policy"]:
-                completion["log_ratio"] = known[completion["place"]]
+    """The first rows of the data as the page shows them, the largest gain first. rewards: see `measure`."""
+    index = {name: i for i, name in enumerate(policy.ids.tolist())}
+    means = rewards | {"log_ratio": by_prompt(policy, policy.log_ratio)}  # each (R,)
+    page = []
+    for row in itertools.islice(rows.stream(args.data), PROMPTS):
+        i = index[str(row["id"])]
+        page.append({
+            "id": str(row["id"]),
+            "prompt": row["prompt"],
+            "place": i,
+            "means": {name: values[i] for name, values in means.items()},
+            "reference": best_and_worst(row, "reference"),
+            "policy": best_and_worst(row, "policy", policy.log_ratio[policy.row == i])})
     return sorted(page, key=lambda row: np.nan_to_num(row["means"]["difference"]), reverse=True)
+
+
+def best_and_worst(row, model, log_ratios=()):
+    """The completions of a model that the page shows, the best first; of unknown reward only if there are not
+    enough others. log_ratios: of those that `dataset.load` found.
+    """
+    field, column = MODELS[model]
+    known, unknown = [], []
+    for completion, reward in zip(row[field], row[column]):
+        group = unknown if reward is None else known
+        group.append({
+            "text": completion["text"],
+            "reward": reward,
+            "log_ratio": None,
+            "tokens": len(completion.get("token_ids", [])),
+            "cut_off": completion.get("finish_reason") == "length"})
+    if len(log_ratios) == len(known):  # else one was dropped, and it is not known which
+        for completion, log_ratio in zip(known, log_ratios):
+            completion["log_ratio"] = log_ratio
+    known.sort(key=lambda completion: completion["reward"], reverse=True)
+    del known[COMPLETIONS // 2:-(COMPLETIONS // 2)]
+    return [*known, *unknown][:COMPLETIONS]
 
 
 def write_page(args, pictures, content):

@@ -102,7 +102,8 @@ def test_it_prints_the_prompts_with_the_largest_and_the_smallest_gain(tiny, rewa
     for i, gain in enumerate([0.125, 0.5, None, -0.25, 0]):
         table[i]["ref_rewards"] = [0.5] * 4
         table[i]["sample_rewards"] = [None if gain is None else 0.5 + gain] * 4
-    table[1]["sample_rewards"] = [None, 0.75, 1.25, 1]
+    table[1]["samples"] *= 2  # more than the page shows
+    table[1]["sample_rewards"] = [None, 0.75, 1.25, 1, None, None, 1, 1]
     evaluate(tiny, tmp_path, table)
     lines = capsys.readouterr().out.splitlines()
     start = lines.index(f"row {table[1]['id']}: mean reward 0.5 -> 1")
