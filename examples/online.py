@@ -146,18 +146,20 @@ def sample(step):
     reward are left out. row: which of this rank's prompts in the step.
     """
     numbers = prompts_of(step)
-    step_requests = [requests[n] | {"row": {"id": f"{step}/{n}", "place": i}} for i, n in enumerate(numbers)]
+    step_requests = [requests[n] | {"row": {"id": f"{step}/{n}", "number": n}} for n in numbers]
+    completions = {}  # number of the prompt: its samples; they end in any order
     with autocast:
-        found = {row["place"]: ids for row, ids in generate_refs.sample(model, step_requests, sampling, ends)}
-    texts = {i: [text_of(n, ids) for ids in found[i]] for i, n in enumerate(numbers)}
-    todo = []
+        for row, sampled in generate_refs.sample(model, step_requests, sampling, ends):
+            n = row["number"]
+            completions[n] = [{"text": text_of(n, ids), "token_ids": ids} for ids in sampled]
+    todo = [(requests[n]["row"], completions[n]) for n in numbers]
+    rewards = {row["id"]: values for row, values in reward_of(todo)}  # which come in any order, too
+    fresh = []
     for i, n in enumerate(numbers):
-        completions = [{"text": text, "token_ids": ids} for ids, text in zip(found[i], texts[i])]
-        todo.append((requests[n]["row"] | {"place": i}, completions))
-    rewards = {row["place"]: values for row, values in reward_of(todo)}
-    return [(i, ids, text, reward) for i in range(len(numbers))
-            for ids, text, reward in zip(found[i], texts[i], rewards[i])
-            if reward is not None and not isinstance(reward, score.Failed)]
+        for completion, reward in zip(completions[n], rewards[requests[n]["row"]["id"]]):
+            if reward is not None and not isinstance(reward, score.Failed):
+                fresh.append((i, completion["token_ids"], completion["text"], reward))
+    return fresh
 
 
 def as_arrays(fresh, numbers):

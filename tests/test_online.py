@@ -156,6 +156,16 @@ def test_rewards_see_the_texts_of_samples_as_those_of_the_references(tiny, rewar
     assert [script["text_of"](n, [256, 97, 98]) for n in (0, 1)] == [letter, "<bos>" + letter]
 
 
+def test_every_column_reaches_the_reward_as_it_is(tiny, rewarded, tmp_path):
+    table = [row | {"made_by": {}, "place": f"town {row['id']}"} for row in read_rows(rewarded)]
+    (tmp_path / "towns.py").write_text("def number(place, **columns): return [int(p[5:]) for p in place]")
+    call("examples/online.py", *flags(
+        tiny, rewarded, tmp_path / "run", f"--data={write_rows(tmp_path / 'data.jsonl', table)}",
+        f"--reward={tmp_path / 'towns.py'}:number", "--steps=1"))
+    samples = read_rows(tmp_path / "run" / "samples")
+    assert len(samples) == 12 and all(row["reward"] == row["id"] for row in samples)
+
+
 @pytest.mark.parametrize("concurrency", (0, 1))
 def test_an_async_reward_has_one_event_loop_in_all_steps(tiny, rewarded, tmp_path, concurrency):
     (tmp_path / "loops.py").write_text("""
