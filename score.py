@@ -151,12 +151,19 @@ def unrewarded(row, made_by, reward_of):
     for column, k, completion in completions_of(row):
         name = reward_of[column]
         before = row.get("made_by", {}).get(name)
-        if row.get(name) is not None and before not in (None, made_by):
+        if row.get(name) is None:
+            found.append((column, k, completion))
+            continue
+        if before is None:  # rewards that came with the data stay as they are, nulls included
+            continue
+        if before != made_by:
             rows.fail(f"{row['__at__']}: its {name} were made by another reward or version of it "
                       f"({before['reward']}); score the rows as they were before, delete their {name}, or "
                       "give --name for a second opinion")
-        # what came with the data stays as it is, nulls included: they are another scorer's
-        if row.get(name) is None or before and reward_in(row, name, k) is None:
+        if k is not None and len(row[name]) != len(row[column]):
+            rows.fail(f"{row['__at__']}: its {len(row[name])} {name} are not those of its "
+                      f"{len(row[column])} {column}; delete {name} from the row, and score it again")
+        if reward_in(row, name, k) is None:
             found.append((column, k, completion))
     return found
 

@@ -247,6 +247,16 @@ def test_a_name_of_a_reward_means_what_its_entry_says_or_is_an_error(monkeypatch
         one_line_of_error(capsys, [says], lambda: module.kind_of(wrong))
 
 
+@pytest.mark.parametrize("rewards", ([1.0, 1.0], [1.0, 1.0, None, 1.0]))
+def test_rewards_of_another_number_of_completions_are_refused(tmp_path, capsys, rewards):
+    """Somebody removed completions, or added some: it is not known which reward is whose."""
+    reward = f"{reward_file(tmp_path, LENGTH)}:length"
+    table = score(tmp_path, ROWS, reward)
+    table[1]["ref_rewards"] = rewards
+    refused(capsys, [":2: its", f"{len(rewards)} ref_rewards", "3 ref_completions"], "score.py",
+            *flags(tmp_path, table, reward, f"--out={tmp_path / 'again'}"))
+
+
 # ---- tests ----
 
 def test_tests_in_the_sandbox(tmp_path):
