@@ -260,7 +260,8 @@ class Judge:
                         raise RuntimeError(f"{error} (omit --concurrency, whose calls are made in threads, "
                                            "or switch off that time-out by a signal)") from error
                     reason, wait = describe(error, self.args.reward), asked_wait(error)
-                failures += wait is None or self.answers == answers
+                put_off = wait is not None and self.answers != answers
+                failures += not put_off
                 answers = self.answers
                 if failures <= self.args.retries:
                     backoff = 2 ** (failures - 1) * random.uniform(0.5, 1)  # not all at the same moment

@@ -151,18 +151,24 @@ class RewardModel:
 
     def __call__(self, todo):
         """Yield (row, rewards) of an iterable of (row, completions)."""
-        self.cut, group, sequences = 0, [], []
-        for row, completions in itertools.chain(todo, [(None, [])]):
-            waiting = sum(len(tokens or ()) for tokens in sequences)
-            if row is None or waiting >= GROUP * self.budget:
-                scores = iter(self.score_all(sequences))
-                for scored, n in group:
-                    yield scored, list(itertools.islice(scores, n))
-                group, sequences = [], []
-            group.append((row, len(completions)))
-            sequences += [self.tokens(row, completion) for completion in completions]
+        self.cut = 0
+        group, waiting = [], 0  # (row, its lists of tokens), and how many tokens these are together
+        for row, completions in todo:
+            sequences = [self.tokens(row, completion) for completion in completions]
+            group.append((row, sequences))
+            waiting += sum(len(tokens or ()) for tokens in sequences)
+            if waiting >= GROUP * self.budget:
+                yield from self.score_group(group)
+                group, waiting = [], 0
+        yield from self.score_group(group)
         if self.cut:
             print(f"the ends of {self.cut} completions were not seen, beyond {self.limit} tokens")
+
+    def score_group(self, group):
+        """Yield (row, rewards) of a list of (row, its lists of tokens)."""
+        scores = iter(self.score_all([tokens for _, sequences in group for tokens in sequences]))
+        for row, sequences in group:
+            yield row, list(itertools.islice(scores, len(sequences)))
 
 
 def float32_head(model):
