@@ -387,7 +387,7 @@ def build(folder, path, tokenizer, model, choices):
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
         digest.update(values)
-    about = summary(SimpleNamespace(**arrays))
+    about = summary(SimpleNamespace(**arrays), np.concatenate(ref_rewards))
     if sampling and choices.needs_refs:
         about += (f"; WARNING: reference completions were sampled at {', '.join(sorted(set(sampling)))}, so "
                   "quantiles are not those among the model's own completions: sample them at 1 and 1")
@@ -464,19 +464,21 @@ def result_of(future, pool):
         rows.fail(error.code)
 
 
-def summary(data):
-    """One line about a dataset: its size, and what QRPO should know of its rewards."""
-    refs, tied = data.ref_rewards, data.tied
+def summary(data, ref_rewards):
+    """One line about a dataset: its size, and what QRPO should know of its rewards. ref_rewards: those of all
+    rows, (k,), without padding.
+    """
+    tied = data.tied
     prompts = len(np.unique(data.row))
     text = f"{len(tied):,} completions of {prompts:,} prompts, {data.lens.sum():,} tokens with prompts"
     if data.truncated.any():
         text += f"; {data.truncated.mean():.1%} of the completions ran out of tokens"
-    if refs.shape[1]:
-        text += (f"; mean reward {np.nanmean(data.rewards):.4g}, of references {np.nanmean(refs):.4g}; "
-                 f"{(tied > 0).mean():.1%} of the completions tie with a reference, {(tied == 1).mean():.1%} "
-                 "with all")
-        if np.isnan(refs).any():
-            text += f"; {np.isnan(refs).mean():.1%} of the reference rewards are unknown"
+    if len(ref_rewards):
+        text += f"; mean reward {np.nanmean(data.rewards):.4g}, of references {np.nanmean(ref_rewards):.4g}"
+        text += f"; {(tied > 0).mean():.1%} of the completions tie with a reference"
+        text += f", {(tied == 1).mean():.1%} with all"
+        if np.isnan(ref_rewards).any():
+            text += f"; {np.isnan(ref_rewards).mean():.1%} of the reference rewards are unknown"
     return text
 
 
