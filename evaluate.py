@@ -91,10 +91,12 @@ def load_run(args):
 
 def read(path):
     """What the rows say of themselves, as a namespace: made_by {model: the settings it was sampled with};
-    biased {model: how it was sampled, if not from its own distribution}; count {model: its completions};
-    opinions {NAME: {model: means of the prompts}}, of the rewards of `score.py --name=NAME`.
+    biased {model: how it was sampled, if not from its own distribution}; count, unknown {model: how many
+    completions it has, and how many without a known reward}; opinions {NAME: {model: means of the prompts}},
+    of the rewards of `score.py --name=NAME`.
     """
-    found = SimpleNamespace(made_by={}, biased={}, count={"reference": 0, "policy": 0}, opinions={})
+    found = SimpleNamespace(made_by={}, biased={}, opinions={})
+    found.count, found.unknown = collections.Counter(), collections.Counter()
     for row in rows.stream(path, require=FIELDS):
         if not found.made_by:  # the first row
             columns = [column for column in row if column.startswith("sample_rewards_")]
@@ -106,6 +108,7 @@ def read(path):
             if how:
                 found.biased[model] = how
             found.count[model] += len(row[field])
+            found.unknown[model] += row[column].count(None)
             for name, means in found.opinions.items():
                 means[model].append(mean_reward(row, field, f"{column}_{name}"))
     return found
@@ -285,10 +288,14 @@ def oddities(args, held_out, data):
         if name in reference and name in policy and reference[name] != policy[name]:
             found.append(f"sampled with another {name}: reference {reference[name]}, policy {policy[name]}")
     for model, completions in data.items():
-        unknown = held_out.count[model] - len(completions.rewards)
+        unknown = held_out.unknown[model]
+        dropped = held_out.count[model] - unknown - len(completions.rewards)  # by dataset.Reader
         cut = completions.truncated.mean()
         if unknown:
             found.append(f"{unknown} of the {model}'s rewards are unknown and left out")
+        if dropped:
+            found.append(f"{dropped} of the {model}'s completions have an end token before their end and are "
+                         "left out")
         if cut > 0.05:
             found.append(f"{cut:.0%} of the {model}'s completions ran out of tokens")
     tied = (data["reference"].tied == 1).mean()

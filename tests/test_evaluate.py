@@ -118,9 +118,12 @@ def test_a_dropped_completion_gives_its_log_ratio_to_no_other(tiny, rewarded, tm
     table = as_policy(read_rows(rewarded)[:2])
     end = json.loads((tiny / "config.json").read_text())["eos_token_id"]
     table[0]["samples"][0]["token_ids"].insert(3, end)  # its text leaves out special tokens
-    evaluate(tiny, tmp_path, table)
+    table[1]["sample_rewards"][0] = None
+    odd = evaluate(tiny, tmp_path, table)["odd"]
     page = (tmp_path / "report.html").read_text()
-    assert page.count(", log-ratio 0") == len(table[1]["samples"])
+    assert page.count(", log-ratio 0") == len(table[1]["samples"]) - 1
+    assert "1 of the policy's rewards are unknown and left out" in odd
+    assert "1 of the policy's completions have an end token before their end and are left out" in odd
 
 
 def test_a_model_in_a_folder_named_checkpoints_is_a_checkpoint_only_by_its_own_name(tiny, tmp_path):
