@@ -119,7 +119,8 @@ rows.refuse(args.prompts > len(requests), f"--prompts={args.prompts}, but {args.
 width = max(map(len, ref_rewards))
 ref_rewards = np.array([r + [math.nan] * (width - len(r)) for r in ref_rewards], np.float32)  # (rows, width)
 prompts = [request["prompt"] for request in requests]
-config["data_fingerprint"] = rows.fingerprint([prompts, ref_rewards.tolist()])
+config |= {"data_fingerprint": rows.fingerprint([prompts, ref_rewards.tolist()]),
+           "reward_fingerprint": made_by["fingerprint"]}  # which the rows may not name
 
 
 def prompts_of(step):
