@@ -165,14 +165,18 @@ def sample(step):
 
 def as_arrays(fresh, numbers):
     """The samples of a step as the arrays that dataset.get_batch takes from."""
-    starts = [requests[numbers[i]]["prompt"] for i, *_ in fresh]
-    sequences = [start + ids for start, (_, ids, _, _) in zip(starts, fresh)]
-    lens = np.array([len(sequence) for sequence in sequences], int)
+    row, completions, _, rewards = zip(*fresh)
+    its_prompts = [prompts[numbers[i]] for i in row]
+    sequences = [prompt + ids for prompt, ids in zip(its_prompts, completions)]
+    lens = np.array([len(sequence) for sequence in sequences])
     return SimpleNamespace(
-        tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
-        starts=np.cumsum(lens) - lens, lens=lens, prompt_lens=np.array([len(start) for start in starts], int),
-        rewards=np.array([reward for *_, reward in fresh], np.float32),
-        row=np.array([i for i, *_ in fresh], int), ref_rewards=ref_rewards[numbers])
+        tokens=np.concatenate(sequences, dtype=np.int32),
+        starts=np.cumsum(lens) - lens,
+        lens=lens,
+        prompt_lens=np.array([len(prompt) for prompt in its_prompts]),
+        rewards=np.array(rewards, np.float32),
+        row=np.array(row),
+        ref_rewards=ref_rewards[numbers])
 
 
 # -----------------------------------------------------------------------------
