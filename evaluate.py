@@ -394,9 +394,7 @@ def best_and_worst(row, model, log_ratios=()):
 
 
 def write_page(args, pictures, content):
-    """OUT/report.html. Completions are untrusted: jinja2 escapes all text, and the Content-Security-Policy
-    lets no script run but the page's own.
-    """
+    """OUT/report.html, by the template evaluate.html, which says how it treats completions as untrusted."""
     images = {path.name: base64.b64encode(path.read_bytes()).decode() for path in pictures}
     template = Path(__file__).with_name("evaluate.html").read_text()
     environment = jinja2.Environment(
@@ -470,7 +468,8 @@ def draw_optimum(args, results, data):
     best, _ = results["objective"]["optimum"]
     start, _ = results["objective"]["reference"]
     figure, (quantiles, objective) = panels(2)
-    reached = density(policy.lo, policy.hi)
+    known = ~np.isnan(policy.R)  # without a known reference reward there is no quantile
+    reached = density(policy.lo[known], policy.hi[known])
     optimum = density(reference.lo, reference.hi, reference.weight)
     quantiles.stairs(reached, EDGES, fill=True, alpha=0.5, label="policy")
     quantiles.stairs(optimum, EDGES, color="C3", label="optimum, with these rewards' ties")
@@ -564,9 +563,7 @@ def main():
         "transform": args.transform,
         "prompts": content["total"],
         "odd": content["odd"],
-    }
-
-    results |= table
+    } | table
     write(args, results, data["policy"])
     pictures = [draw_results(args, values["mean reward"])]
     if args.beta is not None:

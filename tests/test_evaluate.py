@@ -288,6 +288,20 @@ def test_error_bars_stay_within_the_rewards(tmp_path, monkeypatch):
     assert len(ends) == 2 and np.min(ends) == pytest.approx(0) and np.max(ends) == pytest.approx(1)
 
 
+def test_the_density_of_quantiles_leaves_out_completions_without_one(tmp_path, monkeypatch):
+    import evaluate
+    figures = []
+    monkeypatch.setattr(evaluate, "save", lambda figure, path: figures.append(figure))
+    results = {"beta": 0.1, "transform": "identity", "objective": {"reference": [0, 0], "optimum": [1, 0]}}
+    (tmp_path / "results.json").write_text(json.dumps(results | {"beta": None}))
+    reference = SimpleNamespace(lo=np.array([0]), hi=np.array([1]), weight=np.ones(1))
+    policy = SimpleNamespace(lo=np.array([0.5, 0]), hi=np.array([1, 1]), R=np.array([0.75, math.nan]))
+    data = {"reference": reference, "policy": policy}
+    evaluate.draw_optimum(SimpleNamespace(out=tmp_path, beta=0.1), results, data)
+    stairs, _ = figures[0].axes[0].patches
+    np.testing.assert_allclose(stairs.get_data().values, [0] * 10 + [2] * 10, atol=1e-9)
+
+
 def test_the_picture_of_the_objective_has_only_checkpoints_of_this_beta_and_transform(tmp_path, monkeypatch):
     import evaluate
     figures = []
@@ -304,7 +318,7 @@ def test_the_picture_of_the_objective_has_only_checkpoints_of_this_beta_and_tran
     objective = {"policy": [0.9, 0.1], "reference": [0, 0], "optimum": [1, 0]}
     results = settings | {"step": 9, "objective": objective}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    half = SimpleNamespace(lo=np.array([0, 0.5]), hi=np.array([0.5, 1]), weight=np.ones(2))
+    half = SimpleNamespace(lo=np.array([0, 0.5]), hi=np.array([0.5, 1]), weight=np.ones(2), R=np.ones(2))
     data = {"reference": half, "policy": half}
     evaluate.draw_optimum(SimpleNamespace(out=tmp_path, beta=0.1), results, data)
     line = figures[0].axes[1].lines[0]
