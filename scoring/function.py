@@ -221,10 +221,11 @@ def asked_wait(error):
     for cause in causes(error):
         headers = getattr(getattr(cause, "response", cause), "headers", None)
         text = headers.get("Retry-After", "") if headers else ""
+        if text.isdecimal():
+            return min(int(text), 120)
         date = email.utils.parsedate_tz(text)
-        if text.isdecimal() or date:
-            # a date has whole seconds only
-            seconds = int(text) if text.isdecimal() else email.utils.mktime_tz(date) + 1 - time.time()
+        if date:
+            seconds = email.utils.mktime_tz(date) + 1 - time.time()  # a date has whole seconds only
             return min(max(seconds, 0), 120)
     return None
 

@@ -63,12 +63,12 @@ class RewardModel:
         try:
             alone = [self.scores([sequence])[0] for sequence in sequences]
             together = self.scores(sequences)
-            error = max(abs(one - other) for one, other in zip(alone, together))
+            difference = max(abs(one - other) for one, other in zip(alone, together))
         except Exception as error:  # whatever the code of a family raises
             rows.fail(f"{self.path}: a {self.config.model_type} model cannot score a text ({error}); "
                       "give another reward model")
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.3
-        if not error <= tolerance * max(map(abs, alone)):
+        if not difference <= tolerance * max(map(abs, alone)):
             rows.fail(f"{self.path}: a {self.config.model_type} model reads the padding of a batch; give "
                       "another reward model")
 
