@@ -19,8 +19,12 @@ GROUP = 64  # batches whose completions are sorted by length together; a kill lo
 
 def model_settings(args):
     path = args.reward.removeprefix("model:")
-    return {"reward": args.reward, "files": model_fingerprint(path), "max_length": args.max_length,
-            "dtype": args.dtype, "model_class": args.model_class}
+    settings = {"reward": args.reward, "files": model_fingerprint(path), "max_length": args.max_length,
+                "dtype": args.dtype, "model_class": args.model_class}
+    if args.model_class:
+        _, code = load_function(args.model_class)
+        settings["code"] = rows.fingerprint(code)
+    return settings
 
 
 class RewardModel:

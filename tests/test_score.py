@@ -461,6 +461,14 @@ def test_a_model_with_code_of_its_own_gives_its_score(reward_model, tmp_path):
     assert plain[0]["ref_rewards"] != rows[0]["ref_rewards"]
 
 
+def test_rewards_of_another_version_of_a_model_class_are_refused(reward_model, tmp_path, capsys):
+    file = reward_file(tmp_path, "from transformers import LlamaForSequenceClassification as Scorer\n")
+    more = f"model:{reward_model}", f"--model_class={file}:Scorer"
+    score(tmp_path, ROWS[:1], *more)
+    file.write_text(file.read_text() + "Scorer.scale = 2\n")
+    refused(capsys, ["its rows were made with another code"], "score.py", *flags(tmp_path, ROWS[:1], *more))
+
+
 # ---- rewards that are there already ----
 
 def test_samples_are_rewarded_beside_references_whose_rewards_stay(tmp_path):
