@@ -145,8 +145,7 @@ class Reader:
     def sampled(self, row, field, rewards_field):
         """The completions that generate_refs.py sampled, with their rewards."""
         at, completions, rewards = row["__at__"], row.get(field), row.get(rewards_field)
-        both_lists = isinstance(completions, list) and isinstance(rewards, list)
-        if not both_lists or len(completions) != len(rewards):
+        if completions is None or rewards is None or len(completions) != len(rewards):
             made = "" if field == "other_completions" else f"generate_refs.py --field={field} and "
             rows.fail(f"{at}: needs {field} and as many {rewards_field}; run {made}score.py")
         made_by = row.get("made_by", {}).get(field, {})
@@ -213,8 +212,6 @@ class Reader:
     def ref_rewards(self, row):
         """The reference rewards that quantiles are taken among, float32, NaN where unknown."""
         listed = row.get("ref_rewards") or []
-        if not isinstance(listed, list):
-            rows.fail(f"{row['__at__']}: ref_rewards must be a list of numbers; run score.py")
         wanted = max(self.choices.num_ref_rewards, int(self.choices.needs_refs))
         if len(listed) < wanted:
             rows.fail(f"{row['__at__']}: has {len(listed)} ref_rewards and {wanted} are needed; sample and "
@@ -226,8 +223,6 @@ class Reader:
     def why_not(self, row, group, known_refs):
         """Why a group of completions cannot be trained on, or None."""
         rewards = [c.reward for c in group]
-        length = len(row["prompt_ids"]) + max(len(c.ids) for c in group)
-        limit = min(self.context, self.choices.max_length or self.context)
         unknown = any(math.isnan(reward) for reward in rewards)
         if unknown and (self.choices.needs_reward or REGIMES[self.choices.train_on].sampled):
             return "of unknown reward"
@@ -239,12 +234,14 @@ class Reader:
             return "of equal reward in their pair"
         if self.choices.min_reward is not None and not min(rewards) >= self.choices.min_reward:
             return f"of reward below {self.choices.min_reward}"
-        if length > limit and not self.choices.max_length:
+        length = len(row["prompt_ids"]) + max(len(c.ids) for c in group)
+        limit = min(self.context, self.choices.max_length or self.context)
+        if length <= limit:
+            return None
+        if not self.choices.max_length:
             rows.fail(f"{row['__at__']}: prompt and completion have {length} tokens and the model's context "
                       f"holds {limit}; drop the row, or give --max_length={limit} to drop all such")
-        if length > limit:
-            return "too long"
-        return None
+        return "too long"
 
     def read(self, chunk):
         """(position of the first line, [(at, line)]) -> the arrays of these rows, as in `build`, and what
@@ -274,7 +271,7 @@ class Reader:
                 else:
                     kept.append(group)
             if kept:
-                found = columns(row["prompt_ids"], kept, known)
+                found = arrays_of(row["prompt_ids"], kept, known)
                 found["row"] = np.full(len(found["lens"]), position)
                 for name, values in found.items():
                     table[name].append(values)
@@ -291,10 +288,12 @@ def other_distribution(row, field):
     how = f"temperature {temperature} and top_p {top_p}"
     if temperature != 1 or top_p != 1:
         return how
-    return None if made_by.get("own_distribution", True) else f"{how}, by another rule (token_probs)"
+    if not made_by.get("own_distribution", True):
+        return f"{how}, by another rule (token_probs)"
+    return None
 
 
-def columns(prompt, groups, known_refs):
+def arrays_of(prompt, groups, known_refs):
     """The arrays of `build` for the groups of one row, except `row`. prompt: its token ids; known_refs:
     its known reference rewards.
     """
@@ -364,30 +363,46 @@ def build(folder, path, tokenizer, model, choices):
     """
     reader = Reader(tokenizer, model, choices)
     digest = hashlib.sha256()
-    read = collections.defaultdict(list)  # of every chunk, but tokens, which may be more than memory holds
+    parts = collections.defaultdict(list)  # name: what the chunks have of it
     dropped = collections.Counter()
     with open(folder / "tokens.bin", "wb") as tokens_file:
         for table in rows.progress(in_processes(reader, chunks(path)), desc="read", unit="chunk", delay=5):
-            tokens = table.pop("tokens")
+            tokens = table.pop("tokens")  # of all chunks they may be more than memory holds
             tokens_file.write(tokens)
             digest.update(tokens)
             dropped.update(table.pop("dropped"))
             for name, values in table.items():
-                read[name].append(values)
+                parts[name].append(values)
     for reason, count in dropped.items():
         print(f"{path}: {count} completions dropped, {reason}", flush=True)
-    arrays = {name: np.concatenate(read[name]) for name in KINDS if name != "tokens"}
+    arrays = {name: np.concatenate(parts[name]) for name in KINDS if name != "tokens"}
     if len(arrays["lens"]) == 0:
         rows.fail(f"{path}: nothing is left of its completions")
-    ids, ref_rewards = (list(itertools.chain(*read[name])) for name in ("ids", "ref_rewards"))
+    ids, ref_rewards, sampling, sampled_by = (
+        list(itertools.chain(*parts[name])) for name in ("ids", "ref_rewards", "sampling", "sampled_by"))
     if len(set(map(str, ids))) < len(ids):
-        collections.deque(rows.stream(path), maxlen=0)  # which refuses the second of two equal ids
+        for _ in rows.stream(path):  # it refuses the second of two equal ids
+            pass
+    arrays = in_order(rows.order(path, ids), arrays, ids, ref_rewards)
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+        digest.update(values)
+    about = summary(SimpleNamespace(**arrays), np.concatenate(ref_rewards))
+    if sampling and choices.needs_refs:
+        about += (f"; WARNING: reference completions were sampled at {', '.join(sorted(set(sampling)))}, so "
+                  "quantiles are not those among the model's own completions: sample them at 1 and 1")
+    rows.write_json(folder / "about.json", {
+        "fingerprint": digest.hexdigest()[:16],
+        "summary": about,
+        "sampled_by": sorted(set(sampled_by))})
 
-    # rows, and with them completions, as if one process had written the folder
-    order = rows.order(path, ids)
-    place = np.argsort(order)
+
+def in_order(order, arrays, ids, ref_rewards):
+    """The arrays of `build` with the rows, and so their completions, in an order (see `rows.order`), in which
+    one process would have written them. Tokens stay where they are.
+    """
     arrays["starts"] = np.cumsum(arrays["lens"]) - arrays["lens"]
-    arrays["row"] = place[arrays["row"]]
+    arrays["row"] = np.argsort(order)[arrays["row"]]
     by_row = np.argsort(arrays["row"], kind="stable")
     arrays = {name: values[by_row] for name, values in arrays.items()}
     arrays["ids"] = np.array([str(ids[i]) for i in order])
@@ -395,17 +410,7 @@ def build(folder, path, tokenizer, model, choices):
     arrays["ref_rewards"] = np.full((len(ids), most), np.nan, np.float32)
     for r, i in enumerate(order):
         arrays["ref_rewards"][r, :len(ref_rewards[i])] = ref_rewards[i]
-    for name, values in arrays.items():
-        np.save(folder / f"{name}.npy", values)
-        digest.update(values)
-    about = summary(SimpleNamespace(**arrays))
-    sampling = set(itertools.chain(*read["sampling"]))
-    if sampling and choices.needs_refs:
-        about += (f"; WARNING: reference completions were sampled at {', '.join(sorted(sampling))}, so "
-                  "quantiles are not those among the model's own completions: sample them at 1 and 1")
-    rows.write_json(folder / "about.json", {
-        "fingerprint": digest.hexdigest()[:16], "summary": about,
-        "sampled_by": sorted(set(itertools.chain(*read["sampled_by"])))})
+    return arrays
 
 
 CHUNK_BYTES = 1 << 22  # of rows that a process takes at a time: a few rows of many long completions
@@ -459,19 +464,21 @@ def result_of(future, pool):
         rows.fail(error.code)
 
 
-def summary(data):
-    """One line about a dataset: its size, and what QRPO should know of its rewards."""
-    refs, tied = data.ref_rewards, data.tied
+def summary(data, ref_rewards):
+    """One line about a dataset: its size, and what QRPO should know of its rewards. ref_rewards: those of all
+    rows, (k,), without padding.
+    """
+    tied = data.tied
     prompts = len(np.unique(data.row))
     text = f"{len(tied):,} completions of {prompts:,} prompts, {data.lens.sum():,} tokens with prompts"
     if data.truncated.any():
         text += f"; {data.truncated.mean():.1%} of the completions ran out of tokens"
-    if refs.shape[1]:
-        text += (f"; mean reward {np.nanmean(data.rewards):.4g}, of references {np.nanmean(refs):.4g}; "
-                 f"{(tied > 0).mean():.1%} of the completions tie with a reference, {(tied == 1).mean():.1%} "
-                 "with all")
-        if np.isnan(refs).any():
-            text += f"; {np.isnan(refs).mean():.1%} of the reference rewards are unknown"
+    if len(ref_rewards):
+        text += f"; mean reward {np.nanmean(data.rewards):.4g}, of references {np.nanmean(ref_rewards):.4g}"
+        text += f"; {(tied > 0).mean():.1%} of the completions tie with a reference"
+        text += f", {(tied == 1).mean():.1%} with all"
+        if np.isnan(ref_rewards).any():
+            text += f"; {np.isnan(ref_rewards).mean():.1%} of the reference rewards are unknown"
     return text
 
 
@@ -493,7 +500,7 @@ def load(path, cache, model_path, tokenizer, model, choices):
                     build(new, path, tokenizer, model, choices)
     barrier()
     about = rows.load_json(folder / "about.json")
-    data = arrays(folder)
+    data = open_arrays(folder)
     data.fingerprint, data.sampled_by = about["fingerprint"], about["sampled_by"]
     data.summary = f"{path}: {about['summary']}"
     return data
@@ -516,7 +523,7 @@ def check_references(data, args, reference_files):
         rows.say_once(ANOTHER_MODEL.format(args.ref_model or args.model))
 
 
-def arrays(folder):
+def open_arrays(folder):
     """The arrays that `build` wrote to `folder`, as attributes, mapped."""
     data = SimpleNamespace(tokens=np.memmap(folder / "tokens.bin", np.int32, mode="r"))
     for file in folder.glob("*.npy"):

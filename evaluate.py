@@ -18,6 +18,7 @@ import collections
 import itertools
 import json
 import math
+import re
 import secrets
 import tempfile
 import time
@@ -67,14 +68,16 @@ def load_run(args):
     """run.json of the run that made --model, which is a run's folder or a checkpoint in one; an empty config
     if it is neither. Fills in --beta and --transform.
     """
-    model = Path(args.model)
+    folder = Path(args.model)
+    checkpoint = re.search(r"checkpoints/step_(\d+)$", str(folder))
+    if checkpoint:
+        folder = folder.parent.parent
     run = {"config": {}}
-    for path in (model.parent.parent / "run.json", model / "run.json"):
-        if path.exists():
-            run = rows.load_json(path)
+    if (folder / "run.json").exists():
+        run = rows.load_json(folder / "run.json")
     config = run["config"]
-    if model.parent.name == "checkpoints":
-        config["steps"] = int(model.name.removeprefix("step_"))
+    if checkpoint:
+        config["steps"] = int(checkpoint[1])
     # where every completion has a beta of its own, there is no one objective
     if config.get("has_targets") and not config.get("length_normalize"):
         args.beta = args.beta or config["beta"]
@@ -88,10 +91,12 @@ def load_run(args):
 
 def read(path):
     """What the rows say of themselves, as a namespace: made_by {model: the settings it was sampled with};
-    biased {model: how it was sampled, if not from its own distribution}; count {model: its completions};
-    opinions {NAME: {model: means of the prompts}}, of the rewards of `score.py --name=NAME`.
+    biased {model: how it was sampled, if not from its own distribution}; count, unknown {model: how many
+    completions it has, and how many without a known reward}; opinions {NAME: {model: means of the prompts}},
+    of the rewards of `score.py --name=NAME`.
     """
-    found = SimpleNamespace(made_by={}, biased={}, count={"reference": 0, "policy": 0}, opinions={})
+    found = SimpleNamespace(made_by={}, biased={}, opinions={})
+    found.count, found.unknown = collections.Counter(), collections.Counter()
     for row in rows.stream(path, require=FIELDS):
         if not found.made_by:  # the first row
             columns = [column for column in row if column.startswith("sample_rewards_")]
@@ -103,6 +108,7 @@ def read(path):
             if how:
                 found.biased[model] = how
             found.count[model] += len(row[field])
+            found.unknown[model] += row[column].count(None)
             for name, means in found.opinions.items():
                 means[model].append(mean_reward(row, field, f"{column}_{name}"))
     return found
@@ -124,19 +130,18 @@ def load_completions(args, device):
     tokenizer = load_tokenizer(args.model, args.trust_remote_code, args.template_args)
     check_same_ids(tokenizer, load_tokenizer(args.ref_model, args.trust_remote_code))
     dtype = get_dtype(args.dtype, device)
+    model = load_model(args.model, dtype, device, args.trust_remote_code)
     data = {}
-    logps = []
     with tempfile.TemporaryDirectory() as cache:
-        for path in (args.model, args.ref_model):
-            model = load_model(path, dtype, device, args.trust_remote_code)
-            for name, train_on in (("reference", "refs"), ("policy", "samples")):
-                if name not in data:
-                    choices = dataset.Choices(train_on, needs_reward=True)
-                    data[name] = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
-            values = dataset.all_logps(Policy(model), data["policy"], FORWARD_TOKENS, device)
-            logps.append(values.astype(float))
-            del model
-    data["policy"].log_ratio = logps[0] - logps[1]
+        for name, train_on in (("reference", "refs"), ("policy", "samples")):
+            choices = dataset.Choices(train_on, needs_reward=True)
+            data[name] = dataset.load(args.data, cache, args.model, tokenizer, model, choices)
+    policy = data["policy"]
+    logps = dataset.all_logps(Policy(model), policy, FORWARD_TOKENS, device)
+    del model  # one at a time in memory
+    ref_model = load_model(args.ref_model, dtype, device, args.trust_remote_code)
+    ref_logps = dataset.all_logps(Policy(ref_model), policy, FORWARD_TOKENS, device)
+    policy.log_ratio = logps.astype(float) - ref_logps
     for completions in data.values():
         completions.length = completions.lens - completions.prompt_lens
         completions.full = completions.rewards >= 1
@@ -283,10 +288,14 @@ def oddities(args, held_out, data):
         if name in reference and name in policy and reference[name] != policy[name]:
             found.append(f"sampled with another {name}: reference {reference[name]}, policy {policy[name]}")
     for model, completions in data.items():
-        unknown = held_out.count[model] - len(completions.rewards)
+        unknown = held_out.unknown[model]
+        dropped = held_out.count[model] - unknown - len(completions.rewards)  # by dataset.Reader
         cut = completions.truncated.mean()
         if unknown:
             found.append(f"{unknown} of the {model}'s rewards are unknown and left out")
+        if dropped:
+            found.append(f"{dropped} of the {model}'s completions have an end token before their end and are "
+                         "left out")
         if cut > 0.05:
             found.append(f"{cut:.0%} of the {model}'s completions ran out of tokens")
     tied = (data["reference"].tied == 1).mean()
@@ -305,17 +314,22 @@ def show(content):
         numbers = map(str.rjust, numbers, widths[1:])
         print(name.ljust(widths[0]), *numbers, sep="  ")
     print("\nThe largest and the smallest gain, with the best and the worst completion of each model:")
-    for row in (content["prompts"][0], content["prompts"][-1]):
-        means = row["means"]
-        print(f"\nrow {row['id']}: mean reward {means['reference']:.4g} -> {means['policy']:.4g}")
-        print("prompt    ", shortened(text_of(row["prompt"])))
-        for model in MODELS:
-            known = [c for c in row[model] if c["reward"] is not None]
-            shown = known if len(known) < 2 else [known[0], known[-1]]
-            for completion in shown:
-                print(f"{model:10} reward {completion['reward']}: {shortened(completion['text'])}")
+    show_prompt(content["prompts"][0])
+    show_prompt(content["prompts"][-1])
     if content["verdict"]:
         print(f"\n{content['verdict']}")
+
+
+def show_prompt(row):
+    """Print a row of `page_rows`, with the best and the worst completion of known reward of each model."""
+    means = row["means"]
+    print(f"\nrow {row['id']}: mean reward {means['reference']:.4g} -> {means['policy']:.4g}")
+    print("prompt    ", shortened(text_of(row["prompt"])))
+    for model in MODELS:
+        known = [completion for completion in row[model] if completion["reward"] is not None]
+        del known[1:-1]
+        for completion in known:
+            print(f"{model:10} reward {completion['reward']}: {shortened(completion['text'])}")
 
 
 def shortened(text):
@@ -340,51 +354,47 @@ def write(args, results, samples):
     rows.write_json(args.out / "results.json", without_nan)
 
 
-def for_page(row):
-    """What the page shows of a row: of each model the best completions and the worst, best first."""
-    short = {"id": str(row["id"]), "prompt": row["prompt"], "known": {}}
-    for model, (field, column) in MODELS.items():
-        completions = []
-        known = 0
-        for completion, reward in zip(row[field], row[column]):
-            completions.append({
-                "text": completion["text"],
-                "reward": reward,
-                "place": known,  # among those of known reward
-                "tokens": len(completion.get("token_ids", [])),
-                "cut_off": completion.get("finish_reason") == "length"})
-            known += reward is not None
-        short["known"][model] = known
-        completions.sort(key=lambda c: -math.inf if c["reward"] is None else c["reward"], reverse=True)
-        del completions[COMPLETIONS // 2:-(COMPLETIONS // 2)]
-        short[model] = completions
-    return short
-
-
 def page_rows(args, policy, rewards):
-    """The rows that the page shows, with the largest gain first. Each has its place in the data, the means of
-    its rewards and log-ratios, and the policy's completions with their log-ratios. rewards: see `measure`.
-    """
-    place = {name: i for i, name in enumerate(policy.ids.tolist())}
-    mean_log_ratio = by_prompt(policy, policy.log_ratio)
-    page = [for_page(row) for row in itertools.islice(rows.stream(args.data), PROMPTS)]
-    for row in page:
-        at = place[row["id"]]
-        row["place"] = at
-        row["means"] = {column: values[at] for column, values in rewards.items()}
-        row["means"]["log_ratio"] = mean_log_ratio[at]
-        known = policy.log_ratio[policy.row == at]
-        for completion in row["policy"]:
-            # if fewer are known, one was dropped, and it is not known which
-            if completion["reward"] is not None and len(known) == row["known"]["policy"]:
-                completion["log_ratio"] = known[completion["place"]]
+    """The first rows of the data as the page shows them, the largest gain first. rewards: see `measure`."""
+    index = {name: i for i, name in enumerate(policy.ids.tolist())}
+    means = rewards | {"log_ratio": by_prompt(policy, policy.log_ratio)}  # each (R,)
+    page = []
+    for row in itertools.islice(rows.stream(args.data), PROMPTS):
+        i = index[str(row["id"])]
+        page.append({
+            "id": str(row["id"]),
+            "prompt": row["prompt"],
+            "place": i,
+            "means": {name: values[i] for name, values in means.items()},
+            "reference": best_and_worst(row, "reference"),
+            "policy": best_and_worst(row, "policy", policy.log_ratio[policy.row == i])})
     return sorted(page, key=lambda row: np.nan_to_num(row["means"]["difference"]), reverse=True)
 
 
-def write_page(args, pictures, content):
-    """OUT/report.html. Completions are untrusted: jinja2 escapes all text, and the Content-Security-Policy
-    lets no script run but the page's own.
+def best_and_worst(row, model, log_ratios=()):
+    """The completions of a model that the page shows, the best first; of unknown reward only if there are not
+    enough others. log_ratios: of those that `dataset.load` found.
     """
+    field, column = MODELS[model]
+    known, unknown = [], []
+    for completion, reward in zip(row[field], row[column]):
+        group = unknown if reward is None else known
+        group.append({
+            "text": completion["text"],
+            "reward": reward,
+            "log_ratio": None,
+            "tokens": len(completion.get("token_ids", [])),
+            "cut_off": completion.get("finish_reason") == "length"})
+    if len(log_ratios) == len(known):  # else one was dropped, and it is not known which
+        for completion, log_ratio in zip(known, log_ratios):
+            completion["log_ratio"] = log_ratio
+    known.sort(key=lambda completion: completion["reward"], reverse=True)
+    del known[COMPLETIONS // 2:-(COMPLETIONS // 2)]
+    return [*known, *unknown][:COMPLETIONS]
+
+
+def write_page(args, pictures, content):
+    """OUT/report.html, by the template evaluate.html, which says how it treats completions as untrusted."""
     images = {path.name: base64.b64encode(path.read_bytes()).decode() for path in pictures}
     template = Path(__file__).with_name("evaluate.html").read_text()
     environment = jinja2.Environment(
@@ -458,7 +468,8 @@ def draw_optimum(args, results, data):
     best, _ = results["objective"]["optimum"]
     start, _ = results["objective"]["reference"]
     figure, (quantiles, objective) = panels(2)
-    reached = density(policy.lo, policy.hi)
+    known = ~np.isnan(policy.R)  # without a known reference reward there is no quantile
+    reached = density(policy.lo[known], policy.hi[known])
     optimum = density(reference.lo, reference.hi, reference.weight)
     quantiles.stairs(reached, EDGES, fill=True, alpha=0.5, label="policy")
     quantiles.stairs(optimum, EDGES, color="C3", label="optimum, with these rewards' ties")
@@ -473,7 +484,8 @@ def draw_optimum(args, results, data):
     checkpoints = sorted(args.out.glob("checkpoints/*/results.json"))
     for path in [*checkpoints, args.out / "results.json"]:
         point = rows.load_json(path)
-        if "objective" in point:
+        # with another beta or transform it is another objective
+        if (point["beta"], point["transform"]) == (results["beta"], results["transform"]):
             mean, se = point["objective"]["policy"]
             points.append((point["step"] or 0, mean, se or 0))
     objective.errorbar(*zip(*points), fmt="o-", capsize=3, label="policy, ± standard error")
@@ -521,6 +533,8 @@ def draw_curves(out):
 
 def main():
     args = arguments()
+    with rows.writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     run = load_run(args)
     held_out = read(args.data)
     if "policy" in held_out.biased:
@@ -549,10 +563,7 @@ def main():
         "transform": args.transform,
         "prompts": content["total"],
         "odd": content["odd"],
-    }
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    results |= table
+    } | table
     write(args, results, data["policy"])
     pictures = [draw_results(args, values["mean reward"])]
     if args.beta is not None:

@@ -35,13 +35,13 @@ from tqdm import tqdm
 
 
 class Exit(SystemExit):
-    """The project's own end of a process. An exit() in a user's code is another."""
+    """Ends the process where the project itself asks for it, unlike an exit() in a user's code."""
 
 
 def fail(message):
-    """A mistake of the user's: one line on stderr, exit code 2."""
+    """End with an error of the user's: one line on stderr, exit code 2."""
     if multiprocessing.parent_process():
-        raise Exit(message)  # in a worker process: the main one says it
+        raise Exit(message)  # the main process prints it
     say = tqdm.write if sys.stderr.isatty() else print  # above a progress bar, not behind it
     say(f"error: {message}", file=sys.stderr)
     raise Exit(2)
@@ -91,14 +91,14 @@ def installed(text):
     return text
 
 
-def flag_type(kind, accepts, what):
-    """The type of a flag that takes some numbers only; what: which."""
+def flag_type(kind, condition, what):
+    """The type of a flag for numbers that meet a condition. what: the condition in words."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (accepts(value) and abs(value) < math.inf):
+        if not (condition(value) and abs(value) < math.inf):
             raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
         return value
     return convert
@@ -155,8 +155,8 @@ def lines(path):
 
 
 def parse(at, line, require=()):
-    """The row of a line, a dict; `at` says where it is, for messages and as row["__at__"]. NaN becomes
-    None.
+    """The row of a line, a dict, or an error of the user's. at: where the line is, which messages say, and
+    row["__at__"]. NaN becomes None.
     """
     try:
         row = loads(line)
@@ -174,7 +174,7 @@ def parse(at, line, require=()):
             what = " or ".join(KINDS[kind] for kind in kinds)
             fail(f"{at}: {name} must be {what}, not {value!r:.60}; rename the column, if it is yours")
     for name in ("id", "made_by"):
-        if row.get(name, 0) is None:
+        if name in row and row[name] is None:
             del row[name]
     refuse(not all(isinstance(made, dict) for made in row.get("made_by", {}).values()),
            f"{at}: made_by must be an object of objects, as the stages write it; rename the column")
@@ -199,8 +199,8 @@ PROMPTS = {
 
 
 def loads(line):
-    """The JSON value of a line. Python's own parser, half as fast, reads what strict JSON lacks, and
-    says what is wrong.
+    """The JSON value of a line. What msgspec refuses goes to Python's parser, which is half as fast: it reads
+    NaN, and says what is wrong.
     """
     try:
         return msgspec.json.decode(line)
@@ -387,7 +387,7 @@ def stop_on_signals(handler=stop):
 
 
 def end_in_forks():
-    """The signals end a fork, such as a worker of multiprocessing's Pool, as they end any process."""
+    """Let the signals end a fork, such as a worker of multiprocessing's Pool, at once."""
     for signum in STOP:
         if callable(signal.getsignal(signum)):
             signal.signal(signum, signal.SIG_DFL)
@@ -421,7 +421,7 @@ def say_once(text):
 
 
 class Lines(tqdm):
-    """A bar for a log file: whole lines."""
+    """A progress bar for a log file: one line each time."""
 
     def display(self, msg=None, pos=None):
         if msg is None:  # else the bar is to disappear
@@ -485,7 +485,7 @@ def finish_run(out, config):
 
 
 class Tracker:
-    """Sends metrics to wandb, or to trackio, which has its interface. Its troubles end no training."""
+    """Sends metrics to wandb, or to trackio, which has its interface. Its errors do not end the training."""
 
     def __init__(self, name, out, config):
         # the same run when it is resumed: wandb goes by this id, trackio by the name

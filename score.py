@@ -83,11 +83,9 @@ def kind_of(reward):
     """The entry of REWARDS that --reward=reward names."""
     if reward.rpartition(":")[0].endswith(".py"):
         return REWARDS["FILE.py:NAME"]
+    start, colon, rest = reward.partition(":")
     for form, kind in REWARDS.items():
-        start, colon, _ = form.partition(":")
-        if reward == form and not colon:
-            return kind
-        if colon and reward.startswith(f"{start}:") and reward != f"{start}:":
+        if form.partition(":")[:2] == (start, colon) and bool(rest) == bool(colon):
             return kind
     *others, last = REWARDS
     rows.fail(f"--reward={reward}: must be {', '.join(others)} or {last}")
@@ -107,13 +105,13 @@ def completions_of(row):
     with a `text`; or for k = None a text or messages.
     """
     for column in REWARD_OF:
-        if column not in SAMPLED:
-            if row.get(column) is not None:
-                check_answer(row, column)
-                yield column, None, row[column]
+        if row.get(column) is None:
             continue
-        completions = row.get(column) or []
-        for k, completion in enumerate(completions if isinstance(completions, list) else [None]):
+        if column not in SAMPLED:
+            check_answer(row, column)
+            yield column, None, row[column]
+            continue
+        for k, completion in enumerate(row[column]):
             if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
                 rows.fail(f"{row['__at__']}: {column} must be a list of objects with a `text`, as "
                           "generate_refs.py writes them")
@@ -151,12 +149,19 @@ def unrewarded(row, made_by, reward_of):
     for column, k, completion in completions_of(row):
         name = reward_of[column]
         before = row.get("made_by", {}).get(name)
-        if row.get(name) is not None and before not in (None, made_by):
+        if row.get(name) is None:
+            found.append((column, k, completion))
+            continue
+        if before is None:  # rewards that came with the data stay as they are, nulls included
+            continue
+        if before != made_by:
             rows.fail(f"{row['__at__']}: its {name} were made by another reward or version of it "
                       f"({before['reward']}); score the rows as they were before, delete their {name}, or "
                       "give --name for a second opinion")
-        # what came with the data stays as it is, nulls included: they are another scorer's
-        if row.get(name) is None or before and reward_in(row, name, k) is None:
+        if k is not None and len(row[name]) != len(row[column]):
+            rows.fail(f"{row['__at__']}: its {len(row[name])} {name} are not those of its "
+                      f"{len(row[column])} {column}; delete {name} from the row, and score it again")
+        if reward_in(row, name, k) is None:
             found.append((column, k, completion))
     return found
 
@@ -180,13 +185,13 @@ def tests_rewards(args, todo):
     """Share of the row's tests passed, in [0,1]; None where there is no verdict. Formats:
     sandbox/formats.md.
     """
-    waiting = {}  # row id: [row, rewards so far, how many are missing]
+    waiting = {}  # row id: (row, how many completions, {k: reward} so far)
     slowest = []  # verdicts
 
     def programs():
         for row, completions in todo:
             tests = tests_of(args, row)
-            waiting[row["id"]] = [row, [None] * len(completions), len(completions)]
+            waiting[row["id"]] = row, len(completions), {}
             for k, completion in enumerate(completions):
                 program = {"id": (row["id"], k), "completion": text_of(completion)}
                 yield program | {"fenced": row.get("fenced", True)} | tests
@@ -197,12 +202,11 @@ def tests_rewards(args, todo):
                                      unsafe=args.unsafe, block=args.block, way=args.judge, **limits):
             row_id, k = verdict["id"]
             slowest = sandbox.slowest([*slowest, verdict])
-            entry = waiting[row_id]
-            entry[1][k] = verdict["reward"]
-            entry[2] -= 1
-            if entry[2] == 0:
+            row, n, rewards = waiting[row_id]
+            rewards[k] = verdict["reward"]
+            if len(rewards) == n:
                 del waiting[row_id]
-                yield entry[0], entry[1]
+                yield row, [rewards[k] for k in range(n)]
     except RuntimeError as error:  # a bad limit, or no isolation works here
         rows.fail(error)
     if slowest and slowest[0]["seconds"] > 1:
@@ -280,8 +284,8 @@ def summary(table, reward_of):
             rewards.setdefault(name, []).append(reward)
             if k is not None and completion.get("finish_reason") == "length":
                 num_cut += 1
-            # a reference needs others to tie with
-            if references.count(reward) == len(references) > (column == "ref_completions"):
+            others = len(references) - (column == "ref_completions")  # a reference does not count itself
+            if others > 0 and references.count(reward) == len(references):
                 num_tied += 1
     line = f"{num_rows} rows"
     for name, values in rewards.items():

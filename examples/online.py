@@ -119,7 +119,8 @@ rows.refuse(args.prompts > len(requests), f"--prompts={args.prompts}, but {args.
 width = max(map(len, ref_rewards))
 ref_rewards = np.array([r + [math.nan] * (width - len(r)) for r in ref_rewards], np.float32)  # (rows, width)
 prompts = [request["prompt"] for request in requests]
-config["data_fingerprint"] = rows.fingerprint([prompts, ref_rewards.tolist()])
+config |= {"data_fingerprint": rows.fingerprint([prompts, ref_rewards.tolist()]),
+           "reward_fingerprint": made_by["fingerprint"]}  # which the rows may not name
 
 
 def prompts_of(step):
@@ -146,30 +147,36 @@ def sample(step):
     reward are left out. row: which of this rank's prompts in the step.
     """
     numbers = prompts_of(step)
-    step_requests = [requests[n] | {"row": {"id": f"{step}/{n}", "place": i}} for i, n in enumerate(numbers)]
+    step_requests = [requests[n] | {"row": {"id": f"{step}/{n}", "number": n}} for n in numbers]
+    completions = {}  # number of the prompt: its samples; they end in any order
     with autocast:
-        found = {row["place"]: ids for row, ids in generate_refs.sample(model, step_requests, sampling, ends)}
-    texts = {i: [text_of(n, ids) for ids in found[i]] for i, n in enumerate(numbers)}
-    todo = []
+        for row, sampled in generate_refs.sample(model, step_requests, sampling, ends):
+            n = row["number"]
+            completions[n] = [{"text": text_of(n, ids), "token_ids": ids} for ids in sampled]
+    todo = [(requests[n]["row"], completions[n]) for n in numbers]
+    rewards = {row["id"]: values for row, values in reward_of(todo)}  # which come in any order, too
+    fresh = []
     for i, n in enumerate(numbers):
-        completions = [{"text": text, "token_ids": ids} for ids, text in zip(found[i], texts[i])]
-        todo.append((requests[n]["row"] | {"place": i}, completions))
-    rewards = {row["place"]: values for row, values in reward_of(todo)}
-    return [(i, ids, text, reward) for i in range(len(numbers))
-            for ids, text, reward in zip(found[i], texts[i], rewards[i])
-            if reward is not None and not isinstance(reward, score.Failed)]
+        for completion, reward in zip(completions[n], rewards[requests[n]["row"]["id"]]):
+            if reward is not None and not isinstance(reward, score.Failed):
+                fresh.append((i, completion["token_ids"], completion["text"], reward))
+    return fresh
 
 
 def as_arrays(fresh, numbers):
     """The samples of a step as the arrays that dataset.get_batch takes from."""
-    starts = [requests[numbers[i]]["prompt"] for i, *_ in fresh]
-    sequences = [start + ids for start, (_, ids, _, _) in zip(starts, fresh)]
-    lens = np.array([len(sequence) for sequence in sequences], int)
+    row, completions, _, rewards = zip(*fresh)
+    its_prompts = [prompts[numbers[i]] for i in row]
+    sequences = [prompt + ids for prompt, ids in zip(its_prompts, completions)]
+    lens = np.array([len(sequence) for sequence in sequences])
     return SimpleNamespace(
-        tokens=np.array([token for sequence in sequences for token in sequence], np.int32),
-        starts=np.cumsum(lens) - lens, lens=lens, prompt_lens=np.array([len(start) for start in starts], int),
-        rewards=np.array([reward for *_, reward in fresh], np.float32),
-        row=np.array([i for i, *_ in fresh], int), ref_rewards=ref_rewards[numbers])
+        tokens=np.concatenate(sequences, dtype=np.int32),
+        starts=np.cumsum(lens) - lens,
+        lens=lens,
+        prompt_lens=np.array([len(prompt) for prompt in its_prompts]),
+        rewards=np.array(rewards, np.float32),
+        row=np.array(row),
+        ref_rewards=ref_rewards[numbers])
 
 
 # -----------------------------------------------------------------------------

@@ -221,10 +221,11 @@ def asked_wait(error):
     for cause in causes(error):
         headers = getattr(getattr(cause, "response", cause), "headers", None)
         text = headers.get("Retry-After", "") if headers else ""
+        if text.isdecimal():
+            return min(int(text), 120)
         date = email.utils.parsedate_tz(text)
-        if text.isdecimal() or date:
-            # a date has whole seconds only
-            seconds = int(text) if text.isdecimal() else email.utils.mktime_tz(date) + 1 - time.time()
+        if date:
+            seconds = email.utils.mktime_tz(date) + 1 - time.time()  # a date has whole seconds only
             return min(max(seconds, 0), 120)
     return None
 
@@ -260,7 +261,8 @@ class Judge:
                         raise RuntimeError(f"{error} (omit --concurrency, whose calls are made in threads, "
                                            "or switch off that time-out by a signal)") from error
                     reason, wait = describe(error, self.args.reward), asked_wait(error)
-                failures += wait is None or self.answers == answers
+                put_off = wait is not None and self.answers != answers
+                failures += not put_off
                 answers = self.answers
                 if failures <= self.args.retries:
                     backoff = 2 ** (failures - 1) * random.uniform(0.5, 1)  # not all at the same moment

@@ -19,8 +19,12 @@ GROUP = 64  # batches whose completions are sorted by length together; a kill lo
 
 def model_settings(args):
     path = args.reward.removeprefix("model:")
-    return {"reward": args.reward, "files": model_fingerprint(path), "max_length": args.max_length,
-            "dtype": args.dtype, "model_class": args.model_class}
+    settings = {"reward": args.reward, "files": model_fingerprint(path), "max_length": args.max_length,
+                "dtype": args.dtype, "model_class": args.model_class}
+    if args.model_class:
+        _, code = load_function(args.model_class)
+        settings["code"] = rows.fingerprint(code)
+    return settings
 
 
 class RewardModel:
@@ -63,12 +67,12 @@ class RewardModel:
         try:
             alone = [self.scores([sequence])[0] for sequence in sequences]
             together = self.scores(sequences)
-            error = max(abs(one - other) for one, other in zip(alone, together))
+            difference = max(abs(one - other) for one, other in zip(alone, together))
         except Exception as error:  # whatever the code of a family raises
             rows.fail(f"{self.path}: a {self.config.model_type} model cannot score a text ({error}); "
                       "give another reward model")
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.3
-        if not error <= tolerance * max(map(abs, alone)):
+        if not difference <= tolerance * max(map(abs, alone)):
             rows.fail(f"{self.path}: a {self.config.model_type} model reads the padding of a batch; give "
                       "another reward model")
 
@@ -151,18 +155,24 @@ class RewardModel:
 
     def __call__(self, todo):
         """Yield (row, rewards) of an iterable of (row, completions)."""
-        self.cut, group, sequences = 0, [], []
-        for row, completions in itertools.chain(todo, [(None, [])]):
-            waiting = sum(len(tokens or ()) for tokens in sequences)
-            if row is None or waiting >= GROUP * self.budget:
-                scores = iter(self.score_all(sequences))
-                for scored, n in group:
-                    yield scored, list(itertools.islice(scores, n))
-                group, sequences = [], []
-            group.append((row, len(completions)))
-            sequences += [self.tokens(row, completion) for completion in completions]
+        self.cut = 0
+        group, waiting = [], 0  # (row, its lists of tokens), and how many tokens these are together
+        for row, completions in todo:
+            sequences = [self.tokens(row, completion) for completion in completions]
+            group.append((row, sequences))
+            waiting += sum(len(tokens or ()) for tokens in sequences)
+            if waiting >= GROUP * self.budget:
+                yield from self.score_group(group)
+                group, waiting = [], 0
+        yield from self.score_group(group)
         if self.cut:
             print(f"the ends of {self.cut} completions were not seen, beyond {self.limit} tokens")
+
+    def score_group(self, group):
+        """Yield (row, rewards) of a list of (row, its lists of tokens)."""
+        scores = iter(self.score_all([tokens for _, sequences in group for tokens in sequences]))
+        for row, sequences in group:
+            yield row, list(itertools.islice(scores, len(sequences)))
 
 
 def float32_head(model):

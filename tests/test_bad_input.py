@@ -404,4 +404,7 @@ def test_outputs_that_another_process_writes_or_that_cannot_be_written(tiny, rew
         for out, says in (("/proc/nowhere", "/proc/nowhere"), (tmp_path / "file", "is a file"),
                           (tmp_path / "file" / "out", "file")):
             refused(capsys, [says], *command, f"--out={out}")
+    for out in ("/proc/nowhere", tmp_path / "file"):  # before any work, so before the data are looked for
+        refused(capsys, [f"{out}: cannot be written"], "evaluate.py", "--model=none", "--ref_model=none",
+                "--data=none", f"--out={out}")
     assert (tmp_path / "file").read_text() == "mine"

@@ -241,6 +241,10 @@ def test_unknown_rewards_are_nan_and_never_zero(loaded, row, tmp_path):
     data = build(tmp_path, path, loaded)
     np.testing.assert_allclose(data.rewards, [0.1, 0.5, 0.9])
     np.testing.assert_allclose(data.ref_rewards, [[0.1, np.nan, 0.5, np.nan, 0.9]])
+    assert "40.0% of the reference rewards are unknown" in data.summary
+    one = {"prompt": "q", "ref_completions": row["ref_completions"][:1], "ref_rewards": [0.5]}
+    both = build(tmp_path, write_rows(tmp_path / "both.jsonl", [row, one]), loaded)
+    assert "33.3% of the reference rewards are unknown" in both.summary  # not those that this row never had
     pair = build(tmp_path, path, loaded, "chosen_rejected")  # a loss that needs no rewards keeps them
     np.testing.assert_allclose(pair.rewards, [np.nan, 4])
     with pytest.raises(SystemExit):

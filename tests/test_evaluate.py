@@ -102,7 +102,8 @@ def test_it_prints_the_prompts_with_the_largest_and_the_smallest_gain(tiny, rewa
     for i, gain in enumerate([0.125, 0.5, None, -0.25, 0]):
         table[i]["ref_rewards"] = [0.5] * 4
         table[i]["sample_rewards"] = [None if gain is None else 0.5 + gain] * 4
-    table[1]["sample_rewards"] = [None, 0.75, 1.25, 1]
+    table[1]["samples"] *= 2  # more than the page shows
+    table[1]["sample_rewards"] = [None, 0.75, 1.25, 1, None, None, 1, 1]
     evaluate(tiny, tmp_path, table)
     lines = capsys.readouterr().out.splitlines()
     start = lines.index(f"row {table[1]['id']}: mean reward 0.5 -> 1")
@@ -117,9 +118,27 @@ def test_a_dropped_completion_gives_its_log_ratio_to_no_other(tiny, rewarded, tm
     table = as_policy(read_rows(rewarded)[:2])
     end = json.loads((tiny / "config.json").read_text())["eos_token_id"]
     table[0]["samples"][0]["token_ids"].insert(3, end)  # its text leaves out special tokens
-    evaluate(tiny, tmp_path, table)
+    table[1]["sample_rewards"][0] = None
+    odd = evaluate(tiny, tmp_path, table)["odd"]
     page = (tmp_path / "report.html").read_text()
-    assert page.count(", log-ratio 0") == len(table[1]["samples"])
+    assert page.count(", log-ratio 0") == len(table[1]["samples"]) - 1
+    assert "1 of the policy's rewards are unknown and left out" in odd
+    assert "1 of the policy's completions have an end token before their end and are left out" in odd
+
+
+def test_a_model_in_a_folder_named_checkpoints_is_a_checkpoint_only_by_its_own_name(tiny, tmp_path):
+    """Its run is the one that wrote it, and not one that stands two folders above it."""
+    import evaluate
+    run, elsewhere = tmp_path / "checkpoints" / "first", tmp_path / "models" / "other"
+    config = {"has_targets": True, "beta": 0.5, "transform": "log", "steps": 9}
+    for folder, beta in ((run, 0.5), (run / "checkpoints" / "step_000004", None), (tmp_path, 0.7)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if beta:
+            (folder / "run.json").write_text(json.dumps({"config": config | {"beta": beta}}))
+    for model, beta, steps in ((run, 0.5, 9), (run / "checkpoints" / "step_000004", 0.5, 4),
+                               (elsewhere, None, None)):
+        args = SimpleNamespace(model=str(model), beta=None, transform=None)
+        assert evaluate.load_run(args)["config"].get("steps") == steps and args.beta == beta
 
 
 def test_it_says_which_completions_another_model_sampled(tiny, rewarded, tmp_path):
@@ -267,6 +286,43 @@ def test_error_bars_stay_within_the_rewards(tmp_path, monkeypatch):
     evaluate.draw_results(SimpleNamespace(out=tmp_path), rewards)
     ends = [bar.get_segments()[0][:, 1] for bar in figures[0].axes[0].collections]
     assert len(ends) == 2 and np.min(ends) == pytest.approx(0) and np.max(ends) == pytest.approx(1)
+
+
+def test_the_density_of_quantiles_leaves_out_completions_without_one(tmp_path, monkeypatch):
+    import evaluate
+    figures = []
+    monkeypatch.setattr(evaluate, "save", lambda figure, path: figures.append(figure))
+    results = {"beta": 0.1, "transform": "identity", "objective": {"reference": [0, 0], "optimum": [1, 0]}}
+    (tmp_path / "results.json").write_text(json.dumps(results | {"beta": None}))
+    reference = SimpleNamespace(lo=np.array([0]), hi=np.array([1]), weight=np.ones(1))
+    policy = SimpleNamespace(lo=np.array([0.5, 0]), hi=np.array([1, 1]), R=np.array([0.75, math.nan]))
+    data = {"reference": reference, "policy": policy}
+    evaluate.draw_optimum(SimpleNamespace(out=tmp_path, beta=0.1), results, data)
+    stairs, _ = figures[0].axes[0].patches
+    np.testing.assert_allclose(stairs.get_data().values, [0] * 10 + [2] * 10, atol=1e-9)
+
+
+def test_the_picture_of_the_objective_has_only_checkpoints_of_this_beta_and_transform(tmp_path, monkeypatch):
+    import evaluate
+    figures = []
+    monkeypatch.setattr(evaluate, "save", lambda figure, path: figures.append(figure))
+    settings = {"beta": 0.1, "transform": "identity"}
+    others = [{"beta": 0.2}, {"transform": "log"}, {}, {"beta": None}]
+    for step, other in enumerate(others, 1):
+        point = settings | other | {"step": step, "objective": {"policy": [step / 10, None]}}
+        if point["beta"] is None:
+            del point["objective"]
+        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(point))
+    objective = {"policy": [0.9, 0.1], "reference": [0, 0], "optimum": [1, 0]}
+    results = settings | {"step": 9, "objective": objective}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    half = SimpleNamespace(lo=np.array([0, 0.5]), hi=np.array([0.5, 1]), weight=np.ones(2), R=np.ones(2))
+    data = {"reference": half, "policy": half}
+    evaluate.draw_optimum(SimpleNamespace(out=tmp_path, beta=0.1), results, data)
+    line = figures[0].axes[1].lines[0]
+    np.testing.assert_allclose(line.get_xydata(), [(0, 0), (3, 0.3), (9, 0.9)])
 
 
 def test_one_prompt_has_no_standard_error(tiny, rewarded, tmp_path, capsys):

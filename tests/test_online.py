@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import qrpo
+import rows
 from conftest import Process, call, read_rows, refused, start_ranks, start_until_finished, write_rows
 
 STEPS = 4
@@ -154,6 +155,27 @@ def test_rewards_see_the_texts_of_samples_as_those_of_the_references(tiny, rewar
     assert capsys.readouterr().out.count("sampled by another model") == 1
     letter = script["tokenizer"].decode([97])
     assert [script["text_of"](n, [256, 97, 98]) for n in (0, 1)] == [letter, "<bos>" + letter]
+
+
+def test_a_run_is_not_resumed_with_another_version_of_the_reward(tiny, rewarded, tmp_path, capsys):
+    """Not even where the rows do not say what made their ref_rewards."""
+    data = write_rows(tmp_path / "data.jsonl", [row | {"made_by": {}} for row in read_rows(rewarded)])
+    file, out = shutil.copy(rewarded.parent / "reward.py", tmp_path), tmp_path / "run"
+    run = flags(tiny, rewarded, out, f"--data={data}", f"--reward={file}:letters", "--steps=1")
+    assert Process("examples/online.py", *run).wait() == 0
+    rows.write_json(out / "run.json", json.loads((out / "run.json").read_text()) | {"finished": False})
+    (tmp_path / "reward.py").write_text((tmp_path / "reward.py").read_text().replace("+ 1", "+ 2"))
+    refused(capsys, ["was started with reward_fingerprint="], "examples/online.py", *run)
+
+
+def test_every_column_reaches_the_reward_as_it_is(tiny, rewarded, tmp_path):
+    table = [row | {"made_by": {}, "place": f"town {row['id']}"} for row in read_rows(rewarded)]
+    (tmp_path / "towns.py").write_text("def number(place, **columns): return [int(p[5:]) for p in place]")
+    call("examples/online.py", *flags(
+        tiny, rewarded, tmp_path / "run", f"--data={write_rows(tmp_path / 'data.jsonl', table)}",
+        f"--reward={tmp_path / 'towns.py'}:number", "--steps=1"))
+    samples = read_rows(tmp_path / "run" / "samples")
+    assert len(samples) == 12 and all(row["reward"] == row["id"] for row in samples)
 
 
 @pytest.mark.parametrize("concurrency", (0, 1))

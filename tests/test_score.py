@@ -247,6 +247,16 @@ def test_a_name_of_a_reward_means_what_its_entry_says_or_is_an_error(monkeypatch
         one_line_of_error(capsys, [says], lambda: module.kind_of(wrong))
 
 
+@pytest.mark.parametrize("rewards", ([1.0, 1.0], [1.0, 1.0, None, 1.0]))
+def test_rewards_of_another_number_of_completions_are_refused(tmp_path, capsys, rewards):
+    """Somebody removed completions, or added some: it is not known which reward is whose."""
+    reward = f"{reward_file(tmp_path, LENGTH)}:length"
+    table = score(tmp_path, ROWS, reward)
+    table[1]["ref_rewards"] = rewards
+    refused(capsys, [":2: its", f"{len(rewards)} ref_rewards", "3 ref_completions"], "score.py",
+            *flags(tmp_path, table, reward, f"--out={tmp_path / 'again'}"))
+
+
 # ---- tests ----
 
 def test_tests_in_the_sandbox(tmp_path):
@@ -449,6 +459,14 @@ def test_a_model_with_code_of_its_own_gives_its_score(reward_model, tmp_path):
     (tmp_path / "out" / "part-00000.jsonl").unlink()
     plain = score(tmp_path, ROWS[:2], f"model:{folder}")  # without the flag its code does not run
     assert plain[0]["ref_rewards"] != rows[0]["ref_rewards"]
+
+
+def test_rewards_of_another_version_of_a_model_class_are_refused(reward_model, tmp_path, capsys):
+    file = reward_file(tmp_path, "from transformers import LlamaForSequenceClassification as Scorer\n")
+    more = f"model:{reward_model}", f"--model_class={file}:Scorer"
+    score(tmp_path, ROWS[:1], *more)
+    file.write_text(file.read_text() + "Scorer.scale = 2\n")
+    refused(capsys, ["its rows were made with another code"], "score.py", *flags(tmp_path, ROWS[:1], *more))
 
 
 # ---- rewards that are there already ----
