@@ -27,7 +27,8 @@ import transformers
 
 import qrpo
 import rows
-from model import Policy, any_rank, barrier, chunked_logps, context_length, logits_of, model_fingerprint
+from model import (Policy, TokenLogps, any_rank, barrier, chunked_logps, context_length, logits_of,
+                   model_fingerprint)
 from tokens import check_vocabulary, completion_ids, decode, end_ids, pad, row_prompt_ids, template_args
 
 
@@ -608,7 +609,7 @@ def cached_logps(policy, data, cache, settings, micro_batch_tokens, device):
     """`all_logps`, kept in the folder `cache`. settings: what decides them besides data and code: the model,
     dtypes.
     """
-    code = [rows.code_of(part) for part in (Policy, chunked_logps, logits_of)]
+    code = [rows.code_of(part) for part in (Policy, chunked_logps, TokenLogps, logits_of)]
     versions = [torch.__version__, transformers.__version__]
     key = rows.fingerprint([settings, data.fingerprint, device.type, code, versions])
     path = Path(cache) / f"ref_logps-{key}.npy"

@@ -374,8 +374,11 @@ def main():
 
     def request(row):
         """What `sample` needs of a row, which then says what it was sampled after."""
-        if row.get(args.field) is not None:
-            rows.fail(f"{row['__at__']}: already has {args.field}; remove them, or give --field=samples")
+        rewards = {"ref_completions": "ref_rewards", "samples": "sample_rewards"}[args.field]
+        for name, values in row.items():  # score.py would take old rewards for those of the new completions
+            if values is not None and (name == args.field or name.startswith(rewards)):
+                rows.fail(f"{row['__at__']}: already has {name}; remove {args.field} and all their rewards, "
+                          "or give --field=samples")
         sampled_after = sampled_prompt(row) or {"template_args": args.template_args}
         prompt = row_prompt_ids(tokenizer, model, row)
         if len(prompt) >= longest and not args.max_length:

@@ -518,6 +518,7 @@ def continue_stage(data, out, settings, check, require=("prompt",)):
     out = Path(out)
     if out.exists() and not out.is_dir():
         fail(f"{out}: is a file; --out must name a folder")
+    refuse(out.resolve() == Path(data).resolve(), f"--out={out} is also the data; give another folder")
     ids, digest = [], 0
     for row in stream(data, require):
         check(row)

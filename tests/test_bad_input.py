@@ -249,7 +249,11 @@ def test_a_prompt_that_fills_the_context(tiny, tmp_path, capsys):
 
 
 def test_rows_that_have_references_already(tiny, tmp_path, capsys, good):
-    refused(capsys, ["data.jsonl:1", "already has ref_completions", "--field=samples"], "generate_refs.py",
+    for name in ("ref_rewards", "ref_rewards_judge"):
+        old = write_rows(tmp_path / "old.jsonl", [{"prompt": "p", name: [1.0] * 16}])
+        refused(capsys, ["old.jsonl:1", f"already has {name}"], "generate_refs.py",
+                f"--model={tiny}", f"--data={old}", f"--out={tmp_path / 'new'}")
+    refused(capsys, ["data.jsonl:1: already has", "remove ref_completions", "--field=samples"], "generate_refs.py",
             *prompts(tiny, tmp_path, [good]))
 
 
@@ -404,6 +408,7 @@ def test_outputs_that_another_process_writes_or_that_cannot_be_written(tiny, rew
         for out, says in (("/proc/nowhere", "/proc/nowhere"), (tmp_path / "file", "is a file"),
                           (tmp_path / "file" / "out", "file")):
             refused(capsys, [says], *command, f"--out={out}")
+    refused(capsys, ["is also the data"], *scripts[1], f"--out={folder}/refs")
     for out in ("/proc/nowhere", tmp_path / "file"):  # before any work, so before the data are looked for
         refused(capsys, [f"{out}: cannot be written"], "evaluate.py", "--model=none", "--ref_model=none",
                 "--data=none", f"--out={out}")
