@@ -253,8 +253,8 @@ def test_rows_that_have_references_already(tiny, tmp_path, capsys, good):
         old = write_rows(tmp_path / "old.jsonl", [{"prompt": "p", name: [1.0] * 16}])
         refused(capsys, ["old.jsonl:1", f"already has {name}"], "generate_refs.py",
                 f"--model={tiny}", f"--data={old}", f"--out={tmp_path / 'new'}")
-    refused(capsys, ["data.jsonl:1: already has", "remove ref_completions", "--field=samples"], "generate_refs.py",
-            *prompts(tiny, tmp_path, [good]))
+    refused(capsys, ["data.jsonl:1: already has", "remove ref_completions", "--field=samples"],
+            "generate_refs.py", *prompts(tiny, tmp_path, [good]))
 
 
 def test_an_output_of_other_settings_or_rows_is_refused(tiny, tmp_path, capsys):
