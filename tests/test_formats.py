@@ -129,8 +129,6 @@ def judged():
 
 @pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)
 def test_right_programs_get_full_marks_and_wrong_ones_do_not(judged, make):
-    if "plus" in make.__name__:
-        pytest.importorskip("numpy")
     for name in PROBLEMS:
         right, wrong = (judged[make.__name__, name, wrong] for wrong in (False, True))
         assert right["reward"] == 1, right
@@ -181,7 +179,7 @@ def test_classes_that_only_the_program_has():
     assert [got[n]["reward"] for n in (1, 2, 3)] == [1, 0.5, 0]
 
 
-@pytest.mark.parametrize("program, right", [
+SCRIPTS = [  # a program that prints the sum of the numbers that it reads, and whether it gets full marks
     ("print(sum(map(int, open(0).read().split())))", True),
     ("import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())), end='')", True),
     ("import os\nprint(sum(map(int, os.read(0, 1000).split())))", True),
@@ -191,8 +189,7 @@ def test_classes_that_only_the_program_has():
     ("n = int(input())\nprint(n + sum(map(int, input().split())))\nraise SystemExit(0)", True),
     ("import os\nn = int(input())\nos.write(1, b'%d' % (n + sum(map(int, input().split()))))", True),
     ("def main():\n    n = int(input())\n    print(n + sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()", True),
-    pytest.param("import sys\nsys.stdin = open('/dev/stdin')\nn = int(input())\nprint(n + sum(map(int, input().split())))", True,
-                 marks=pytest.mark.skipif(not NAMED, reason="Landlock has no such name")),
+    *[("import sys\nsys.stdin = open('/dev/stdin')\nn = int(input())\nprint(n + sum(map(int, input().split())))", True)] * NAMED,
     ("import sys\nfor line in sys.stdin: pass\nprint(6)", False),
     ("import sys\nif len(sys.argv) > 1: sys.stdin = open(sys.argv[1])\nn = int(input())\nprint(n + sum(map(int, input().split())))", True),
     ("import fileinput\nprint(sum(int(word) for line in fileinput.input() for word in line.split()))", True),
@@ -212,11 +209,13 @@ def test_classes_that_only_the_program_has():
     ("n = int(input())\nprint(float(n + sum(map(int, input().split()))))", True),
     ("n = int(input())\nprint('The sum is', n + sum(map(int, input().split())))", False),
     ("seen = globals().setdefault('seen', 0) + int(input())\nprint(seen + sum(map(int, input().split())))", True),
-])
-def test_programs_that_read_and_print(program, right):
-    row = {"id": 1, "fenced": False, "completion": program, "inputs": ["2\n1 3\n", "1\n5", "0\n4 4 4\n"],
-           "outputs": ["6\n", "6", "12"]}
-    assert (verdicts([row])[1]["reward"] == 1) is right
+]
+
+
+def test_programs_that_read_and_print():
+    row = {"fenced": False, "inputs": ["2\n1 3\n", "1\n5", "0\n4 4 4\n"], "outputs": ["6\n", "6", "12"]}
+    got = verdicts([row | {"id": n, "completion": program} for n, (program, _) in enumerate(SCRIPTS)])
+    assert [SCRIPTS[n] for n, v in got.items() if (v["reward"] == 1) is not SCRIPTS[n][1]] == [] and len(got) == len(SCRIPTS)
 
 
 WORDS = [  # printed, wanted, whether APPS's comparison calls them the same, whether LiveCodeBench's does
@@ -264,7 +263,7 @@ ANSWERS = {  # name: (answer, the program by the rule `answer`, by the rule `fir
     "no language before python": (f"```\n$ run\n```\n```python\n{GOOD}\n```", GOOD, GOOD),
     "closing on the same line": (f"```python\n{GOOD}```", GOOD, GOOD),
     "all on one line": ("```python def f(x): return 1```", "def f(x): return 1", "def f(x): return 1"),
-    "tildes": (f"~~~python\n{GOOD}\n~~~", GOOD, GOOD), "four": (f"````python\n{GOOD}\n# ```\n````", None, None),
+    "tildes": (f"~~~python\n{GOOD}\n~~~", GOOD, GOOD), "four": (f"````python\n{GOOD}\n# ```\n````", f"{GOOD}\n# ```", f"{GOOD}\n# ```"),
     "carriage returns": (f"```python\r\n{GOOD}\r\n```\r\n", GOOD, GOOD),
     "after other text": (f"Here it is: ```python\n{GOOD}\n```", GOOD, GOOD), "byte order mark": (f"\ufeff```python\n{GOOD}\n```", GOOD, GOOD),
     "in a list": ("- ```py\n  def f(x):\n      return 1\n  ```", GOOD, GOOD),
@@ -299,7 +298,6 @@ def test_no_answer_takes_long_to_read(text, again):
 
 
 def test_numpy_values():
-    pytest.importorskip("numpy")
     program = "import numpy as np\ndef f(a):\n    a[0] = 9\n    return [np.zeros((0, 3)), a.mean(), a * 2]"
     test = ("import numpy as np\ndef check(candidate):\n a = np.array([1, 2])\n x, y, z = candidate(a)\n assert a[0] == 9\n"
             " assert x.shape == (0, 3)\n assert y.round(0) == 6\n assert (z == np.array([18, 4])).all()")
@@ -312,8 +310,6 @@ def test_numpy_values():
 def test_the_block_that_counts(name):
     answer, *wanted = ANSWERS[name]
     got = [program_in(answer, rule) for rule in ("answer", "first")]
-    if name == "four":
-        wanted = [f"{GOOD}\n# ```"] * 2
     assert [block and block.replace("\r", "").rstrip("\n ") for block in got] == wanted
 
 

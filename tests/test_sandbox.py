@@ -294,16 +294,15 @@ def cmdline(pid):
 
 @pytest.fixture(scope="module")
 def hostile():
-    """All hostile programs in one run, an honest one after each; what was left behind; seconds."""
+    """All hostile programs in one run, an honest one after each; what there was before and after it."""
     rows = []
     for name, program in HOSTILE.items():
         rows += [row(name, program), row(("after", name), f"# {name!r}\ndef f(x):\n    return 31 * x + 7")]
     rows += [{**HONEST, "id": name, **change} for name, change in ODD.items()]
-    before, begun = leftovers(), time.monotonic()
-    got = verdicts(rows, **SHORT)
-    seconds = time.monotonic() - begun
+    before = leftovers()
+    got = verdicts(rows, **{**SHORT, "test_cpu": 0.5, "cpu": 1.5, "test_wall": 1.0})
     time.sleep(0.5)
-    return got, before, leftovers(), seconds
+    return got, before, leftovers()
 
 
 @pytest.mark.parametrize("name", list(HOSTILE) + list(ODD))
@@ -573,18 +572,20 @@ def test_several_blocks_the_first_python_block_counts():
     assert [v["reward"] for v in got.values()] == [1, 1]
 
 
-@pytest.mark.parametrize("change", [{"test": "def check(candidate) assert"}, {"test": "x = 1"},
-                                    {"preamble": "import no_such_module"},
-                                    {"test": "def check(candidate):\n assert candidate(object()) == 1"},
-                                    {"test": "def check(candidate):\n import no_such\n assert candidate(3) == 1"},
-                                    {"test": "def check(candidate, other):\n assert candidate(3) == 1"},
-                                    {"test": "def check(candidate):\n assert isclose(candidate(3), 1)"},
-                                    {"test": "def check(candidate):\n yield candidate(3)"},
-                                    {"test": "def test_f(candidate):\n assert candidate(3) == 1"},
-                                    {"solution": "def f(x): return 0", "completion": "```python\ndef f(x): return 1\n```"}])
-def test_what_the_judge_cannot_judge_is_null(change):
-    verdict = verdicts([{**HONEST, **change}])["honest"]
-    assert verdict["reward"] is None and verdict["verdict"] == "infra"
+FAULTY = [  # what is wrong with a row
+    {"test": "def check(candidate) assert"}, {"test": "x = 1"}, {"preamble": "import no_such_module"},
+    {"test": "def check(candidate):\n assert candidate(object()) == 1"},
+    {"test": "def check(candidate):\n import no_such\n assert candidate(3) == 1"},
+    {"test": "def check(candidate, other):\n assert candidate(3) == 1"},
+    {"test": "def check(candidate):\n assert isclose(candidate(3), 1)"},
+    {"test": "def check(candidate):\n yield candidate(3)"}, {"test": "def test_f(candidate):\n assert candidate(3) == 1"},
+    {"solution": "def f(x): return 0", "completion": "```python\ndef f(x): return 1\n```"}]
+
+
+def test_what_the_judge_cannot_judge_is_null():
+    got = verdicts([{**HONEST, **change, "id": n} for n, change in enumerate(FAULTY)])
+    assert [FAULTY[n] for n, v in got.items() if v["reward"] is not None or v["verdict"] != "infra"] == []
+    assert len(got) == len(FAULTY)
 
 
 def test_a_lost_worker_is_replaced(monkeypatch):

@@ -140,7 +140,6 @@ CASES = {  # name: (program, body of check)
     "thirty threads": ("import threading, time\ndef f(n):\n ts = [threading.Thread(target=time.sleep, args=(0.1,)) for _ in range(n)]\n"
         " for t in ts: t.start()\n for t in ts: t.join()\n return len(ts)", " assert candidate(30) == 30"),
     "sqlite in memory": ("import sqlite3\ndef f(x): return sqlite3.connect(':memory:').execute('select ?', (x,)).fetchone()[0]", " assert candidate(5) == 5"),
-    "asyncio": ("import asyncio\nasync def f(x):\n await asyncio.sleep(0.01)\n return x", " import asyncio\n try:\n  assert asyncio.run(candidate(3)) == 3\n except (TypeError, ValueError): pass"),
     "name of the function": ("def f(x): return x", " assert candidate(1) == 1, candidate.__name__\n assert candidate.__name__ == 'f'"),
     "logging, tempfile, uuid": ("import logging, tempfile, uuid\ndef f():\n logging.warning('x')\n with tempfile.TemporaryDirectory() as d: return len(str(uuid.uuid4())), d[:5]", " assert candidate() == (36, '/tmp/')"),
 }
