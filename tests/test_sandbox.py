@@ -26,6 +26,7 @@ from sandbox.runtimes import NOBODY  # noqa: E402
 
 RUNTIME = {"runtime": os.environ.get("RUNTIME", "auto"), "image": os.environ.get("IMAGE", "python:3.11-slim")}
 SHORT = {"test_cpu": 1.0, "cpu": 3.0, "test_wall": 2.0, "wall": 5.0 + os.getpid() / 1e8, "memory": 512}  # no other's
+TIGHT = {**SHORT, "test_cpu": 0.5, "cpu": 1.5, "test_wall": 1.0}  # for programs of which many go on to the limit
 NODES = """
 class ListNode:
     def __init__(self, val=0, next=None):
@@ -300,7 +301,7 @@ def hostile():
         rows += [row(name, program), row(("after", name), f"# {name!r}\ndef f(x):\n    return 31 * x + 7")]
     rows += [{**HONEST, "id": name, **change} for name, change in ODD.items()]
     before = leftovers()
-    got = verdicts(rows, **{**SHORT, "test_cpu": 0.5, "cpu": 1.5, "test_wall": 1.0})
+    got = verdicts(rows, **TIGHT)
     time.sleep(0.5)
     return got, before, leftovers()
 
@@ -554,9 +555,11 @@ FORMS = {  # name: (program, body of check or the whole test, (passed, total))
 @pytest.fixture(scope="module")
 def forms():
     preambles = {"goes on in the preamble": NODES + "def f(x):\n    '''Give back x.'''\n"}
-    return verdicts([row(name, program, test if "def check" in test else "def check(candidate):\n" + test,
-                         preambles.get(name, NODES), "Solution().f" if name == "method" else "f")
-                     for name, (program, test, _) in FORMS.items()], **{**SHORT, "test_cpu": 3.0, "cpu": 6.0})
+    rows = {name: row(name, program, test if "def check" in test else "def check(candidate):\n" + test,
+                      preambles.get(name, NODES), "Solution().f" if name == "method" else "f")
+            for name, (program, test, _) in FORMS.items()}
+    to_the_limit = [rows.pop("endless test"), rows.pop("colliding keys")]
+    return verdicts(to_the_limit, **TIGHT) | verdicts(rows.values(), **{**SHORT, "test_cpu": 3.0, "cpu": 6.0})
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -4,7 +4,7 @@
 """
 # ruff: noqa: E501
 import pytest
-from test_sandbox import HOSTILE, HONEST, LEETCODE, SHORT, dataset, in_call, row, some, verdicts, works
+from test_sandbox import HOSTILE, HONEST, LEETCODE, SHORT, TIGHT, dataset, in_call, row, some, verdicts, works
 from test_sandbox_honest import CASES, NO_DATA, PREAMBLE
 
 import sandbox
@@ -100,7 +100,7 @@ def test_what_fails_before_the_surroundings_is_0():
 def test_hostile_programs_only_win_by_values_that_lie():
     """In a plain run, a value whose == is always true passes any test. Nothing else does, and no verdict is null."""
     rows = [row(name, program) for name, program in some(HOSTILE.items(), 4)]
-    got = verdicts(rows, way="together", **SHORT)
+    got = verdicts(rows, way="together", **TIGHT)
     assert {name for name, v in got.items() if v["reward"] != 0 and not name.startswith("lying")} == set()
 
 
