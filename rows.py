@@ -364,6 +364,7 @@ def fingerprint(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+@functools.cache
 def code_of(part):
     """The source of a module, function or class without comments and layout: what a cache of its results
     depends on.

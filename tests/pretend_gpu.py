@@ -11,6 +11,7 @@ waits for the GPU. It knows nothing of kernels, memory, NCCL and other processes
 """
 import collections
 import contextlib
+import functools
 import re
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def mark(values):
         tensor.untyped_storage().on_gpu = True
 
 
+@functools.cache
 def checked_operations():
     """The names of the operations whose CUDA kernels refuse any tensor of another device."""
     path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
