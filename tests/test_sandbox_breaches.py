@@ -449,7 +449,7 @@ def test_what_the_kernel_holds_is_bounded():
     """A program can be where it neither computes nor sleeps (state D): here each call waits for all other CPUs."""
     number = {"x86_64": 324, "aarch64": 283}[os.uname().machine]
     program = in_call(f"call = ctypes.CDLL(None).syscall\nwhile True: call({number}, 1, 0, 0)")
-    assert verdicts([row(1, program)], test_cpu=2.0, cpu=2.0, test_wall=0.5, wall=0.5)[1]["verdict"] == "timeout"
+    assert verdicts([row(1, program)], test_cpu=2.0, cpu=2.0, test_wall=0.2, wall=0.2)[1]["verdict"] == "timeout"
 
 
 def test_endless_tests_hold_no_honest_work_up():
