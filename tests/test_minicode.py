@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_same_seed_same_bytes_and_a_rerun_reuses(folder, tmp_path, prepare, caps
 
 
 def test_a_killed_run_leaves_the_old_files_and_the_next_one_completes(folder, tmp_path, prepare):
-    prepare(tmp_path)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     process = Process(SCRIPT, f"--out={tmp_path}", *TINY, "--seed=1", "--steps=100000")
     while not (tmp_path / ".model.new" / "tokenizer.json").exists():
         assert process.running()
@@ -206,11 +207,13 @@ def test_plain_transformers_loads_and_generates(folder):
     ids = tokenizer(rows(folder, "test")[0]["prompt"], return_tensors="pt")
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    torch.manual_seed(0)
-    assert model.generate(**ids, max_new_tokens=4).shape[1] <= ids["input_ids"].shape[1] + 4
+    new = model.generate(**ids, min_new_tokens=4, max_new_tokens=4)[0, ids["input_ids"].shape[1]:]
+    assert len(new) == 4
 
 
+@pytest.mark.slow
 def test_model_learns_to_stop(prepare, tmp_path):
+    """Guards that its programs begin as asked and end by themselves; the only training beyond a few steps."""
     prepare(tmp_path, "--steps=150", "--width=64", "--learning_rate=0.01")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -160,7 +160,8 @@ def test_a_trained_model_is_sampled_scored_and_evaluated(trained):
          f"--reward={folder / 'reward.py'}:letters")
     call("evaluate.py", f"--model={run}", f"--ref_model={model}", f"--data={folder / 'rewarded'}",
          f"--out={folder / 'evaluation'}")
-    assert list((folder / "evaluation").iterdir())
+    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert "mean reward" in results and results["KL to reference, nats"]["policy"][0] != 0
 
 
 def test_weights_in_mxfp4_are_dequantised(tmp_path):

@@ -56,7 +56,8 @@ def test_the_trained_model_loads_in_plain_transformers_and_generates(tiny, undis
     model = transformers.AutoModelForCausalLM.from_pretrained(undisturbed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(undisturbed)
     prompt = tokenizer("row", return_tensors="pt")
-    assert model.generate(**prompt, max_new_tokens=5, pad_token_id=0).shape[1] > 2
+    new = model.generate(**prompt, max_new_tokens=5, pad_token_id=0)[0, prompt["input_ids"].shape[1]:]
+    assert 1 <= len(new) <= 5
     before = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     assert model.config.to_dict() == before.config.to_dict() | {"_name_or_path": model.config._name_or_path}
     assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
@@ -94,18 +95,6 @@ def test_training_starts_at_the_reference_model_and_moves_towards_the_targets(un
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine_to_zero(undisturbed):
     expected = [1e-3 * 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1))) for step in range(1, STEPS)]
     np.testing.assert_allclose(logged(undisturbed, "learning_rate"), [1e-3, *expected])
-
-
-def test_a_bfloat16_model_trains_and_is_saved_in_float32(tiny, rewarded, tmp_path):
-    """At a learning rate of 1e-7 most bfloat16 weights would not move."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "half")
-    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "half")
-    call("train.py", *flags(tmp_path / "half", rewarded, tmp_path / "run", "--learning_rate=1e-7"))
-    trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
-    assert trained.dtype == torch.float32
-    moved = [(a != b.float()).float().mean().item() for a, b in zip(trained.parameters(), model.parameters())]
-    assert np.mean(moved) > 0.3
 
 
 def test_a_dry_run_shows_a_batch_and_writes_nothing(tiny, rewarded, tmp_path, capsys):
@@ -319,17 +308,6 @@ def test_what_two_sharded_processes_saved_continues_in_one(tiny, rewarded, undis
     call("train.py", *command)
     for name in ("loss", "eval_loss", "grad_norm"):
         np.testing.assert_allclose(logged(out, name), logged(undisturbed, name), rtol=2e-5, atol=2e-6)
-    assert names(out) == names(undisturbed)
-
-
-def test_two_sharded_processes_have_the_result_of_one(tiny, rewarded, undisturbed, tmp_path):
-    out = tmp_path / "run"
-    command = flags(tiny, rewarded, out, f"--eval_data={rewarded}", "--save_every=2", "--shard")
-    assert [rank.wait() for rank in start_ranks(2, "train.py", *command)] == [0, 0]
-    np.testing.assert_allclose(logged(out), logged(undisturbed), rtol=2e-5, atol=2e-6)
-    a, b = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (out, undisturbed))
-    for ours, theirs in zip(a.parameters(), b.parameters()):
-        assert (ours - theirs).abs().max() < 1e-3  # AdamW turns rounding into steps of the learning rate
     assert names(out) == names(undisturbed)
 
 
