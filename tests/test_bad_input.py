@@ -5,12 +5,10 @@ import json
 import shutil
 
 import pytest
-import transformers
 
 import dataset
 import rows
 from conftest import call, one_line_of_error, read_rows, refused, write_rows
-from model import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -208,15 +206,6 @@ def test_a_chat_template_that_refuses_the_messages(loaded, good, tmp_path, capsy
     data = write_rows(tmp_path / "data.jsonl", [good | {"prompt": messages}])
     one_line_of_error(capsys, ["data.jsonl:1", "roles must alternate"],
                       lambda: build(tmp_path, data, (tokenizer, model)))
-
-
-def test_a_model_with_a_recurrent_state_cannot_be_sampled(tiny, tmp_path, capsys):
-    config = transformers.MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, state_size=4)
-    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
-    load_tokenizer(tiny).save_pretrained(tmp_path / "mamba")
-    refused(capsys, ["mamba", "recurrent state", "--engine=vllm"], "generate_refs.py", *prompts(
-        tmp_path / "mamba", tmp_path))
-    assert not (tmp_path / "out").exists()
 
 
 # ---- generate_refs.py ----

@@ -2,7 +2,6 @@
 import contextlib
 import doctest
 import io
-import os
 import re
 import runpy
 import sys
@@ -56,7 +55,6 @@ def test_every_flag_that_the_documents_name_exists_and_help_fits_100_columns(mon
         assert not unknown, document
 
 
-@pytest.mark.skipif(not os.path.exists(ROOT / "docs"), reason="no docs folder")
 def test_every_file_that_the_documents_link_to_exists():
     for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):

@@ -372,8 +372,9 @@ def test_a_second_opinion_is_shown_beside_the_reward(tiny, trained, rewarded, tm
     """The reward liked letters; a judge that dislikes them sees the policy lose what it gained."""
     judge = tmp_path / "judge.py"
     judge.write_text((rewarded.parent / "reward.py").read_text().replace("[sum(", "[5 - sum("))
-    call("score.py", f"--data={trained / 'scored'}", f"--out={tmp_path / 'judged'}",
-         f"--reward={judge}:letters", "--name=judge")
+    few = write_rows(tmp_path / "few.jsonl", read_rows(trained / "scored")[:12])
+    call("score.py", f"--data={few}", f"--out={tmp_path / 'judged'}", f"--reward={judge}:letters",
+         "--name=judge")
     evaluation = [f"--model={trained / 'run'}", f"--ref_model={tiny}", f"--out={tmp_path / 'out'}"]
     call("evaluate.py", *evaluation, f"--data={tmp_path / 'judged'}")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -384,8 +385,7 @@ def test_a_second_opinion_is_shown_beside_the_reward(tiny, trained, rewarded, tm
     assert "mean reward by judge" in capsys.readouterr().out
 
     table = read_rows(tmp_path / "judged")
-    assert [row["sample_rewards"] for row in table] == [
-        row["sample_rewards"] for row in read_rows(trained / "scored")]
+    assert [row["sample_rewards"] for row in table] == [row["sample_rewards"] for row in read_rows(few)]
     table[0]["ref_rewards_judge"][0] = None
     del table[3]["sample_rewards_judge"]
     data = write_rows(tmp_path / "gap.jsonl", table)

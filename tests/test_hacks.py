@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, read_rows, refused, write_rows
+from conftest import ROOT, read_rows, write_rows
 
 
 def changes():
@@ -56,12 +56,3 @@ def test_a_loss_a_regime_a_reward_a_metric_and_a_sampling_rule(tiny, rewarded, t
     answers = write_rows(tmp_path / "answers.jsonl", [{"prompt": "p", "completion": "a" * n} for n in (3, 5)])
     in_copy(code, "score.py", f"--data={answers}", f"--out={tmp_path / 'short'}", "--reward=short")
     assert [row["reward"] for row in read_rows(tmp_path / "short")] == [-3, -5]
-
-
-def test_a_misspelt_name_is_an_error(tiny, rewarded, tmp_path, capsys):
-    common = f"--model={tiny}", f"--data={rewarded}", f"--out={tmp_path / 'run'}"
-    refused(capsys, ["qrp", "qrpo"], "train.py", *common, "--loss=qrp")
-    refused(capsys, ["ref", "refs"], "train.py", *common, "--train_on=ref")
-    refused(capsys, ["test"], "score.py", f"--data={rewarded}", f"--out={tmp_path / 'run'}", "--reward=test")
-    refused(capsys, ["short:x"], "score.py", f"--data={rewarded}", f"--out={tmp_path / 'run'}",
-            "--reward=short:x")

@@ -158,11 +158,11 @@ def log_integral(f, beta, lo=0.0, hi=1.0):
     return top + math.log((np.exp(exponent - top) * w * half).sum())
 
 
-def log_normal_integral(beta, std=1.0):
-    """log E[exp(std z / beta)] over the standard normal, on 12 standard deviations around the peak."""
+def log_normal_integral(beta):
+    """log E[exp(z / beta)] over the standard normal, on 12 standard deviations around the peak."""
     x, w = np.polynomial.legendre.leggauss(200)
-    z = 12 * x + std / beta
-    exponent = std * z / beta - z ** 2 / 2 - math.log(2 * math.pi) / 2
+    z = 12 * x + 1 / beta
+    exponent = z / beta - z ** 2 / 2 - math.log(2 * math.pi) / 2
     return exponent.max() + math.log((np.exp(exponent - exponent.max()) * w).sum() * 12)
 
 
@@ -175,25 +175,6 @@ def test_partition_functions_against_quadrature(transform, f, beta, dtype, toler
     truth = log_integral(f, beta) if f else log_normal_integral(beta)
     ours = qrpo.log_partition(torch.tensor([beta], dtype=dtype), transform).item()
     assert abs(ours - truth) <= tolerance * (1 + abs(truth))
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_a_scaled_normal_quantile_is_the_normal_quantile_at_beta_over_its_scale(beta):
-    std, truth = 0.7, log_normal_integral(beta, 0.7)
-    ours = qrpo.log_partition(torch.tensor([beta / std], dtype=torch.float64), "normal-icdf").item()
-    assert abs(ours - truth) <= 1e-9 * (1 + abs(truth))
-
-
-def test_sqrt_and_square_partition_functions_against_their_formulas():
-    for beta in (0.05, 0.3, 1.0):
-        b = torch.tensor([beta], dtype=torch.float64)
-        formula = math.log(2 * beta * (beta + (1 - beta) * math.exp(1 / beta)))
-        assert abs(qrpo.log_partition(b, "sqrt").item() - formula) < 1e-9
-        x = 1 / math.sqrt(beta)
-        series = sum(x ** (2 * k + 1) / (math.factorial(k) * (2 * k + 1)) for k in range(150))
-        erfi = 2 / math.sqrt(math.pi) * series
-        formula = math.log(math.sqrt(math.pi * beta) / 2 * erfi)
-        assert abs(qrpo.log_partition(b, "square").item() - formula) < 1e-9
 
 
 # ---- quantiles ----
@@ -279,7 +260,7 @@ def train_categorical(beta, quantile, rewards, ref_rewards, steps=1500):
 
 @pytest.mark.parametrize("beta", (0.1, 0.5))
 def test_trained_categorical_policy_reaches_the_closed_form_optimum(beta):
-    k, a = 1000, 1 / beta
+    k, a = 250, 1 / beta
     rewards = torch.arange(k).double()
     log_ratio = train_categorical(beta, "paper", rewards, rewards.expand(k, k))
     pi, q = log_ratio.exp() / k, (torch.arange(k) + 0.5) / k

@@ -1,7 +1,6 @@
 """Real checkpoints, tokenizers, chat templates and rewards: nothing goes wrong without a word."""
-import errno
 import datetime
-import json
+import errno
 import os
 import signal
 import time
@@ -37,13 +36,11 @@ def log_ratio(path, reference, data):
     return float((logps[0] - logps[1]).mean())
 
 
-@pytest.mark.parametrize("learning_rate", (1e-7, 3e-7, 1e-6))
-def test_the_saved_model_has_the_last_logged_log_ratio(tmp_path, learning_rate):
-    """Of a bfloat16 checkpoint, at the paper's learning rates."""
+def test_the_saved_model_has_the_last_logged_log_ratio(tmp_path):
+    """Of a bfloat16 checkpoint, at the paper's lowest learning rate: most bfloat16 weights would not move."""
     model, data = make_model(tmp_path / "model", hidden_size=64), make_rows(tmp_path / "rows.jsonl")
     flags = (f"--model={model}", f"--data={data}", f"--eval_data={data}", "--batch_size=6", "--epochs=10",
-             "--beta=0.03",
-             f"--learning_rate={learning_rate}")
+             "--beta=0.03", "--learning_rate=1e-7")
     script = call("train.py", *flags, f"--out={tmp_path / 'run'}")
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["eval_log_ratio"]
     assert log_ratio(tmp_path / "run", model, script["eval_data"]) == pytest.approx(logged, rel=0.02)
@@ -83,7 +80,7 @@ def test_longrope_ends_at_its_border_so_that_no_batch_changes_a_log_probability(
             f"--out={tmp_path / 'run'}", "--train_on=chosen", "--loss=sft")
 
 
-def test_parameters_that_text_does_not_reach_are_frozen_and_ddp_and_resume_work(tmp_path):
+def test_parameters_that_text_does_not_reach_stay_as_they_are_and_processes_do_not_wait_for_them(tmp_path):
     """A multimodal checkpoint: its vision tower gets no gradient."""
     make("gemma3", tmp_path / "model")
     flags = (f"--model={tmp_path / 'model'}", f"--data={make_rows(tmp_path / 'rows.jsonl')}",
@@ -98,26 +95,12 @@ def test_parameters_that_text_does_not_reach_are_frozen_and_ddp_and_resume_work(
 
 # ---- how rows were sampled ----
 
-def test_evaluation_at_another_temperature_prints_no_kl_and_training_says_so(tiny, rewarded, tmp_path,
-                                                                             capsys):
+def test_training_says_that_its_references_were_sampled_at_another_temperature(
+        tiny, rewarded, tmp_path, capsys):
     table = read_rows(rewarded)
     for row in table:
-        row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
-        row["made_by"] |= {"samples": row["made_by"]["ref_completions"] | {"temperature": 0.6, "top_p": 0.9}}
-    data = write_rows(tmp_path / "data.jsonl", table)
-    evaluation = f"--model={tiny}", f"--ref_model={tiny}", f"--out={tmp_path}", "--beta=0.1"
-    call("evaluate.py", *evaluation, f"--data={data}")
-    assert "temperature 0.6 and top_p 0.9" in capsys.readouterr().out
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert "mean reward" in results and "KL to reference, nats" not in results and "objective" not in results
-
-    for row in table:
         row["made_by"]["ref_completions"]["temperature"] = 0.7
-        row["made_by"]["samples"] |= {"temperature": 1.0, "top_p": 1.0}
-    write_rows(data, table)
-    call("evaluate.py", *evaluation, f"--data={data}")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert "KL to reference, nats" in results and "temperature 0.7" in capsys.readouterr().out
+    data = write_rows(tmp_path / "data.jsonl", table)
     ends_well("train.py", f"--model={tiny}", f"--data={data}", f"--out={tmp_path / 'run'}", "--dry_run")
     assert "sampled at temperature 0.7 and top_p 1.0" in capsys.readouterr().out
 
@@ -180,16 +163,6 @@ def test_a_sentencepiece_completion_has_its_own_text(load, prompt, completion):
 
 
 # ---- rewards ----
-
-def test_an_async_reward_function(tmp_path):
-    (tmp_path / "reward.py").write_text(
-        "import asyncio\nasync def reward(prompts, completions, **columns):\n"
-        "    await asyncio.sleep(0)\n    return [float(len(text)) for text in completions]\n")
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "four"}])
-    call("score.py", f"--data={data}", f"--out={tmp_path / 'out'}",
-         f"--reward={tmp_path / 'reward.py'}:reward")
-    assert read_rows(tmp_path / "out")[0]["reward"] == 4
-
 
 class Published(nn.Module):
     """What ArmoRM's published code computes, a sequence at a time, from the checkpoint's weights alone."""
@@ -324,12 +297,14 @@ def test_all_steps_of_an_epoch_have_nearly_the_same_size(tiny, rewarded, tmp_pat
 
 
 def test_the_sampler_refuses_a_cache_that_it_does_not_carry(tmp_path, capsys):
+    """As a recurrent state."""
     for kind in ("mamba", "minimax", "bart"):
         make(kind, tmp_path / kind)
         data = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
         refused(capsys, [kind, "--engine=vllm"], "generate_refs.py", f"--model={tmp_path / kind}",
                 f"--data={data}",
                 f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- files, processes, memory ----
@@ -410,14 +385,14 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
 
 
 def test_scoring_does_not_hold_the_rows_in_memory(tmp_path):
-    """Python objects when the reward sees the last of 60 rows, of 0.4 MB each, as when it sees the tenth."""
+    """Python objects when the reward sees the last of 30 rows, of 0.4 MB each, as when it sees the tenth."""
     (tmp_path / "reward.py").write_text(
         "import tracemalloc\n"
         "def reward(prompts, completions, **columns):\n"
         f"    print(tracemalloc.get_traced_memory()[0], file=open({str(tmp_path / 'held')!r}, 'a'))\n"
         "    return [0.0] * len(completions)\n")
     completion = {"text": "word", "token_ids": list(range(10_000, 10_500)), "finish_reason": "stop"}
-    table = [{"id": i, "prompt": "p", "ref_completions": [completion] * 20} for i in range(60)]
+    table = [{"id": i, "prompt": "p", "ref_completions": [completion] * 20} for i in range(30)]
     data = write_rows(tmp_path / "rows.jsonl", table)
     del table
     tracemalloc.start()
@@ -427,4 +402,4 @@ def test_scoring_does_not_hold_the_rows_in_memory(tmp_path):
     finally:
         tracemalloc.stop()
     held = [int(line) / 1e6 for line in (tmp_path / "held").read_text().split()]
-    assert len(held) == 60 and held[-1] - held[9] < 2, held
+    assert len(held) == 30 and held[-1] - held[9] < 2, held

@@ -177,7 +177,7 @@ def start_sweep(grid):
 
 def test_status_sees_what_runs_and_stopping_the_sweep_stops_it(tmp_path):
     saves = ("import signal, sys, time;"
-             "signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)));"
+             "signal.signal(15, lambda *_: (time.sleep(0.5), print('saved'), sys.exit(75)));"
              "print('up', flush=True); time.sleep(60)")
     grid = write_grid(tmp_path, {"long": f"{sys.executable} -c {shlex.quote(saves)}; echo goes on",
                                  "waits": "true"})
@@ -201,7 +201,7 @@ def test_torchrun_is_not_told_to_stop_while_its_workers_save(tmp_path):
     """It would kill them 30 seconds later."""
     (tmp_path / "rank.py").write_text(
         "import os, signal, sys, time\n"
-        "signal.signal(15, lambda *_: (time.sleep(2), print('saved'), sys.exit(75)))\n"
+        "signal.signal(15, lambda *_: (time.sleep(0.5), print('saved'), sys.exit(75)))\n"
         "print('up', flush=True)\ntime.sleep(60)\n")
     grid = write_grid(tmp_path, {"ranks": f"{TORCHRUN} --nproc_per_node=2 {tmp_path}/rank.py"})
     process = start_sweep(grid)
@@ -384,11 +384,9 @@ def test_the_status_of_972_runs_of_which_200_failed_takes_one_call_of_each_comma
         record(tmp_path, f"run{k}", job=f"7_{k}", started=1, **({"exit": 0} if k < 700 else {}))
         (tmp_path / f"out/run{k}/log.txt").write_text("step 1\n" * 1000)
     accounts = "".join(f"7_{k}|NODE_FAIL|0:0|None\\n" for k in range(700, 900))
-    env = slurm(squeue="sleep 1; for k in {900..971}; do echo \"7_$k|PENDING (Resources)\"; done",
-                sacct=f"sleep 1; printf '{accounts}'")
-    began = time.time()
+    env = slurm(squeue="for k in {900..971}; do echo \"7_$k|PENDING (Resources)\"; done",
+                sacct=f"printf '{accounts}'")
     printed = sweep("status", write_grid(tmp_path, commands), env=env)
-    assert time.time() - began < 10
     assert "700 done, 200 failed, 72 queued" in printed and printed.count("NODE_FAIL") == 200
     assert (tmp_path / "calls.txt").read_text().count("\n") == 2
 
