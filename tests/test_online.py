@@ -67,7 +67,7 @@ def test_on_the_policys_own_samples_the_gradient_is_that_of_the_objective():
     torch.testing.assert_close(gradient, -2 * beta * ascent)
 
 
-def test_evaluation_finds_the_objective_that_the_run_maximises(tiny, rewarded, undisturbed, tmp_path):
+def test_evaluation_takes_beta_from_the_run(tiny, rewarded, undisturbed, tmp_path):
     table = read_rows(rewarded)[:6]
     for row in table:
         row["samples"], row["sample_rewards"] = row["ref_completions"], row["ref_rewards"]
