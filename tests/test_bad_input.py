@@ -48,7 +48,7 @@ def build(tmp_path, data, loaded, **choices):
     (b'{"prompt": "a"} {"prompt": "b"}\n', (".jsonl:1", "not JSON")),
     (b'{"prompt": ' + b"[" * 100_000 + b"\n", (".jsonl:1", "not JSON")),  # too deeply nested
     (b"", ("holds no rows",)), (b"\n\n", ("holds no rows",)), (None, ("no such JSONL file",))))
-def test_rows_that_are_not_rows(tmp_path, capsys, content, says):
+def test_rows_that_are_not_rows_are_refused(tmp_path, capsys, content, says):
     path = tmp_path / "data.jsonl"
     if content is not None:
         path.write_bytes(content)
@@ -118,7 +118,7 @@ def test_compressed_files_are_known_by_what_they_hold(tmp_path):
     assert [row["prompt"] for row in rows.read(tmp_path)] == ["a", "b"]
 
 
-def test_a_truncated_gzip_file(tmp_path, capsys):
+def test_a_truncated_gzip_file_is_refused(tmp_path, capsys):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 1000)[:-20])
     one_line_of_error(capsys, ["data.jsonl.gz", "cannot be read"], lambda: rows.read(path))
@@ -163,7 +163,7 @@ def test_a_truncated_gzip_file(tmp_path, capsys):
     ({"ref_rewards": None, "chosen": "a", "rejected": "b"}, {"train_on": "chosen_rejected"},
      ("has 0 ref_rewards and 1 are needed",)),
     ({"ref_rewards": [None, None]}, {}, ("nothing is left",))))
-def test_rows_that_cannot_be_trained_on(loaded, good, tmp_path, capsys, change, options, says):
+def test_rows_that_cannot_be_trained_on_are_refused(loaded, good, tmp_path, capsys, change, options, says):
     data = write_rows(tmp_path / "data.jsonl", [good | change])
     place = [] if "nothing is left" in says or "chat template" in says else ["data.jsonl:1"]
     one_line_of_error(capsys, [*place, *says], lambda: build(tmp_path, data, loaded, **options))
@@ -181,7 +181,7 @@ def test_of_many_bad_rows_the_first_is_named(loaded, tmp_path, capsys, monkeypat
 
 # ---- models ----
 
-def test_a_model_without_an_end_token(loaded, tmp_path, capsys):
+def test_a_model_without_an_end_token_is_refused(loaded, tmp_path, capsys):
     tokenizer, model = map(copy.deepcopy, loaded)
     tokenizer.eos_token = tokenizer.pad_token = None
     row = {"prompt": "p", "completion": "a", "reward": 1, "ref_rewards": [0.5]}
@@ -196,7 +196,7 @@ def test_a_model_without_an_end_token(loaded, tmp_path, capsys):
 
 @pytest.mark.parametrize("messages", (
     [{"role": "wizard", "content": "a"}], [{"role": "user", "content": "a"}] * 2))
-def test_a_chat_template_that_refuses_the_messages(loaded, good, tmp_path, capsys, messages):
+def test_messages_that_a_chat_template_refuses_are_refused(loaded, good, tmp_path, capsys, messages):
     tokenizer, model = copy.deepcopy(loaded[0]), loaded[1]
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role not in ['user', 'assistant'] or "
@@ -224,12 +224,12 @@ def prompts(model, tmp_path, table=({"prompt": "a"},)):
     (["--seed=-1"], ("--seed", "at least 0")),
     (["--top_p=0"], ("--top_p",)),
     (["--num_refs=0"], ("--num_refs",))))
-def test_generate_flags(tiny, tmp_path, capsys, flags, says):
+def test_flags_that_generate_refs_refuses(tiny, tmp_path, capsys, flags, says):
     refused(capsys, says, "generate_refs.py", *prompts(tiny, tmp_path), *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_prompt_that_fills_the_context(tiny, tmp_path, capsys):
+def test_a_prompt_that_fills_the_context_is_refused(tiny, tmp_path, capsys):
     table = [{"prompt": "a"}, {"prompt": "a" * 64}]
     refused(capsys, ["data.jsonl:2", "64 tokens", "context holds 64"], "generate_refs.py",
             *prompts(tiny, tmp_path, table))
@@ -237,7 +237,7 @@ def test_a_prompt_that_fills_the_context(tiny, tmp_path, capsys):
     assert not part.exists() or not part.read_bytes()
 
 
-def test_rows_that_have_references_already(tiny, tmp_path, capsys, good):
+def test_rows_that_have_references_already_are_refused(tiny, tmp_path, capsys, good):
     for name in ("ref_rewards", "ref_rewards_judge"):
         old = write_rows(tmp_path / "old.jsonl", [{"prompt": "p", name: [1.0] * 16}])
         refused(capsys, ["old.jsonl:1", f"already has {name}"], "generate_refs.py",
@@ -284,7 +284,7 @@ TESTS = {"test": "def check(c): pass", "entry_point": "f"}
     (["tests", "--cpu=-1"], TESTS, ("--cpu must be above 0",)),
     (["tests"], {"ref_completions": None}, ("data.jsonl:1", "no completions")),
     (["tests"], TESTS | {"ref_completions": "text"}, ("data.jsonl:1", "must be a list"))))
-def test_score_flags_and_rows(good, tmp_path, capsys, reward, row, says):
+def test_flags_and_rows_that_score_refuses(good, tmp_path, capsys, reward, row, says):
     data = write_rows(tmp_path / "data.jsonl", [good | {"ref_rewards": None} | row])
     refused(capsys, says, "score.py", f"--data={data}", f"--out={tmp_path / 'out'}", f"--reward={reward[0]}",
             *reward[1:])
@@ -335,7 +335,7 @@ def test_an_output_of_another_version_of_the_reward_is_refused(good, tmp_path, c
     (["--model=out", "--out=out"], ("would change the model",)),
     (["--eval_data={data}", "--out={data}"], ("would change the model or the data",)),
     (["--model=/no/model"], ("/no/model",))))
-def test_train_flags_and_data(tiny, rewarded, tmp_path, capsys, flags, says):
+def test_flags_and_data_that_train_refuses(tiny, rewarded, tmp_path, capsys, flags, says):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty.jsonl").write_text("")
     shutil.copytree(rewarded, tmp_path / "data")
@@ -383,7 +383,8 @@ def test_a_run_that_is_not_finished_continues_with_its_own_settings_and_data_onl
 
 # ---- disks ----
 
-def test_outputs_that_another_process_writes_or_that_cannot_be_written(tiny, rewarded, tmp_path, capsys):
+def test_outputs_that_cannot_be_written_are_refused(tiny, rewarded, tmp_path, capsys):
+    """Or that another process writes, or that are also the data."""
     held = rows.open_part(tmp_path / "part-00000.jsonl")
     one_line_of_error(capsys, ["another process"], lambda: rows.open_part(tmp_path / "part-00000.jsonl"))
     held.close()

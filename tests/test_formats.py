@@ -135,7 +135,7 @@ def test_right_programs_get_full_marks_and_wrong_ones_do_not(judged, make):
         assert wrong["reward"] is not None and wrong["reward"] < 1, wrong
 
 
-def test_humaneval_as_it_is_published():
+def test_humaneval_is_judged_as_it_is_published():
     rows = [{**r, "fenced": False, "id": r["id"]} for r in dataset("humaneval/HumanEval.jsonl.gz", "canonical_solution")]
     for r in rows:
         r["prompt"] = r.pop("preamble")
@@ -161,7 +161,7 @@ class Cache:
                                      " c.put(2, 2)\n c.get(1)\n c.put(3, 3)\n assert c.get(2) == -1"},
     {"test_list": ["c = Cache(2)\nc.put(1, 1)\nassert c.get(1) == 1\nc.put(2, 2)\nc.get(1)\nc.put(3, 3)\n"
                    "assert c.get(2) == -1\nassert c.size == 2"]}])
-def test_class_designs(columns):
+def test_what_is_tested_may_be_a_class(columns):
     rows = [{**columns, "id": n, "fenced": False, "completion": text} for n, text in enumerate(
         (DESIGN, DESIGN.replace("self.kept[key] = value = self.kept.pop(key)", "value = self.kept[key]")))]
     right, wrong = (verdict for _, verdict in sorted(verdicts(rows).items()))
@@ -212,7 +212,7 @@ SCRIPTS = [  # a program that prints the sum of the numbers that it reads, and w
 ]
 
 
-def test_programs_that_read_and_print():
+def test_a_program_may_read_and_print_in_any_way():
     row = {"fenced": False, "inputs": ["2\n1 3\n", "1\n5", "0\n4 4 4\n"], "outputs": ["6\n", "6", "12"]}
     got = verdicts([row | {"id": n, "completion": program} for n, (program, _) in enumerate(SCRIPTS)])
     assert [SCRIPTS[n] for n, v in got.items() if (v["reward"] == 1) is not SCRIPTS[n][1]] == [] and len(got) == len(SCRIPTS)
@@ -297,7 +297,7 @@ def test_no_answer_takes_long_to_read(text, again):
     assert time.process_time() - begun < 1
 
 
-def test_numpy_values():
+def test_numpy_values_are_passed_and_compared():
     program = "import numpy as np\ndef f(a):\n    a[0] = 9\n    return [np.zeros((0, 3)), a.mean(), a * 2]"
     test = ("import numpy as np\ndef check(candidate):\n a = np.array([1, 2])\n x, y, z = candidate(a)\n assert a[0] == 9\n"
             " assert x.shape == (0, 3)\n assert y.round(0) == 6\n assert (z == np.array([18, 4])).all()")
@@ -343,13 +343,13 @@ SUPPLIED = {  # name: (program that reads a number n and prints it, or None; col
 }
 
 
-def test_what_contests_need_not_import():
+def test_programs_of_contests_need_not_import_what_the_benchmarks_supply():
     rows = [{"id": (name, n), "fenced": False, "completion": program} | columns for name, program in SUPPLIED.items()
             for n, columns in enumerate(({"inputs": ["7\n"], "outputs": ["7\n"]}, lcb(["7"], ["7"])))]
     assert {name: v for name, v in verdicts(rows).items() if v["reward"] != 1} == {}
 
 
-def test_limits_of_live_code_bench():
+def test_recursion_and_long_integers_have_the_limits_of_live_code_bench():
     """Recursion to 50,000, integers of 50,000 digits; in the other formats Python's own."""
     deep, long = DEEP + "print(f(int(input())))", "n = int(input())\nprint(len(str(10 ** n)) - 1)"
     rows = [{"id": (n, k), "fenced": False, "completion": program} | columns
@@ -374,7 +374,7 @@ def test_values_are_compared_as_in_the_benchmarks():
     assert [[got[n, k]["reward"] for k in (0, 1)] for n in range(len(cases))] == [case[3:] for case in map(list, cases)]
 
 
-def test_byte_order_marks():
+def test_byte_order_marks_change_nothing():
     mark, program, test = "\ufeff", "def f(x): return x + 1", "def check(candidate):\n assert candidate(1) == 2"
     base = {"fenced": False, "completion": program, "entry_point": "f"}
     rows = [base | {"test": test, "completion": mark + program}, base | {"test": mark + test},

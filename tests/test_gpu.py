@@ -85,7 +85,7 @@ class TimesTwo(torch.autograd.Function):
     lambda here, there: adamw("cpu"),
     lambda here, there: TimesTwo.apply(there.requires_grad_(), here).sum().backward()],
     ids="add cat stack index in_place embedding numpy asarray adamw backward".split())
-def test_what_cuda_refuses(operation):
+def test_what_cuda_refuses_is_an_error(operation):
     with pretend_gpu(), pytest.raises((RuntimeError, TypeError), match="same device|to numpy|to the CPU"):
         operation(torch.arange(3.0), torch.arange(3.0, device=GPU))
 
@@ -97,7 +97,7 @@ def test_what_cuda_refuses(operation):
     lambda here, there: there.copy_(here),
     lambda here, there: here.to(there) + there,
     lambda here, there: adamw(GPU)], ids="scalar where index copy to adamw".split())
-def test_what_cuda_allows(operation):
+def test_what_cuda_allows_works(operation):
     with pretend_gpu():
         result = operation(torch.arange(3.0), torch.arange(3.0, device=GPU))
         assert result.is_cuda and result.device == GPU and on_gpu(result)
@@ -118,7 +118,7 @@ def test_waits_with_nothing_launched_between_them_are_one():
 
 # ---- the scripts ----
 
-def test_sampling(tiny, rewarded, tmp_path, monkeypatch):
+def test_sampling_gives_the_tokens_of_a_cpu(tiny, rewarded, tmp_path, monkeypatch):
     """The tokens of a CPU. For each, the host waits three times: to copy the random numbers, with the model
     still in the queue; to read the tokens, as some end a completion; and when transformers looks at the mask.
     """
@@ -172,7 +172,7 @@ LOSSES = {
     ["--gradient_checkpointing"],
     ["--lora=4"],
     ["--lora=4", "--gradient_checkpointing", "--dtype=bfloat16"]], ids=" ".join)
-def test_other_ways_to_train(tiny, rewarded, tmp_path, flags):
+def test_other_ways_to_train_give_the_weights_of_a_cpu(tiny, rewarded, tmp_path, flags):
     """All losses, quadrature, checkpointing and LoRA, with evaluation data and checkpoints."""
     if "--lora=4" in flags:
         pytest.importorskip("peft")
@@ -199,7 +199,7 @@ def test_training_in_bfloat16_with_another_reference_model_and_a_dry_run(tiny, r
 @pytest.mark.parametrize("flags", [
     ["--temperature=0", "--dtype=float32"], ["--top_p=0.8", "--temperature=0.7", "--dtype=float32"],
     ["--dtype=auto"]], ids=" ".join)
-def test_other_ways_to_sample(tiny, rewarded, tmp_path, flags):
+def test_other_ways_to_sample_give_the_tokens_of_a_cpu(tiny, rewarded, tmp_path, flags):
     def sampled(name):
         call("generate_refs.py", f"--model={tiny}", f"--data={rewarded.parent / 'prompts.jsonl'}",
              f"--out={tmp_path / name}", "--num_refs=2", "--max_new_tokens=20", "--batch_size=16", *flags)
@@ -212,7 +212,7 @@ def test_other_ways_to_sample(tiny, rewarded, tmp_path, flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_a_reward_model(rewarded, tmp_path, kind):
+def test_a_reward_model_gives_the_scores_of_a_cpu(rewarded, tmp_path, kind):
     """A causal one, and one whose padding is masked."""
     torch.manual_seed(1)
     tokenizer = make_tokenizer()
@@ -236,7 +236,7 @@ def test_a_reward_model(rewarded, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_from_a_trained_model_to_its_evaluation(tiny, rewarded, tmp_path):
+def test_evaluation_gives_the_results_of_a_cpu(tiny, rewarded, tmp_path):
     run, sampled, scored = tmp_path / "run", tmp_path / "sampled", tmp_path / "scored"
     with pretend_gpu():
         train(tiny, rewarded, run)
@@ -254,7 +254,7 @@ def test_from_a_trained_model_to_its_evaluation(tiny, rewarded, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_on_fresh_samples(tiny, rewarded, tmp_path):
+def test_training_on_fresh_samples_logs_what_a_cpu_does(tiny, rewarded, tmp_path):
     """examples/online.py, in float32 and in bfloat16."""
     def online(out, *more):
         call("examples/online.py", f"--model={tiny}", f"--ref_model={tiny}", f"--data={rewarded}",

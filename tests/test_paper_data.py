@@ -19,7 +19,7 @@ def chat(question, answer):
 
 @pytest.mark.parametrize("name, train, test", [("magpie_air", "train-00000-of-00001", "test-00000-of-00001"),
                                                ("ultrafeedback", "train_prefs-0", "test_prefs-0")])
-def test_chat_pairs_of_at_most_2048_tokens(tiny, tmp_path, name, train, test):
+def test_chat_pairs_of_at_most_2048_tokens_become_rows(tiny, tmp_path, name, train, test):
     answers = ("yes", "no"), ("y" * 2048, "n"), ("y" * 2049, "n"), ("y", "n" * 2049)
     table = [{"instruction": f"q{i}", "chosen": chat(f"q{i}", a), "rejected": chat(f"q{i}", b), "other": 1}
              for i, (a, b) in enumerate(answers)]
@@ -135,7 +135,7 @@ def test_reference_data_becomes_rows_that_train_in_every_regime(tiny, tmp_path):
         assert data.ref_rewards.shape == (2, 4)
 
 
-def test_reference_data_in_parquet(tmp_path):
+def test_reference_data_may_be_in_parquet(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = [reference_row(i) for i in range(250)]
     parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "train-00000-of-00001.parquet")
@@ -175,7 +175,7 @@ def test_broken_reference_data_is_refused_with_file_and_row(tmp_path, change, sa
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_reference_dataset_that_is_nowhere(tmp_path):
+def test_a_reference_dataset_that_is_nowhere_is_refused(tmp_path):
     done = run("data/qrpo_reference/prepare.py", f"--out={tmp_path}", check=False)
     assert done.returncode == 2 and "--source is missing" in done.stderr
     done = prepare_reference(tmp_path, "nobody/nothing", check=False)
@@ -227,7 +227,7 @@ def test_leetcode_canonical_solutions_get_full_marks(tmp_path):
     assert rewards.pop("wrong") == 0 and set(rewards.values()) == {1.0}
 
 
-def test_gsm8k_final_number():
+def test_the_reward_of_gsm8k_finds_the_final_number():
     spec = importlib.util.spec_from_file_location("reward", ROOT / "data/gsm8k/reward.py")
     reward = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reward)
@@ -269,7 +269,7 @@ def test_gsm8k_trains_on_model_answers(tmp_path):
     assert len(log) >= 3 and log[-1]["log_ratio"] != 0
 
 
-def test_gsm8k_questions(tmp_path):
+def test_questions_of_gsm8k_become_rows(tmp_path):
     run("data/gsm8k/prepare.py", f"--source={MATERIAL / 'gsm8k/test.jsonl'}", f"--out={tmp_path}")
     rows = read_rows(tmp_path / "test.jsonl")
     assert len(rows) == 1319 and rows[0]["answer"] == 18 and rows[0]["completion"].endswith("#### 18")

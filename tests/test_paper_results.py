@@ -293,7 +293,7 @@ def test_table_selects_on_one_half_and_reports_the_other(sweep):
     assert "**0.5000** ± 0.0000 | **0.0000**" in markdown  # references that seeds share count once
 
 
-def test_table_of_cells(sweep):
+def test_a_table_by_other_flags_has_a_line_for_each_cell(sweep):
     command(sweep, "table", "--by=loss,beta", "--select=reward")
     cells = {m["method"]: m for m in read_csv(sweep / "out/table.csv")}
     assert list(cells) == ["reference model", "dpo beta 0.1", "qrpo beta 0.1", "qrpo beta 0.3"]
@@ -343,7 +343,7 @@ def test_where_rewards_tie_only_exact_converges_to_the_optimum(sweep):
     assert float(curves[-1]["exact"]) == pytest.approx(exact, abs=1e-4)
 
 
-def test_frontier(sweep):
+def test_the_frontier_has_the_kl_of_the_samples_and_the_bound_of_the_references(sweep):
     """log_ratio is 3 to 11 in turn, so of a prompt's two samples: a mean of 4, 8, 7, 6, 5 or 9 in turn."""
     command(sweep, "frontier")
     points = read_csv(sweep / "out/frontier.csv")
@@ -440,7 +440,7 @@ def test_a_new_loss_needs_no_line_here(tmp_path):
     (["table", "--by=loss,learning_rates"], "no run has a flag 'learning_rates'"),
     (["figure4", "--tokenizer=x"], "--tokenizer"), (["table", "--runs=/no/runs"], "/no/runs: no such folder"),
     (["table", "--out=/dev/null"], "/dev/null: cannot be written")))
-def test_flags_that_make_no_sense(sweep, capsys, flags, says):
+def test_flags_that_make_no_sense_are_refused(sweep, capsys, flags, says):
     with pytest.raises(SystemExit, match="2"):
         command(sweep, *flags)
     assert says in capsys.readouterr().err
@@ -465,7 +465,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, change, mess
     assert message in capsys.readouterr().err
 
 
-def test_a_real_run(tiny, rewarded, tmp_path):
+def test_the_table_of_a_real_run_has_its_mean_reward(tiny, rewarded, tmp_path):
     """Trained, sampled, rewarded and evaluated by the project's own scripts; its table's reward by another
     way.
     """

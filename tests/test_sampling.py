@@ -388,7 +388,7 @@ def test_vllm_rows_say_in_which_dtype_they_were_sampled(vllm, tmp_path):
         assert read_rows(tmp_path / dtype)[0]["made_by"]["ref_completions"]["dtype"] == recorded
 
 
-def test_vllm_that_is_not_installed(tiny, tmp_path, capsys, monkeypatch):
+def test_vllm_that_is_not_installed_is_said(tiny, tmp_path, capsys, monkeypatch):
     data = write_rows(tmp_path / "p.jsonl", [{"prompt": "row"}])
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -400,13 +400,13 @@ def test_vllm_that_is_not_installed(tiny, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("options, says", (
     ({"gpu_memory_utilisation": 0.5}, "unexpected keyword argument 'gpu_memory_utilisation'"),
     ({"gpu_memory_utilization": 1}, "does not start: more than there is")))
-def test_vllm_options_that_it_does_not_take(vllm, tmp_path, capsys, options, says):
+def test_vllm_options_that_it_does_not_take_are_refused(vllm, tmp_path, capsys, options, says):
     refused(capsys, [says], "generate_refs.py", *vllm, f"--out={tmp_path / 'out'}",
             f"--engine_options={json.dumps(options)}")
     assert not read_rows(tmp_path / "out")
 
 
-def test_vllm_options_without_vllm(vllm, tmp_path, capsys):
+def test_vllm_options_without_vllm_are_refused(vllm, tmp_path, capsys):
     refused(capsys, ["--engine_options"], "generate_refs.py", *vllm[:-1], f"--out={tmp_path / 'out'}",
             """--engine_options={"gpu_memory_utilization": 0.5}""")
 

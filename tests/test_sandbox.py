@@ -328,7 +328,7 @@ def test_nothing_is_left_behind(hostile):
     ("large value", "output"), ("f", "wrong"), ("BaseException in the call", "exception"), ("None", "wrong"),
     ("no code", "no_code"), ("not closed", "no_code"), ("syntax error", "exception"), ("bytes not JSON", "output"),
     ("segfault in the call", "killed"), ("ignored signals", "timeout")])
-def test_verdict_words(hostile, name, word):
+def test_the_word_of_a_verdict_says_how_the_program_ended(hostile, name, word):
     assert hostile[0][name]["verdict"] == word
 
 

@@ -260,7 +260,7 @@ def test_rewards_of_another_number_of_completions_are_refused(tmp_path, capsys, 
 
 # ---- tests ----
 
-def test_tests_in_the_sandbox(tmp_path):
+def test_the_reward_of_tests_is_the_share_that_passes(tmp_path):
     texts = "def f(x): return x + 1", "def f(x): return 2", "def f(x): return x +"
     rows = score(tmp_path, [{
         "prompt": "write f", "entry_point": "f", "fenced": False,

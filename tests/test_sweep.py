@@ -79,7 +79,7 @@ GRIDS = (grids.chat, grids.scaling, grids.code, grids.sft, grids.refs, grids.min
 
 
 @pytest.mark.parametrize(("name", "count"), (("chat", 972), ("scaling", 90), ("code", 72), ("sft", 10)))
-def test_number_of_runs_in_the_paper(name, count):
+def test_grids_have_as_many_runs_as_in_the_paper(name, count):
     assert len({line.split()[0] for line in sweep("list", name).splitlines()}) == count
 
 
@@ -129,7 +129,7 @@ def test_a_grid_whose_runs_share_a_folder_is_refused(tmp_path):
 
 # ---- this machine ----
 
-def test_a_sweep_on_this_machine(tmp_path):
+def test_a_sweep_on_this_machine_says_how_each_run_ended(tmp_path):
     python = f"{sys.executable} -c"
     (tmp_path / "rank.py").write_text(
         "import os\nif os.environ['RANK'] == '1': raise IndexError('of rank 1')\n")

@@ -192,7 +192,7 @@ MESSAGES = {  # messages as datasets store them, and as plain transformers shoul
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_messages_as_datasets_store_them(name):
+def test_messages_as_datasets_store_them_are_those_of_plain_transformers(name):
     """Keys that Arrow fills with null, text parts, and calls of tools without content."""
     tokenizer, (stored, plain) = copy.deepcopy(TEMPLATES["plain"]), MESSAGES[name]
     tokenizer.chat_template = (
@@ -229,7 +229,7 @@ def test_a_template_of_parts_gets_parts():
     ({"prompt": USER, "chat_template_kwargs": {"add_generation_prompt": False}}, ("add_generation_prompt",)),
     ({"prompt": assistant(None, tool_calls=CALL)}, ("cannot be turned into tokens",)),
     ({"prompt": "<return>"}, ("has the token 263", "vocabulary only 258", "resize"))))
-def test_prompts_that_no_model_can_read(capsys, change, says):
+def test_prompts_that_no_model_can_read_are_refused(capsys, change, says):
     one_line_of_error(capsys, ["x:1: ", *says], lambda: tokens.row_prompt_ids(
         TEMPLATES["plain"], Vocabulary(258), {"__at__": "x:1"} | change))
 
@@ -381,7 +381,7 @@ def test_the_flag_keeps_special_tokens_and_without_it_their_loss_is_said(tiny, t
 
 @pytest.mark.parametrize("text, accepted", (
     (" ab", True), ("ab", True), ("ab\n", True), (" ab<eos>", True), ("b", False), ("", False)))
-def test_texts_of_other_samplers(loaded, tmp_path, capsys, text, accepted):
+def test_texts_of_other_samplers_must_be_those_of_their_token_ids(loaded, tmp_path, capsys, text, accepted):
     """Rows made elsewhere, with the token ids: their text may lack the space that it begins with."""
     tokenizer, model = loaded
     ids = tokenizer(" ab").input_ids + [tokenizer.eos_token_id]
