@@ -219,16 +219,6 @@ def test_the_reference_log_probabilities_are_made_again_when_the_code_that_decid
         assert len(passes) == count, name
 
 
-def test_half_written_arrays_of_a_killed_run_are_made_again(loaded, rewarded, tmp_path):
-    data = build(tmp_path, rewarded, loaded)
-    folder, = [path for path in (tmp_path / "cache").glob("data-*") if path.is_dir()]
-    folder.rename(folder.with_name(f".{folder.name}.new"))
-    (folder.with_name(f".{folder.name}.new") / "tokens.bin").write_bytes(b"half")
-    again = build(tmp_path, rewarded, loaded)
-    assert again.fingerprint == data.fingerprint and len(again.tokens) == again.lens.sum()
-    assert not list((tmp_path / "cache").glob(".*.new"))
-
-
 def test_unknown_rewards_are_nan_and_never_zero(loaded, row, tmp_path):
     row |= {"ref_rewards": [0.1, None, 0.5, float("nan"), 0.9], "chosen_reward": None}
     path = write_rows(tmp_path / "d.jsonl", [row])

@@ -333,12 +333,16 @@ def test_ranks_wait_for_hours_while_the_main_one_reads_or_saves(tiny, rewarded, 
 def test_what_a_killed_process_left_in_the_cache_blocks_nobody(tiny, rewarded, tmp_path):
     flags = f"--model={tiny}", f"--data={rewarded}", f"--cache={tmp_path / 'cache'}"
     call("train.py", *flags, f"--out={tmp_path / 'one'}")
-    for path in list((tmp_path / "cache").iterdir()):  # as if both had been killed while they were written
-        if path.suffix != ".lock":
-            path.rename(path.with_name(f".{path.name}.new"))
+    arrays, = (tmp_path / "cache").glob("data-*/tokens.bin")
+    logps, = (tmp_path / "cache").glob("ref_logps-*.npy")
+    for path in arrays, logps:
+        path.write_bytes(b"half")
+    for path in arrays.parent, logps:  # as if both had been killed while they were written
+        path.rename(path.with_name(f".{path.name}.new"))
     call("train.py", *flags, f"--out={tmp_path / 'two'}")
     assert (tmp_path / "two" / "model.safetensors").read_bytes() == (
         tmp_path / "one" / "model.safetensors").read_bytes()
+    assert not list((tmp_path / "cache").glob(".*.new"))
 
 
 def test_a_finished_run_keeps_its_checkpoints_and_no_resume_state(tiny, rewarded, tmp_path):

@@ -337,10 +337,11 @@ def test_rows_carry_their_prompt_into_later_stages_when_the_template_writes_anot
 # ---- sampling ----
 
 def test_prompts_beyond_max_length_are_dropped_and_counted(tiny, tmp_path, capsys):
-    data = write_rows(tmp_path / "d.jsonl", [{"prompt": "q" * n} for n in (3, 70, 9, 10, 90)])
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": "q" * n} for n in (3, 64, 9, 10, 90)])
     flags = f"--model={tiny}", f"--data={data}", "--num_refs=2", "--max_new_tokens=20"
     refused(capsys, ["d.jsonl:2", "context holds 64", "--max_length=64"], "generate_refs.py", *flags,
             f"--out={tmp_path / 'refused'}")
+    assert not (tmp_path / "refused").exists()
     for _ in range(2):  # also when it is run again
         call("generate_refs.py", *flags, f"--out={tmp_path / 'out'}", "--max_length=10")
         assert "3 rows dropped, whose prompts have 10 tokens or more" in capsys.readouterr().out
