@@ -82,7 +82,7 @@ def modules_in(folder):
     """{name: file} of the loaded modules of a folder; not of an environment in it, and not this script."""
     found = {}
     for name, module in sys.modules.items():
-        file = getattr(module, "__file__", None) or ""
+        file = str(getattr(module, "__file__", None) or "")
         if file.startswith(f"{folder}/") and "/site-packages/" not in file and name != "__main__":
             found[name] = Path(file)
     return found
