@@ -301,6 +301,28 @@ def test_no_instance_of_the_preamble_has_a_method_of_its_own():
     assert {name: (v["passed"], v["total"]) for name, v in got.items()} == dict.fromkeys(METHODS, (0, 4)) | {"honest": (3, 4)}
 
 
+@pytest.mark.parametrize("name, value, names", [("__dataclass_fields__", {}, "(f.name for f in dataclasses.fields(p))"),
+                                                ("__match_args__", (), "p.__match_args__")])
+def test_no_instance_of_the_preamble_has_special_names_of_its_own(name, value, names):
+    """Of those that a library or a test looks up in the instance."""
+    preamble = "import dataclasses\n@dataclasses.dataclass\nclass Point:\n    x: int\n"
+    test = f"def check(candidate):\n p = candidate(5)\n assert all(getattr(p, name) == 5 for name in {names})\n"
+    rows = [row(1, in_call(f"p = Point(0)\nvars(p)[{name!r}] = {value!r}\nreturn p"), test, preamble),
+            row(2, in_call("return Point(x)"), test, preamble)]
+    assert {n: v["reward"] for n, v in verdicts(rows).items()} == {1: 0, 2: 1}
+
+
+def test_no_failure_of_a_program_passes_for_the_rows_own():
+    """A name that a failed test was to set, and a NameError that comes out of a future, are no null."""
+    cell = ("def check(candidate):\n a = candidate(1)\n assert a == 1\n assert all(a == x for x in candidate([1]))")
+    late = ("from concurrent.futures import ThreadPoolExecutor\ndef check(candidate):\n"
+            " with ThreadPoolExecutor(1) as pool: future = pool.submit(candidate, 1)\n assert future.result() == 1")
+    rows = [row("cell", in_call("if x == 1: raise ValueError\nreturn x"), cell), row("right", in_call("return x"), cell),
+            row("late", in_call("raise NameError('x')"), late), row("import", in_call("raise ImportError('x')"), late)]
+    got = {name: (v["passed"], v["total"]) for name, v in verdicts(rows).items()}
+    assert got == {"cell": (0, 2), "right": (2, 2), "late": (1, 2), "import": (1, 2)}
+
+
 def test_no_exception_ends_a_test_case_with_success():
     test = """
 import unittest

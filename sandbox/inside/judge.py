@@ -19,8 +19,8 @@ from .surroundings import first
 from .tests import Report, RowFault, Tests
 from .values import BASES, CONSTANTS, CandidateError, carried, classes_of, exception_of, is_builtin, restore
 
-# Exceptions that say "enough" to a loop: a success, if a program could raise them
-ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit"}
+# Exceptions that say "enough" to a loop, a success if a program could raise them, or that the row is at fault
+ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit", "NameError", "ImportError"}
 
 
 class CandidateLost(BaseException):
@@ -141,7 +141,7 @@ class Judge(Channel, Report):
         known = [pair for pair in names if pair[0] in ("builtins", "solution") or pair[1] in self.tests.names]
         error = exception_of(known, args, fields, self.classes)
         if any(kind.__name__ in ENDS - self.tests.names for kind in type(error).__mro__):
-            error = CandidateError()
+            error = CandidateError(*error.args)
         self.fault = {"MemoryError": "m", "TooLarge": "o"}.get(name, "e")
         self.why = next((name for _, name in names if is_builtin(name)), "")
         return error
@@ -166,7 +166,8 @@ class Judge(Channel, Report):
     def __exit__(self, kind, error, trace):
         if kind is RowFault:
             return False
-        if kind in (NameError, ImportError, ModuleNotFoundError) and not self.fault and not self.lost:
+        missing = kind is NameError and not self.detail  # else perhaps a test that failed was to set it
+        if (missing or kind in (ImportError, ModuleNotFoundError)) and not self.fault and not self.lost:
             raise RowFault(f"the tests fail by themselves: {kind.__name__} {error.name}; with "
                            "--judge=together they see what the program defines")
         if self.judged(kind)[0] in "we" and (what := self.surroundings(trace.tb_lineno)):

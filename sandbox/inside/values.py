@@ -120,7 +120,10 @@ def exception_of(names, args, fields, classes):
 
 
 def hides_method(kind, name):
-    """Whether an instance's attribute would take the place of a method, or of what a property remembers."""
+    """Whether an instance's attribute would take the place of a method, of what a property remembers, or of
+    what libraries look up by a special name, such as `__dataclass_fields__` and `__array_interface__`."""
+    if name[:2] == name[-2:] == "__":
+        return name != "__notes__"
     found = getattr(kind, name, None)
     is_code = callable(found) and not isinstance(found, type) or hasattr(found, "__get__")
     return is_code and name not in getattr(kind, "__dataclass_fields__", ())
