@@ -371,6 +371,23 @@ def check(candidate):
     assert lost == []
 
 
+LEFT = {  # name: (a test that leaves something in its process, a program that finds or makes it, an honest one)
+    "a module's list": ("import keyword\ndef check(candidate):\n assert len(keyword.kwlist) > 30\n assert candidate(keyword.kwlist) > 30",
+                        "n = len(x); x.clear(); return n", "return len(x)"),
+    "a module's attribute": ("import math\ndef check(candidate):\n assert candidate(math.pi) > 3.1\n math.pi = 3", "return x + 0", "return x"),
+    "a timer": ("import signal\ndef late(*args): raise TimeoutError\ndef check(candidate):\n signal.signal(signal.SIGALRM, late)\n"
+                " signal.setitimer(signal.ITIMER_REAL, 0.2)\n assert candidate(1) == 1", "return x + 0", "return x\ntime.sleep(0.4)"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_tests_leave_behind_meets_no_other_program(name):
+    test, *codes = LEFT[name]
+    in_calls = [in_call(codes[0]), in_call(*codes[1].split("\n"))]
+    got = verdicts([row(n, program, test) for n, program in enumerate(in_calls)], workers=1)
+    assert [got[n]["reward"] for n in (0, 1)] == [1, 1]
+
+
 # ---- wrong programs ----
 
 IDIOMS = {  # what follows asserts that `return 2` passes; it raises no ValueError, and is wrong for 5

@@ -10,6 +10,7 @@ import builtins
 import json
 import os
 import random
+import signal
 import socket
 import threading
 
@@ -96,6 +97,7 @@ class Judge(Channel, Report):
         self.objects_there = {}  # by number
         self.lost = ""  # the code of why the candidate can answer no more
         self.fault = self.why = ""  # of the present test: the code and the name of what the candidate raised
+        self.changed = False  # whether a call has changed its arguments, which may be a module's
         self.lock = threading.RLock()  # one thread of the test asks at a time
 
     def ask(self, operation, values):
@@ -115,6 +117,7 @@ class Judge(Channel, Report):
             *parts, after = values
             if after is not None:
                 restore(arguments, after)
+                self.changed = True
             result = self.error(*parts) if head == "error" else parts[0]
         except (EOFError, BrokenPipeError):
             self.lost = "k"
@@ -175,6 +178,11 @@ class Judge(Channel, Report):
         self.record(kind)
         self.fault = self.why = ""
         return True
+
+    def leaves(self):
+        """Whether the next program could meet what this one's tests have left: this judge will end."""
+        timers = any(signal.getitimer(kind)[0] for kind in range(3))
+        return timers or threading.active_count() > 1 or self.changed or bool(first(self.tests.source)[1])
 
     def judged(self, kind):
         if not kind and not self.lost:
@@ -241,5 +249,4 @@ def judge_one(judge, space, entry_point):
         judge.exchange(b"", [])  # the program has run up to its function
         space[judge.tests.check](candidate)
     judge.run(check)
-    leaves = "!" * (threading.active_count() > 1)  # something that runs on: this judge will end
-    judge.say("\n" + leaves + judge.detail)
+    judge.say("\n" + "!" * judge.leaves() + judge.detail)
