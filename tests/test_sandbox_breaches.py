@@ -3,13 +3,14 @@
     pytest tests/test_sandbox_breaches.py
 """
 # ruff: noqa: E501
+import json
 import os
 import subprocess
 import sys
 import time
 
 import pytest
-from test_sandbox import ASKED, NAMED, NODES, RUNTIME, SHORT, in_call, at_import, probe, row, some, verdicts, works
+from test_sandbox import ASKED, NAMED, NODES, REPO, RUNTIME, SHORT, in_call, at_import, probe, row, some, verdicts, works
 
 import sandbox
 from sandbox import host
@@ -482,6 +483,16 @@ def test_honest_work_comes_first():
     first = [next(verdicts)["id"] for _ in range(30)]
     verdicts.close()
     assert {kind for kind, _ in first} == {"honest"}, first
+
+
+def test_where_the_run_has_a_low_priority_already(tmp_path):
+    """Programs that take long get a lower one than the run, or the lowest; not a higher one, which would need root."""
+    program = row(1, in_call("sum(range(2 * 10 ** 7))\nreturn 31 * x + 7"))
+    (tmp_path / "data.jsonl").write_text(json.dumps(program) + "\n")
+    line = ["nice", "-n", "19", sys.executable, "-m", "sandbox", f"--data={tmp_path}/data.jsonl", f"--out={tmp_path}/out.jsonl",
+            f"--runtime={RUNTIME['runtime']}", f"--image={RUNTIME['image']}"]
+    subprocess.run(line, check=True, cwd=REPO)
+    assert json.loads((tmp_path / "out.jsonl").read_text())["reward"] == 1
 
 
 def test_what_the_kernel_holds_is_bounded():

@@ -277,7 +277,7 @@ class Run:
                 # Short programs first. And no clone can stop itself, so something else did if one is stopped.
                 for pid in self.sides:
                     with contextlib.suppress(ProcessLookupError):
-                        os.setpriority(os.PRIO_PGRP, pid, NICE)
+                        os.setpriority(os.PRIO_PGRP, pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
                     os.kill(pid, signal.SIGCONT)
                     for thread in os.listdir(f"{pid}/task"):  # they may take more than one core, and any
                         move(int(thread), self.cores)
