@@ -206,6 +206,12 @@ SCRIPTS = [  # a program that prints the sum of the numbers that it reads, and w
     ("import os\nos.chdir(os.path.dirname(os.path.abspath(__file__)))\nprint(sum(map(int, open(0).read().split())))", True),
     ("import threading\ndef main():\n    n = int(input())\n    print(n + sum(map(int, input().split())))\n"
      "t = threading.Thread(target=main); t.start(); t.join()", True),
+    ("write = open(1, 'w').write\nn = int(input())\nwrite(str(n + sum(map(int, input().split()))))", True),
+    ("import io, sys\nout = io.TextIOWrapper(sys.stdout.buffer)\nn = int(input())\nout.write(str(n + sum(map(int, input().split()))))", True),
+    ("import os, sys\nclass Out:\n    def __init__(self): self.parts = []\n    def write(self, text): self.parts.append(text)\n"
+     "    def flush(self): os.write(1, str('').join(self.parts).encode()); self.parts.clear()\nsys.stdout = Out()\n"
+     "n = int(input())\nprint(n + sum(map(int, input().split())))", True),
+    ("class End:\n    def __del__(self): print(n + sum(map(int, input().split())))\nend = End()\nn = int(input())", True),
     ("n = int(input())\nprint(float(n + sum(map(int, input().split()))))", True),
     ("n = int(input())\nprint('The sum is', n + sum(map(int, input().split())))", False),
     ("seen = globals().setdefault('seen', 0) + int(input())\nprint(seen + sum(map(int, input().split())))", True),

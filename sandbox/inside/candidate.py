@@ -41,7 +41,7 @@ class Candidate(Channel):
         except SyntaxError:  # perhaps it goes on inside the preamble's last function
             program = compile(job["preamble"] + "\n" + program, "<program>", "exec", dont_inherit=True)
         if job["entry_point"] == "__main__":
-            self.keep(script([preamble, program]))
+            self.keep(script(preamble, program))
             return
         exec(preamble, self.space)
         classes = classes_of(self.space)
@@ -128,10 +128,15 @@ class Candidate(Channel):
         return self.space[name]
 
 
-def script(codes):
+def script(preamble, program):
     """A function that runs a whole program on a text, to its very end: what the program prints."""
     os._exit = sys.exit
     folder = os.getcwd()
+
+    def flush():
+        for file in (sys.stdout, sys.__stdout__):
+            with contextlib.suppress(AttributeError, ValueError):  # no file, or closed
+                file.flush()
 
     def run(text):
         silence()  # the last run may have closed what it read
@@ -146,8 +151,9 @@ def script(codes):
             try:
                 space = module_space("__main__")
                 space["__file__"] = f"{folder}/main.py"
-                for code in codes:
-                    exec(code, space)
+                exec(preamble, space)
+                supplied = {*space}
+                exec(program, space)
             except SystemExit as end:
                 if end.code not in (None, 0):
                     raise RuntimeError(f"exit status {end.code}") from None
@@ -156,9 +162,11 @@ def script(codes):
                 if thread is not threading.current_thread() and not thread.daemon and thread not in pool:
                     thread.join()
             atexit._run_exitfuncs()
-            for file in (sys.stdout, sys.__stdout__):
-                with contextlib.suppress(AttributeError, ValueError):  # no file, or closed
-                    file.flush()
+            flush()
+            sys.stdout = sys.__stdout__
+            for name in sorted(space, key=supplied.__contains__):  # as Python does: files write what they hold
+                space[name] = None
+            flush()
             stdout.seek(0)
             return stdout.read().decode("utf-8", "replace")
     return run
