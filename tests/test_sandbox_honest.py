@@ -111,6 +111,14 @@ CASES = {  # name: (program, body of check)
     "exceptions of math": ("def f(x): return 10.0 ** x", " try:\n  candidate(999)\n  assert False\n except OverflowError: pass"),
     "infinity and nan": ("def f(x): return [float('inf'), -float('inf'), float('nan')]", " a, b, c = candidate(0)\n assert a > 1e308 and b < -1e308 and c != c"),
     "memoryview and nested": ("def f(x): return {'a': (b'x', {1.5: [None, {True}]})}", " assert candidate(0) == {'a': (b'x', {1.5: [None, {True}]})}"),
+    "a member of an enum of texts": ("import enum\nclass C(str, enum.Enum):\n RED = 'red'\ndef f(x): return {C.RED: C(x)}",
+        " assert candidate('red') == {'red': 'red'}"),
+    "a text with a text of its own": ("class S(str):\n def __str__(self): return '<>'\ndef f(x): return S(x)", " assert candidate('a') == 'a'"),
+    "its own class of the preamble's name, with slots": ("class ListNode:\n __slots__ = 'val', 'next'\n"
+        " def __init__(self, val, next=None): self.val, self.next = val, next\ndef f(n): return ListNode(n.val, ListNode(7))",
+        " assert same(candidate(list_node([5, 6])), list_node([5, 7]))"),
+    "its own class of the preamble's name, as a tuple": ("import collections\nNode = collections.namedtuple('Node', 'val neighbours')\n"
+        "def f(x): return Node(x, [])", " assert candidate(3).val == 3"),
     # exceptions
     "subclass of the expected": ("class E(ValueError): pass\ndef f(x): raise E('no')", " try:\n  candidate(1)\n  assert False\n except ValueError as e:\n  assert str(e) == 'no'"),
     "JSONDecodeError": ("import json\ndef f(x): return json.loads(x)", " import json\n try:\n  candidate('{')\n  assert False\n except json.JSONDecodeError: pass\n try:\n  candidate('{')\n  assert False\n except ValueError: pass"),

@@ -16,7 +16,7 @@ import threading
 
 from .channel import Channel, unlimited
 from .confine import compile_preamble, module_space, silence, take
-from .values import KINDS, SCALARS, classes_of, describe
+from .values import CONSTANTS, KINDS, SCALARS, carried, classes_of, describe
 
 
 class TooLarge(Exception):
@@ -45,8 +45,11 @@ class Candidate(Channel):
             return
         exec(preamble, self.space)
         classes = classes_of(self.space)
-        exec(program, self.space)  # its own class of such a name takes the place of the preamble's
-        self.classes = {name: self.space.get(name, kind) for name, kind in classes.items()}
+        exec(program, self.space)
+        for name, kind in classes.items():  # its own class of such a name takes the preamble's place
+            own = self.space.get(name)
+            can = isinstance(own, type) and (issubclass(own, CONSTANTS) or carried(own))
+            self.classes[name] = own if can else kind
         function = eval(job["entry_point"], self.space)
         if not callable(function):
             raise TypeError("the entry point is not callable")
@@ -106,9 +109,9 @@ class Candidate(Channel):
         """As the nearest kind that can be sent, or as a number."""
         if isinstance(value, collections.abc.Iterator) and not callable(value):
             return {"iterator": self.keep(value)}
-        for base in (int, float, str):
+        for base, plain in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
             if isinstance(value, base):
-                return self.pack(base(value))
+                return plain(value)  # not base(value): str() of a member of an enum is its name
         for tag, (base, parts, _) in KINDS.items():
             if isinstance(value, base):
                 return {tag: self.pack(parts(value))}
