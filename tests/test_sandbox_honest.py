@@ -119,6 +119,7 @@ CASES = {  # name: (program, body of check)
         " assert same(candidate(list_node([5, 6])), list_node([5, 7]))"),
     "its own class of the preamble's name, as a tuple": ("import collections\nNode = collections.namedtuple('Node', 'val neighbours')\n"
         "def f(x): return Node(x, [])", " assert candidate(3).val == 3"),
+    "arguments of any name": ("def f(**given): return given", " assert candidate(self=1, args=2, names=3, function=4) == dict(self=1, args=2, names=3, function=4)"),
     # exceptions
     "subclass of the expected": ("class E(ValueError): pass\ndef f(x): raise E('no')", " try:\n  candidate(1)\n  assert False\n except ValueError as e:\n  assert str(e) == 'no'"),
     "JSONDecodeError": ("import json\ndef f(x): return json.loads(x)", " import json\n try:\n  candidate('{')\n  assert False\n except json.JSONDecodeError: pass\n try:\n  candidate('{')\n  assert False\n except ValueError: pass"),

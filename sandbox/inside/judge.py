@@ -35,7 +35,7 @@ class CandidateObject:
     def __init__(self, judge, reference):
         self.__dict__.update(_judge=judge, _reference=reference)
 
-    def __call__(self, *args, **keywords):
+    def __call__(self, /, *args, **keywords):
         return self._judge.ask("call", [self, [*args], [*keywords], [*keywords.values()]])
 
     def __getattr__(self, name):
