@@ -248,6 +248,7 @@ HOSTILE = {
         "bad object": "b'[\"value\", [{\"object\": -1}, null], []]'",
         "bad class": "b'[\"value\", [{\"object\": 0}, null], [[0, \"__judge__\", [], []]]]'",
         "two tags": "b'[\"value\", [{\"set\": [], \"list\": []}, null], []]'",
+        "bad number": "b'[\"value\", [{\"given\": 9}, null], []]'", "bad change": "b'[\"value\", [1, [[0, 5]]], []]'",
         "no tag": "b'[\"value\", [{}, null], []]'", "bad key": "b'[\"value\", [{\"dict\": [[[]], [1]]}, null], []]'",
         "ready": "b'[\"ready\", [], []]'", "error": "b'[\"error\", [1, 2], []]'",
         "long int": "b'[\"value\", [' + b'9' * 9999 + b', null], []]'"}.items()},

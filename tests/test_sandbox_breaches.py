@@ -313,6 +313,12 @@ def test_no_instance_of_the_preamble_has_special_names_of_its_own(name, value, n
     assert {n: v["reward"] for n, v in verdicts(rows).items()} == {1: 0, 2: 1}
 
 
+@pytest.mark.parametrize("code", ["x[0].append(x)", "x.append(x)", "for _ in range(400): x = [x]\nreturn x"])
+def test_no_program_makes_a_ring_of_the_tests_lists_or_nests_them_for_a_null(code):
+    test = "def check(candidate):\n x = [[1]]\n for _ in range(15): x = candidate(x) or x\n assert x == [[1]]"
+    assert verdicts([row(1, in_call(code), test)])[1]["reward"] == 0
+
+
 def test_no_failure_of_a_program_passes_for_the_rows_own():
     """A name that a failed test was to set, and a NameError that comes out of a future, are no null."""
     cell = ("def check(candidate):\n a = candidate(1)\n assert a == 1\n assert all(a == x for x in candidate([1]))")
@@ -390,6 +396,19 @@ def test_what_tests_leave_behind_meets_no_other_program(name):
 
 
 # ---- wrong programs ----
+
+KEPT = {  # wrong programs whose fault is what they change or share: (program, body of check)
+    "sorts what is given": ("def f(x): x.sort(); return x", " a = [[2], [1]]\n b = a[:]\n assert candidate(a) == [[1], [2]] and a == b"),
+    "returns what is given": ("def f(x): return x", " a = [[1]]\n b = candidate(a)\n assert b == a and b is not a"),
+    "copies too little": ("def f(x): return x[:]", " a = [[1]]\n b = candidate(a)\n b[0].append(2)\n assert a == [[1]]"),
+}
+
+
+def test_no_program_that_changes_or_shares_its_arguments_passes_for_one_that_does_not():
+    rows = [row((name, right), "import copy\nfrom copy import deepcopy\ndef f(x): return sorted(deepcopy(x))" if right else program,
+                "def check(candidate):\n" + test) for name, (program, test) in KEPT.items() for right in (False, True)]
+    assert {name: v["reward"] for name, v in verdicts(rows).items()} == {(name, right): right for name in KEPT for right in (False, True)}
+
 
 IDIOMS = {  # what follows asserts that `return 2` passes; it raises no ValueError, and is wrong for 5
     "expected exception": " try:\n  candidate(-1)\n  assert False\n except ValueError:\n  pass",

@@ -58,6 +58,15 @@ CASES = {  # name: (program, body of check)
     "defaultdict, Counter, OrderedDict": ("def f(d, c, o): d[1].append(2); c['a'] += 1; o.move_to_end('a')",
         " import collections as k\n d, c, o = k.defaultdict(list), k.Counter('ab'), k.OrderedDict(a=1, b=2)\n"
         " candidate(d, c, o)\n assert d == {1: [2]} and c['a'] == 2 and list(o) == ['b', 'a']\n assert d[7] == []"),
+    "lists that change places": ("def f(x): x.sort()", " a = [[3, 4], [1, 2]]\n b, first = sorted(a), a[0]\n candidate(a)\n assert a == b == [[1, 2], [3, 4]]\n assert a[1] is first"),
+    "a list that is taken out": ("def f(d): d['b'] = (d.pop('a'), [d['b'].pop()])", " d = {'a': [1], 'b': [[2]]}\n a, b = d['a'], d['b']\n inner = b[0]\n candidate(d)\n"
+        " assert d == {'b': ([1], [[2]])} and d['b'][0] is a and d['b'][1][0] is inner and b == []"),
+    "a list that is returned": ("def f(x): return [x, x[0]]", " a = [[1]]\n b = candidate(a)\n b[1].append(2)\n assert b[0] is a and a == [[1, 2]]"),
+    "a list that is returned as it is": ("def f(x): return x", " a = [1]\n assert candidate(a) is a and candidate({2: a})[2] is a"),
+    "a list in an exception": ("def f(x): x.append(1); raise ValueError(x)", " a = []\n try:\n  candidate(a)\n except ValueError as e: assert e.args[0] is a and a == [1]"),
+    "a list given twice": ("def f(x, y): x.append(1)", " a, row = [], [0]\n candidate(a, a)\n assert a == [1]\n g = [row, row]\n candidate(row, g)\n assert g == [[0, 1], [0, 1]]"),
+    "a list in an object": ("def f(n, x): n.neighbours = x", " n, a = Node(1), [2]\n candidate(n, a)\n assert n.neighbours is a"),
+    "deep lists that change": ("def f(v):\n while v[0]: v = v[0]\n v[0] = 5", " v = [0]\n for _ in range(400): v = [v]\n candidate(v)\n while v != 5: v = v[0]\n assert v == 5"),
     "grid": ("def f(g):\n for r in g:\n  for i in range(len(r)): r[i] *= 2", " g = [[1, 2], [3]]\n candidate(g)\n assert g == [[2, 4], [6]]"),
     "before an exception": ("def f(x): x.append(1); raise ValueError",
         " a = []\n try:\n  candidate(a)\n except ValueError: pass\n assert a == [1]"),
@@ -118,7 +127,7 @@ CASES = {  # name: (program, body of check)
         " def __init__(self, val, next=None): self.val, self.next = val, next\ndef f(n): return ListNode(n.val, ListNode(7))",
         " assert same(candidate(list_node([5, 6])), list_node([5, 7]))"),
     "its own class of the preamble's name, as a tuple": ("import collections\nNode = collections.namedtuple('Node', 'val neighbours')\n"
-        "def f(x): return Node(x, [])", " assert candidate(3).val == 3"),
+        "def f(n): return n.val", " assert candidate(Node(3, [])) == 3"),
     "arguments of any name": ("def f(**given): return given", " assert candidate(self=1, args=2, names=3, function=4) == dict(self=1, args=2, names=3, function=4)"),
     # exceptions
     "subclass of the expected": ("class E(ValueError): pass\ndef f(x): raise E('no')", " try:\n  candidate(1)\n  assert False\n except ValueError as e:\n  assert str(e) == 'no'"),

@@ -13,14 +13,20 @@ import marshal
 import os
 import sys
 import threading
+from typing import NamedTuple
 
 from .channel import Channel, unlimited
 from .confine import compile_preamble, module_space, silence, take
-from .values import CONSTANTS, KINDS, SCALARS, carried, classes_of, describe
+from .values import CONSTANTS, KINDS, SCALARS, carried, classes_of, containers, describe
 
 
 class TooLarge(Exception):
     """A message beyond the limit."""
+
+
+class Contents(NamedTuple):
+    """Stands for what a container of the arguments holds, where that itself stands for the container."""
+    of: object
 
 
 class Candidate(Channel):
@@ -30,7 +36,7 @@ class Candidate(Channel):
         super().__init__(source, target, {})
         self.longest = limits["output"] << 20  # bytes of an answer
         self.kept, self.numbers = [], {}  # what is not sent: the judge knows it by number
-        self.after = None  # the arguments of a call, where it changed them
+        self.after = None  # [number, contents] of what a call changed of its arguments
 
     def start(self, job):
         """Run the program, up to its function."""
@@ -44,12 +50,12 @@ class Candidate(Channel):
             self.keep(script(preamble, program))
             return
         exec(preamble, self.space)
-        classes = classes_of(self.space)
+        self.classes = classes_of(self.space)
         exec(program, self.space)
-        for name, kind in classes.items():  # its own class of such a name takes the preamble's place
-            own = self.space.get(name)
-            can = isinstance(own, type) and (issubclass(own, CONSTANTS) or carried(own))
-            self.classes[name] = own if can else kind
+        for name, kind in self.classes.items():  # its own class of such a name takes the preamble's place
+            own, constant = self.space.get(name), issubclass(kind, CONSTANTS)
+            if isinstance(own, type) and (issubclass(own, CONSTANTS) if constant else carried(own)):
+                self.classes[name] = own
         function = eval(job["entry_point"], self.space)
         if not callable(function):
             raise TypeError("the entry point is not callable")
@@ -81,16 +87,23 @@ class Candidate(Channel):
         return self.dump("error", [names, [], {}, None])
 
     def do_call(self, function, args, names, values):
-        before = None if SCALARS.issuperset(map(type, args + values)) else self.state(args, values)
+        keywords = dict(zip(names, values))
+        if SCALARS.issuperset(map(type, args + values)):
+            return function(*args, **keywords)
+        given = [Contents(thing) for thing in containers([args, values])]
+        self.given = {id(contents.of): number for number, contents in enumerate(given)}
+        before = self.state(given)
         try:
-            return function(*args, **dict(zip(names, values)))
+            return function(*args, **keywords)
         finally:
-            if before and self.state(args, values) != before:
-                self.after = [args, values]
+            *contents, objects = [now != then for now, then in zip(self.state(given), before)]
+            if objects or any(contents):
+                self.after = [[n, given[n]] for n, changed in enumerate(contents) if changed or objects]
 
-    def state(self, *arguments):
-        """Bytes that differ where a call has changed its arguments."""
-        return marshal.dumps(unlimited(self.levels, self.flatten, "", arguments), 2)
+    def state(self, given):
+        """Bytes for each container, and for all instances, that differ where a call has changed them."""
+        _, contents, table = unlimited(self.levels, self.flatten, "", given)
+        return [marshal.dumps(part, 2) for part in [*contents, table]]
 
     def do_get(self, thing, name):
         return getattr(thing, name)
@@ -107,6 +120,12 @@ class Candidate(Channel):
 
     def pack_other(self, value):
         """As the nearest kind that can be sent, or as a number."""
+        if type(value) is Contents:
+            number = self.given.pop(id(value.of))
+            try:
+                return self.pack(value.of)
+            finally:
+                self.given[id(value.of)] = number
         if isinstance(value, collections.abc.Iterator) and not callable(value):
             return {"iterator": self.keep(value)}
         for base, plain in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
@@ -167,7 +186,7 @@ def script(preamble, program):
             atexit._run_exitfuncs()
             flush()
             sys.stdout = sys.__stdout__
-            for name in sorted(space, key=supplied.__contains__):  # as Python does: files write what they hold
+            for name in sorted(space, key=supplied.__contains__):  # as Python does: files write the rest
                 space[name] = None
             flush()
             stdout.seek(0)

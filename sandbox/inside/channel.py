@@ -34,10 +34,13 @@ class Channel:
     def forget(self):
         """Begin a call: no instance of the preamble's classes is known to both sides yet."""
         self.objects, self.positions = [], {}  # and their positions by id
+        self.given = {}  # numbers of the containers that a call was given, by id
 
     # ---- values to JSON types: scalars and lists stand for themselves, all else is a dict of one tag ----
 
     def pack(self, value):
+        if self.given and id(value) in self.given:
+            return {"given": self.given[id(value)]}
         kind = type(value)
         if kind is list:
             return value if SCALARS.issuperset(map(type, value)) else [self.pack(item) for item in value]

@@ -18,7 +18,8 @@ from .channel import Channel
 from .confine import compile_preamble, module_space, silence, take
 from .surroundings import first
 from .tests import Report, RowFault, Tests
-from .values import BASES, CONSTANTS, CandidateError, carried, classes_of, exception_of, is_builtin, restore
+from .values import (BASES, CONSTANTS, CandidateError, carried, classes_of, containers, exception_of,
+                     is_builtin, refill)
 
 # Exceptions that say "enough" to a loop, a success if a program could raise them, or that the row is at fault
 ENDS = {"StopIteration", "StopAsyncIteration", "GeneratorExit", "NameError", "ImportError"}
@@ -97,6 +98,7 @@ class Judge(Channel, Report):
         self.objects_there = {}  # by number
         self.lost = ""  # the code of why the candidate can answer no more
         self.fault = self.why = ""  # of the present test: the code and the name of what the candidate raised
+        self.linked = False  # whether it has put a list that it was given into another
         self.changed = False  # whether a call has changed its arguments, which may be a module's
         self.lock = threading.RLock()  # one thread of the test asks at a time
 
@@ -110,13 +112,15 @@ class Judge(Channel, Report):
         """The answer to a message. Where it is no proper one, CandidateLost now and ever after."""
         if self.lost:
             raise CandidateLost
+        self.arguments, self.containers = arguments, None
         try:
             if message:
                 self.send(message)
             head, values = self.load(self.receive(self.longest))
             *parts, after = values
             if after is not None:
-                restore(arguments, after)
+                for number, contents in after:
+                    refill(self.unpack_given(number), contents)
                 self.changed = True
             result = self.error(*parts) if head == "error" else parts[0]
         except (EOFError, BrokenPipeError):
@@ -133,6 +137,9 @@ class Judge(Channel, Report):
         try:
             return super().dump(head, values)
         except (TypeError, RecursionError) as error:
+            if self.linked and isinstance(error, RecursionError):  # the program may have made a ring
+                self.lost = "o"
+                raise CandidateLost from None
             raise RowFault(f"the tests have what cannot be sent to a program ({error}): "
                            "use --judge=together") from None
 
@@ -160,6 +167,12 @@ class Judge(Channel, Report):
         if number not in self.objects_there:
             self.objects_there[number] = kind(self, {"kept": number})
         return self.objects_there[number]
+
+    def unpack_given(self, number):
+        """A list or the like that this call was given: it stays what it is, wherever the call has put it."""
+        if self.containers is None:
+            self.linked, self.containers = True, containers(self.arguments)
+        return self.containers[number]
 
     def unpack_iterator(self, number):
         return self.unpack_kept(number, CandidateIterator)

@@ -73,6 +73,8 @@ KINDS = {  # tag: (type, its parts as a list, the value of such a list)
 }
 TAGS = {kind: tag for tag, (kind, _, _) in KINDS.items() if tag != "list"}
 CONSTANTS = enum.Enum, tuple  # of the preamble's classes: made from their value, or their items
+CHANGING = {KINDS[tag][0] for tag in (
+    "list dict set deque bytearray array Counter OrderedDict defaultdict").split()}
 BASES = tuple(kind for kind, _, _ in KINDS.values()) + (int, float, str)
 SLOT = types.MemberDescriptorType
 
@@ -129,31 +131,29 @@ def hides_method(kind, name):
     return is_code and name not in getattr(kind, "__dataclass_fields__", ())
 
 
-def restore(old, new):
-    """Give one's own argument the contents that a call left in the other side's copy of it: the
-    argument to keep."""
-    kind = type(old)
-    if old is new:
-        return old
-    if kind is not type(new):
-        return new
-    if kind is list:
-        old[:] = [restore(*pair) for pair in zip(old, new)] + new[len(old):]
-    elif isinstance(old, dict):
-        fresh = {key: restore(old[key], item) if key in old else item for key, item in new.items()}
+def containers(values):
+    """What can change in the arguments of a call: lists, dicts and their kin, also within others. In an order
+    that is the same on both sides."""
+    found, left = [], [values]
+    while left:
+        value = left.pop()
+        if type(value) in CHANGING or type(value).__name__ == "ndarray" and value.shape:
+            found.append(value)
+        if isinstance(value, (list, tuple, dict, collections.deque)):
+            inner = value.values() if isinstance(value, dict) else value
+            left += [] if SCALARS.issuperset(map(type, inner)) else inner
+    return found
+
+
+def refill(old, new):
+    """Give a container the contents that a call left in the other side's copy of it: a value of its kind."""
+    if type(old) is not type(new):
+        raise TypeError("no value of its kind")
+    if isinstance(old, (dict, set, collections.deque)):
         old.clear()
-        old.update(fresh)
-    elif kind in (set, collections.deque):
-        old.clear()
-        (old.update if kind is set else old.extend)(new)
-    elif kind in (bytearray, array.array) or kind.__name__ == "ndarray":
-        old[:] = new
-    elif isinstance(old, tuple) and len(old) == len(new):
-        for pair in zip(old, new):
-            restore(*pair)
+        (old.extend if isinstance(old, collections.deque) else old.update)(new)
     else:
-        return new
-    return old
+        old[:] = new
 
 
 def classes_of(space):

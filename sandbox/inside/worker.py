@@ -59,9 +59,9 @@ def rehearse(limits):
         candidate = Candidate(None, answer, limits)
         candidate.start(json.loads(json.dumps(job)))
         judge = Judge((None, replies, None), {}, Tests(test, "f"), limits)
-        message = judge.dump("call", [judge.unpack_kept(0), [1, [2.0]], [], []])
-        candidate.answer(*candidate.load(message))
-        judge.exchange(b"", [])
+        values = [judge.unpack_kept(0), [1, [2.0]], [], []]
+        candidate.answer(*candidate.load(judge.dump("call", values)))
+        judge.exchange(b"", values[1::2])
         exec(judge.tests.code, module_space())
     os.close(replies)
     os.close(answer)
