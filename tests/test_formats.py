@@ -211,7 +211,11 @@ SCRIPTS = [  # a program that prints the sum of the numbers that it reads, and w
     ("import os, sys\nclass Out:\n    def __init__(self): self.parts = []\n    def write(self, text): self.parts.append(text)\n"
      "    def flush(self): os.write(1, str('').join(self.parts).encode()); self.parts.clear()\nsys.stdout = Out()\n"
      "n = int(input())\nprint(n + sum(map(int, input().split())))", True),
+    ("input = open(0).readline\nn = int(input())\nprint(n + sum(map(int, input().split())))", True),
+    ("class In:\n    def __init__(self): self.file, self.me = open(0, 'rb'), self\nread = In().file.readline\nn = int(read())\n"
+     "print(n + sum(map(int, read().split())))", True),
     ("class End:\n    def __del__(self): print(n + sum(map(int, input().split())))\nend = End()\nn = int(input())", True),
+    ("import builtins\nold = print\nbuiltins.print = lambda *args: old(*args)\nn = int(input())\nprint(n + sum(map(int, input().split())))", True),
     ("n = int(input())\nprint(float(n + sum(map(int, input().split()))))", True),
     ("n = int(input())\nprint('The sum is', n + sum(map(int, input().split())))", False),
     ("seen = globals().setdefault('seen', 0) + int(input())\nprint(seen + sum(map(int, input().split())))", True),

@@ -7,6 +7,7 @@ In: the program's part of a job, calls on a pipe. Out: values, or exceptions, on
 import atexit
 import collections.abc
 import contextlib
+import gc
 import itertools
 import json
 import marshal
@@ -47,7 +48,7 @@ class Candidate(Channel):
         except SyntaxError:  # perhaps it goes on inside the preamble's last function
             program = compile(job["preamble"] + "\n" + program, "<program>", "exec", dont_inherit=True)
         if job["entry_point"] == "__main__":
-            self.keep(script(preamble, program))
+            self.keep(script([preamble, program]))
             return
         exec(preamble, self.space)
         self.classes = classes_of(self.space)
@@ -150,17 +151,13 @@ class Candidate(Channel):
         return self.space[name]
 
 
-def script(preamble, program):
+def script(codes):
     """A function that runs a whole program on a text, to its very end: what the program prints."""
     os._exit = sys.exit
     folder = os.getcwd()
 
-    def flush():
-        for file in (sys.stdout, sys.__stdout__):
-            with contextlib.suppress(AttributeError, ValueError):  # no file, or closed
-                file.flush()
-
     def run(text):
+        forget_main()
         silence()  # the last run may have closed what it read
         with open(f"{folder}/.in", "w+b") as stdin, open(f"{folder}/.out", "w+b") as stdout:
             stdin.write(text.encode("utf-8", "surrogateescape"))
@@ -170,28 +167,43 @@ def script(preamble, program):
             sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
             sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
             sys.__stdout__ = sys.stdout
-            try:
-                space = module_space("__main__")
-                space["__file__"] = f"{folder}/main.py"
-                exec(preamble, space)
-                supplied = {*space}
-                exec(program, space)
-            except SystemExit as end:
-                if end.code not in (None, 0):
-                    raise RuntimeError(f"exit status {end.code}") from None
-            pool = getattr(sys.modules.get("concurrent.futures.thread"), "_threads_queues", ())
-            for thread in threading.enumerate():
-                if thread is not threading.current_thread() and not thread.daemon and thread not in pool:
-                    thread.join()
-            atexit._run_exitfuncs()
+            run_main(codes, f"{folder}/main.py")
             flush()
-            sys.stdout = sys.__stdout__
-            for name in sorted(space, key=supplied.__contains__):  # as Python does: files write the rest
-                space[name] = None
+            forget_main()
             flush()
             stdout.seek(0)
             return stdout.read().decode("utf-8", "replace")
     return run
+
+
+def run_main(codes, path):
+    """Run a script, its threads, and what `atexit` holds."""
+    try:
+        space = module_space("__main__")
+        space["__file__"] = path
+        for code in codes:
+            exec(code, space)
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise RuntimeError(f"exit status {end.code}") from None
+    pool = getattr(sys.modules.get("concurrent.futures.thread"), "_threads_queues", ())
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon and thread not in pool:
+            thread.join()
+    atexit._run_exitfuncs()
+
+
+def forget_main():
+    """Let a script's objects go, as at its end: files write what they hold, and close descriptors 0 and 1
+    now, not when these are another run's."""
+    sys.modules.pop("__main__", None)
+    gc.collect()
+
+
+def flush():
+    for file in (sys.stdout, sys.__stdout__):
+        with contextlib.suppress(AttributeError, ValueError):  # no file, or closed
+            file.flush()
 
 
 def run_candidate(size, requests, replies, limits):
