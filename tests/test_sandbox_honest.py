@@ -194,6 +194,11 @@ NO_DATA = {  # what is no plain data: it has a verdict in one process only (more
     "key function that fails": ("def f(g, x): return sorted(x, key=g)", " try:\n  candidate(lambda v: v / 0, [1])\n  assert False\n except ZeroDivisionError: pass"),
     "function that remembers": ("def f(g):\n for n in range(3): g(n)", " seen = []\n candidate(seen.append)\n assert seen == [0, 1, 2]"),
     "function of the test that calls the candidate": ("def f(n, g): return g(n - 1) if n else 0", " def again(n): return candidate(n, again) + 1\n assert candidate(3, again) == 3"),
+    "function given in a test case": ("def f(g): return g(1)", " import unittest\n class Case(unittest.TestCase):\n"
+        "  def test(self): self.assertEqual(candidate(lambda v: v), 1)\n result = unittest.TestResult()\n Case('test').run(result)\n assert result.wasSuccessful()"),
+    "function given, and a bare except": ("def f(g): return g(1)", " try: got = candidate(lambda v: v)\n except: got = 0\n assert got == 1"),
+    "function given in a thread": ("def f(g): return g(1)", " import threading\n got = []\n t = threading.Thread(target=lambda: got.append(candidate(lambda v: v)))\n"
+        " t.start()\n t.join()\n assert got == [1]"),
     "decorator": ("import functools\ndef f(g):\n @functools.wraps(g)\n def h(*a): return 2 * g(*a)\n return h", " double = candidate(lambda x: x + 1)\n assert double(4) == 10\n @candidate\n def k(x): return x\n assert k(5) == 10"),
     "threads that call the test": ("from concurrent.futures import ThreadPoolExecutor\ndef f(g, xs):\n"
         " with ThreadPoolExecutor(8) as e: return list(e.map(g, xs))", " assert candidate(lambda x: 2 * x, range(200)) == list(range(0, 400, 2))"),

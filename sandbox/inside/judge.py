@@ -63,7 +63,7 @@ class CandidateObject:
     __hash__ = object.__hash__
 
     def __enter__(self):
-        raise RowFault("the tests use the program in a `with`: use --judge=together")
+        self._judge.unfit("the tests use the program in a `with`")
 
     __exit__ = __enter__
 
@@ -96,6 +96,7 @@ class Judge(Channel, Report):
         self.longest = limits["output"] << 20
         self.tests = tests
         self.objects_there = {}  # by number
+        self.row_fault = None
         self.lost = ""  # the code of why the candidate can answer no more
         self.fault = self.why = ""  # of the present test: the code and the name of what the candidate raised
         self.linked = False  # whether it has put a list that it was given into another
@@ -140,8 +141,7 @@ class Judge(Channel, Report):
             if self.linked and isinstance(error, RecursionError):  # the program may have made a ring
                 self.lost = "o"
                 raise CandidateLost from None
-            raise RowFault(f"the tests have what cannot be sent to a program ({error}): "
-                           "use --judge=together") from None
+            self.unfit(f"the tests have what cannot be sent to a program ({error})")
 
     def error(self, names, args, fields):
         """The exception that the candidate raised, as the nearest of its classes that is built in, the
@@ -180,14 +180,14 @@ class Judge(Channel, Report):
     # ---- tests ----
 
     def __exit__(self, kind, error, trace):
-        if kind is RowFault:
-            return False
+        if self.row_fault:
+            raise self.row_fault
         missing = kind is NameError and not self.detail  # else perhaps a test that failed was to set it
         if (missing or kind in (ImportError, ModuleNotFoundError)) and not self.fault and not self.lost:
             raise RowFault(f"the tests fail by themselves: {kind.__name__} {error.name}; with "
                            "--judge=together they see what the program defines")
         if self.judged(kind)[0] in "we" and (what := self.surroundings(trace.tb_lineno)):
-            raise RowFault(f"the tests use {what}, which does not reach the program: use --judge=together")
+            self.unfit(f"the tests use {what}, which does not reach the program")
         self.record(kind)
         self.fault = self.why = ""
         return True
@@ -196,6 +196,11 @@ class Judge(Channel, Report):
         """Whether the next program could meet what this one's tests have left: this judge will end."""
         timers = any(signal.getitimer(kind)[0] for kind in range(3))
         return timers or threading.active_count() > 1 or self.changed or bool(first(self.tests.source)[1])
+
+    def unfit(self, why):
+        """The row has no verdict, also where what runs a test catches this, as unittest does."""
+        self.row_fault = RowFault(f"{why}: use --judge=together")
+        raise self.row_fault
 
     def judged(self, kind):
         if not kind and not self.lost:
