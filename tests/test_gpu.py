@@ -153,7 +153,8 @@ def test_a_stopped_and_resumed_run_has_the_weights_of_a_cpu(tiny, rewarded, tmp_
     n = len(forward_passes)
     assert often(gpu, STEPS) == {
         "pad": n - STEPS + 1,  # one for the state that was loaded
-        "forward": 2 * n, "chunked_logps": n, "means": STEPS}
+        "forward": 2 * n, "chunked_logps": n, "means": STEPS,
+        "prepare": 2 * 4}      # two starts
     assert weights == train(tiny, rewarded, tmp_path / "cpu")
     assert logged(tmp_path / "gpu") == logged(tmp_path / "cpu")
 

@@ -37,6 +37,7 @@ class Candidate(Channel):
         super().__init__(source, target, {})
         self.longest = limits["output"] << 20  # bytes of an answer
         self.kept, self.numbers = [], {}  # what is not sent: the judge knows it by number
+        self.held = []     # the containers that a call was given
         self.after = None  # [number, contents] of what a call changed of its arguments
 
     def start(self, job):
@@ -92,6 +93,7 @@ class Candidate(Channel):
         if SCALARS.issuperset(map(type, args + values)):
             return function(*args, **keywords)
         given = [Contents(thing) for thing in containers([args, values])]
+        self.held = given  # until the next call: a new list must not get the id of one of these
         self.given = {id(contents.of): number for number, contents in enumerate(given)}
         before = self.state(given)
         try:
