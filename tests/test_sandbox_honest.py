@@ -6,6 +6,8 @@
 import json
 
 import pytest
+
+from sandbox.inside.candidate import Candidate
 from test_sandbox import NODES, row, verdicts, works
 
 pytestmark = pytest.mark.skipif(not works(), reason="no sandbox runtime works on this machine")
@@ -224,3 +226,12 @@ def test_what_is_no_plain_data_is_null_and_says_what_helps():
     got = verdicts([row(name, program, "def check(candidate):\n" + test, "".join([PREAMBLE, *more]))
                     for name, (program, test, *more) in NO_DATA.items()])
     assert {name: v for name, v in got.items() if v["reward"] is not None or "--judge=together" not in v["detail"]} == {}
+
+
+def test_no_new_list_is_taken_for_an_argument():
+    """The candidate knows the containers of a call by their ids, which only the living do not share."""
+    candidate = Candidate(None, None, {"output": 1})
+    args = [[[1], {"a": {2}}]]
+    candidate.do_call(len, args, [], [])
+    fresh = [[] for _ in range(1000)]
+    assert candidate.given and candidate.given.keys().isdisjoint(map(id, fresh))
